@@ -1,0 +1,33 @@
+"""Path-norm, Path-Mag and what follows from them, for real ReLU networks.
+
+    >>> import fxpath, torch
+    >>> analysis = fxpath.analyze(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+    >>> analysis.path_norm > 0
+    True
+
+The mathematics is that of Gonon, Brisebarre, Riccietti and Gribonval, "A rescaling-invariant Lipschitz
+bound based on path-metrics for modern ReLU network parameterizations" (2025); numbers of definitions
+and equations in docstrings are the paper's.
+"""
+
+from fxpath.analysis import Analysis, LayerRow
+from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
+from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.program import PathProgram
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "LayerRow",
+    "PathProgram",
+    "Problem",
+    "SupportReport",
+    "UnsupportedModelError",
+    "analyze",
+    "check",
+    "compile",
+    "path_magnitude",
+    "path_norm",
+    "path_norms",
+]

@@ -1,0 +1,190 @@
+"""What ``analyze`` returns."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, TypedDict
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from fxpath.layers import Layer, find_layers
+from fxpath.program import PathProgram, exponential
+
+__all__ = ["Analysis", "LayerRow"]
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+class LayerRow(TypedDict):
+    """One layer as data.
+
+    ``share`` is the part of all path mass that crosses the layer (its weights and bias), in [0, 1]
+    unless it is used twice on a path; ``sparsity`` the part of its effective weights that is zero;
+    ``quantiles`` those of its weights' shares at 10, 50 and 90 percent.
+    """
+
+    name: str
+    operation: str
+    shape: tuple[int, ...]
+    parameters: int
+    sparsity: float
+    share: float
+    quantiles: dict[str, float]
+
+
+class Analysis:
+    """Path-norm and Path-Mag scores of one model.
+
+    Attributes:
+        q: exponent of the path-norm.
+        log10_path_norm: decimal logarithm of ``||Phi(theta)||_q``; -inf if the norm is 0.
+        scores: parameter name -> tensor of its shape: the *shares* Path-Mag / path-norm, the part of
+            all path mass that runs through each entry.  For q other than 1 shares of
+            ``||Phi(theta)||_q^q``.
+
+    Example:
+        >>> import torch, fxpath
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU())
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[3.0, 1.0], [0.0, -4.0]]))
+        >>> analysis = fxpath.analyze(model, (2,))
+        >>> round(analysis.path_norm, 5), analysis.scores["0.weight"].tolist()
+        (8.0, [[0.375, 0.125], [0.0, 0.5]])
+    """
+
+    def __init__(self, program: PathProgram) -> None:
+        """Evaluate a program once; made by :func:`fxpath.analyze`."""
+        evaluation = program.evaluate(scores=True, sparsity=True)
+        self.q = program.q
+        self.scores: dict[str, Tensor] = evaluation.shares
+        self.log10_path_norm: float = evaluation.log_norm / (self.q or 1) / math.log(10)
+        self._log_mass = evaluation.log_norm
+        self._sparsity = evaluation.sparsity
+        self._layers = find_layers(program.graph_module)
+
+    @property
+    def path_norm(self) -> float:
+        """``||Phi(theta)||_q``; ``inf`` only where float64 cannot hold it."""
+        return exponential(self._log_mass / (self.q or 1))
+
+    def path_magnitude(self, name: str) -> Tensor:
+        """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.
+
+        Args:
+            name: a key of ``scores``.
+
+        Returns:
+            Tensor of the parameter's shape, >= 0; for q other than 1 in units of ``||Phi||_q^q``.
+
+        Raises:
+            KeyError: if ``name`` has no score.
+            OverflowError: if an entry does not fit the scores' dtype; ``log10_path_norm`` does.
+        """
+        if name not in self.scores:
+            raise KeyError(f"{name!r} has no score; scored are {', '.join(self.scores)}")
+        shares = self.scores[name]
+        mass, largest = exponential(self._log_mass), torch.finfo(shares.dtype).max
+        top = float(shares.max()) if shares.numel() else 0.0
+        if top and top * mass > largest:
+            raise OverflowError(
+                f"Path-Mag of {name} does not fit {shares.dtype}: the path-norm is "
+                f"10^{self.log10_path_norm:.2f}; use scores[{name!r}] (shares) and log10_path_norm"
+            )
+        return (shares.double() * mass if top else shares).to(shares.dtype)
+
+    @cached_property
+    def neuron_shares(self) -> dict[str, Tensor]:
+        """Share of path mass through each output channel of a layer, ``[channels]``, by layer name."""
+        return {layer.name: layer.neuron_shares(self.scores) for layer in self._layers}
+
+    @cached_property
+    def layers(self) -> list[LayerRow]:
+        """One row for each layer, in order of execution."""
+        return [self._row(layer) for layer in self._layers]
+
+    def _row(self, layer: Layer) -> LayerRow:
+        names = [name for name in (layer.weight, layer.bias) if name is not None]
+        share = sum(float(self.scores[name].double().sum()) for name in names)
+        return LayerRow(
+            name=layer.name,
+            operation=layer.operation,
+            shape=layer.shape,
+            parameters=sum(self.scores[name].numel() for name in names),
+            sparsity=self._sparsity[names[0]],
+            share=share,
+            quantiles=_quantiles(self.scores[names[0]]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the tensors, as plain data for JSON (an infinite number becomes ``None``)."""
+        norm, log10 = self.path_norm, self.log10_path_norm
+        return {
+            "q": self.q,
+            "path_norm": norm if math.isfinite(norm) else None,
+            "log10_path_norm": log10 if math.isfinite(log10) else None,
+            "parameters": sum(score.numel() for score in self.scores.values()),
+            "layers": [{**row, "shape": list(row["shape"])} for row in self.layers],
+        }
+
+    def __str__(self) -> str:
+        table = tabulate(self._cells(), headers="keys")
+        return f"{self._headline()}\n{self._legend()}\n\n{table}"
+
+    def _repr_html_(self) -> str:
+        table = tabulate(self._cells(), headers="keys", tablefmt="html")
+        text = html.escape(f"{self._headline()}. {self._legend()}")
+        return f"<p>{text}</p>{table}"
+
+    def __repr__(self) -> str:
+        return f"<Analysis: {self._headline()}>"
+
+    def _headline(self) -> str:
+        scored = sum(score.numel() for score in self.scores.values())
+        norm = self.path_norm
+        shown = f"{norm:.6g}" if math.isfinite(norm) else "beyond float64"
+        return (
+            f"l^{self.q:g} path-norm {shown} (log10 {self.log10_path_norm:.4f}), "
+            f"{scored:,} scored parameters"
+        )
+
+    def _legend(self) -> str:
+        return (
+            "share: path mass that crosses the layer; at 10%, 50%, 90%: quantiles of "
+            "Path-Mag / path-norm"
+        )
+
+    def _cells(self) -> list[dict[str, str]]:
+        """Table cells, at most 100 columns in all."""
+        return [
+            {
+                "layer": _shorten(row["name"]),
+                "operation": row["operation"],
+                "shape": _by(row["shape"]),
+                "parameters": f"{row['parameters']:,}",
+                "zeros": f"{row['sparsity']:.1%}",
+                "share": f"{row['share']:.4f}",
+                **{f"at {k}": f"{v:.1e}" for k, v in row["quantiles"].items()},
+            }
+            for row in self.layers
+        ]
+
+
+def _shorten(name: str, width: int = 24) -> str:
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _quantiles(shares: Tensor) -> dict[str, float]:
+    """Exact quantiles (lower of the two neighbours), for tensors of any size."""
+    flat = shares.flatten()
+    if not flat.numel():
+        return {f"{q:.0%}": math.nan for q in QUANTILES}
+    ranks = {q: max(1, math.ceil(q * flat.numel())) for q in QUANTILES}
+    return {f"{q:.0%}": float(flat.kthvalue(rank).values) for q, rank in ranks.items()}

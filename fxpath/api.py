@@ -1,0 +1,206 @@
+"""The public verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpath.analysis import Analysis
+from fxpath.capture import Model, Shape, capture
+from fxpath.errors import SupportReport, UnsupportedModelError
+from fxpath.passes.fold import fold_batch_norm
+from fxpath.passes.lift import lift
+from fxpath.program import PathProgram, build
+
+__all__ = ["analyze", "check", "compile", "path_magnitude", "path_norm", "path_norms"]
+
+Shapes = Shape | Sequence[Shape] | None
+
+
+def analyze(
+    model: Model,
+    input_shape: Shapes = None,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    q: float = 1,
+    dtype: torch.dtype | None = None,
+    until: str | None = None,
+    compile: bool = False,
+) -> Analysis:
+    """Path-norm and Path-Mag scores of a ReLU network, exact or refused.
+
+    The l^q path-norm ``||Phi(theta)||_q`` of the path-lifting (Def. A.5) takes one pass through the
+    lifted network; its gradient times |theta| is Path-Mag (14), the path mass lost when one entry is
+    set to zero (10).  The model is not changed, and runs as in eval mode.
+
+    Args:
+        model: a module (in train or eval mode, pruned, parametrized, wrapped for data parallelism,
+            in float32, float64 or half precision), an exported program, or an FX graph module.
+        input_shape: shape of the input without the batch axis, e.g. ``(3, 224, 224)``; a list of
+            shapes for several inputs.  Inferred where the model leaves no choice.
+        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.  Their
+            first axis is taken as the batch, of which one sample counts, where the model accepts a
+            single sample.
+        q: exponent of the path-norm, >= 0; 0 counts non-zero paths.  Other than 1 runs in float64.
+        dtype: ``torch.float32`` or ``torch.float64``; by default float64 if the model has such
+            parameters, else float32.
+        until: name of a submodule: the network up to that module's output is analysed.
+        compile: run through ``torch.compile``; for one evaluation it costs more than it saves.
+
+    Returns:
+        An :class:`~fxpath.Analysis`.
+
+    Raises:
+        UnsupportedModelError: listing every operation that the theory does not cover.
+        ValueError: for a NaN or infinite parameter (named), an input shape that is missing and cannot
+            be inferred, an unknown ``until``, a wrong ``q`` or ``dtype``.
+        FloatingPointError: if the entries of one tensor span more than float64 holds.
+
+    Example:
+        >>> import torch, fxpath
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> analysis = fxpath.analyze(model)
+        >>> sorted(analysis.scores)
+        ['0.bias', '0.weight', '2.bias', '2.weight']
+        >>> bool(analysis.scores["2.weight"].sum() + analysis.scores["2.bias"].sum() > 0.999)
+        True
+    """
+    return Analysis(build(model, input_shape, example_inputs, q, dtype, until, compile))
+
+
+def compile(
+    model: Model,
+    input_shape: Shapes = None,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    q: float = 1,
+    dtype: torch.dtype | None = None,
+    until: str | None = None,
+) -> PathProgram:
+    """Capture and rewrite a model once, to evaluate it many times on its live parameters.
+
+    Arguments, and errors raised, are those of :func:`analyze`.  ``torch.compile`` runs at the first
+    evaluation.
+
+    Returns:
+        A :class:`~fxpath.PathProgram`.
+
+    Raises:
+        UnsupportedModelError: listing every operation that the theory does not cover.
+        ValueError: as :func:`analyze`.
+
+    Example:
+        >>> import torch, fxpath
+        >>> program = fxpath.compile(torch.nn.Linear(3, 2))
+        >>> loss = 0.01 * program.log_path_norm()
+        >>> loss.backward()
+    """
+    return build(model, input_shape, example_inputs, q, dtype, until, compiled=True)
+
+
+def path_norm(model: Model, input_shape: Shapes = None, *, q: float = 1, **options: Any) -> float:
+    """The l^q path-norm ``||Phi(theta)||_q``; options as for :func:`analyze`.
+
+    Returns:
+        A float >= 0; ``inf`` only where float64 cannot hold it.
+
+    Raises:
+        UnsupportedModelError: listing every operation that the theory does not cover.
+        ValueError: as :func:`analyze`.
+
+    Example:
+        >>> import torch, fxpath
+        >>> model = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.constant_(model.weight, -2.0), torch.nn.init.zeros_(model.bias)
+        >>> fxpath.path_norm(model), fxpath.path_norm(model, q=0)
+        (4.0, 2.0)
+    """
+    return build(model, input_shape, q=q, **options).path_norm()
+
+
+def path_norms(
+    model: Model, input_shape: Shapes = None, *, q: Sequence[float] = (1, 2, 4), **options: Any
+) -> dict[float, float]:
+    """Several path-norms of one model, which is captured once; options as for :func:`analyze`.
+
+    Returns:
+        Exponent -> ``||Phi(theta)||_q``.
+
+    Raises:
+        UnsupportedModelError: listing every operation that the theory does not cover.
+        ValueError: as :func:`analyze`.
+
+    Example:
+        >>> import torch, fxpath
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[3.0, -4.0]]))
+        >>> {q: round(norm, 9) for q, norm in fxpath.path_norms(model, q=(1, 2)).items()}
+        {1: 7.0, 2: 5.0}
+    """
+    norms: dict[float, float] = {}
+    program: PathProgram | None = None
+    for exponent in q:
+        program = (
+            build(model, input_shape, q=exponent, **options)
+            if program is None
+            else program.with_exponent(exponent)
+        )
+        norms[exponent] = program.path_norm()
+    return norms
+
+
+def path_magnitude(
+    model: Model, input_shape: Shapes = None, **options: Any
+) -> dict[str, Tensor]:
+    """Absolute Path-Mag (10) of every scored entry; options as for :func:`analyze`.
+
+    Returns:
+        Parameter name -> tensor of the parameter's shape, entries >= 0.
+
+    Raises:
+        OverflowError: if an entry does not fit; the shares of :func:`analyze` do.
+        UnsupportedModelError: listing every operation that the theory does not cover.
+        ValueError: as :func:`analyze`.
+
+    Example:
+        >>> import torch, fxpath
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[3.0, -4.0]]))
+        >>> [round(v, 4) for v in fxpath.path_magnitude(model)["weight"][0].tolist()]
+        [3.0, 4.0]
+    """
+    analysis = analyze(model, input_shape, **options)
+    return {name: analysis.path_magnitude(name) for name in analysis.scores}
+
+
+def check(
+    model: Model,
+    input_shape: Shapes = None,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    until: str | None = None,
+) -> SupportReport:
+    """Whether a model is covered by the theory; evaluates nothing.
+
+    Returns:
+        A :class:`~fxpath.SupportReport`, true if every operation has an exact rule.
+
+    Raises:
+        ValueError: for an input shape that is missing and cannot be inferred, an unknown ``until``.
+
+    Example:
+        >>> import torch, fxpath
+        >>> report = fxpath.check(torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.GELU()))
+        >>> report.supported, report.problems[0].module_path
+        (False, '1')
+    """
+    try:
+        captured = capture(model, input_shape, example_inputs, until)
+        fold_batch_norm(captured)
+        lift(captured)
+    except UnsupportedModelError as error:
+        return error.report
+    return SupportReport(())

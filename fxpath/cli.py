@@ -1,0 +1,304 @@
+"""The command line: `fxpath analyze`, `fxpath graph` and `fxpath check`.
+
+A MODEL is the name of a torchvision model (with random weights unless `--weights` or `--checkpoint`
+says otherwise), `package.module:callable`, or a `.pt2` file; `fxpath.loading` has the details.
+
+What the user can put right is one line on standard error and exit code 2; so is a model that has no
+exact result, but for its table of offending operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tabulate import tabulate
+
+import fxpath
+from fxpath.loading import KINDS, Model, UsageError, load_model, one_line
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 2 if something was wrong with the arguments or with a model.
+
+    Raises:
+        SystemExit: After `--help`, `--version` and arguments that do not parse, as argparse does.
+
+    Example:
+        >>> main(["analyze", "--checkpoint", "a.pt", "alexnet", "vgg16"])
+        2
+    """
+    arguments = _parser().parse_args(argv)
+    logged = logging.root.manager.disable
+    if not arguments.traceback:
+        # torch logs the traceback of an error before it raises it.
+        logging.disable(logging.CRITICAL)
+    try:
+        code: int = arguments.command(arguments)
+        sys.stdout.flush()
+    except UsageError as error:
+        _complain(str(error))
+        return 2
+    except BrokenPipeError:
+        # A reader that has seen enough, as in `fxpath graph resnet18 | head`, is no error; the
+        # interpreter must not find a closed stream at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    finally:
+        logging.disable(logged)
+    return code
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    """Prints a table per model and one of all models; a model that fails does not stop the rest."""
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise UsageError(f"--json {arguments.json}: no such directory")
+    if arguments.checkpoint is not None and len(arguments.model) > 1:
+        raise UsageError("--checkpoint goes with one MODEL; run fxpath once for each")
+    rows, results, code = [], [], 0
+    for name in arguments.model:
+        try:
+            with _explained(name, arguments):
+                model = load_model(name, arguments.weights, arguments.checkpoint)
+                start = time.perf_counter()
+                analysis = fxpath.analyze(
+                    model,
+                    _input_shape(arguments),
+                    q=arguments.q,
+                    until=arguments.until,
+                    compile=arguments.compile,
+                )
+            seconds = time.perf_counter() - start
+        except UsageError as error:
+            _complain(str(error))
+            code = 2
+            continue
+        print(f"{name} ({_origin(name, arguments)})\n{analysis}\n", flush=True)
+        norm = _number(analysis.path_norm, analysis.log10_path_norm)
+        rows.append([name, f"{_count_parameters(model):,}", norm, f"{seconds:.2f}"])
+        results.append({"name": name, **analysis.to_dict()})
+    if len(rows) > 1:
+        headers = ["model", "parameters", f"path-norm (q={arguments.q})", "seconds"]
+        align = ("left", "right", "right", "right")
+        print(tabulate(rows, headers=headers, colalign=align, disable_numparse=True))
+    if arguments.json is not None:
+        _write_json(arguments.json, results)
+    return code
+
+
+def _graph(arguments: argparse.Namespace) -> int:
+    """Prints the rewritten graph."""
+    with _explained(arguments.model, arguments):
+        model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
+        program = fxpath.compile(model, _input_shape(arguments), until=arguments.until)
+    print(program.graph_module.graph)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Prints the support report."""
+    with _explained(arguments.model, arguments):
+        model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
+        report = fxpath.check(model, _input_shape(arguments), until=arguments.until)
+    print(report)
+    return 0 if report else 2
+
+
+@contextlib.contextmanager
+def _explained(name: str, arguments: argparse.Namespace) -> Iterator[None]:
+    """Turns what goes wrong with a model into a message, unless `--traceback` asks for more."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except fxpath.UnsupportedModelError as error:
+        problems = error.report.problems
+        if arguments.traceback:
+            raise
+        if [problem.operation for problem in problems] == ["torch.export.export"]:
+            # Not one operation of the model but its capture: most often the input does not fit.
+            text = f"{problems[0].reason}; check --input-shape"
+            raise UsageError(f"{name}: {_in_options(one_line(text))}") from error
+        count = f"{len(problems)} operation{'s' * (len(problems) != 1)}"
+        raise UsageError(f"{name}: no exact rule for {count}\n{error.report}") from error
+    # A model is other people's code and may raise anything.
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"{name}: {_in_options(one_line(text))}") from error
+
+
+def _in_options(text: str) -> str:
+    """A message about arguments of the API in the words of the command line.
+
+    Example:
+        >>> _in_options("pass input_shape=(3, 224, 224), or until='features'")
+        "pass --input-shape 3,224,224, or --until 'features'"
+    """
+    text = re.sub(
+        r"input_shape=\(([\d, ]+)\)", lambda m: "--input-shape " + m[1].replace(" ", ""), text
+    )
+    return text.replace("input_shape=", "--input-shape ").replace("until=", "--until ")
+
+
+def _origin(name: str, arguments: argparse.Namespace) -> str:
+    """Where the weights of a model come from, for the heading of its table."""
+    if arguments.checkpoint is not None:
+        return f"weights of {arguments.checkpoint}"
+    if arguments.weights is not None:
+        return f"weights {arguments.weights}"
+    return "its own weights" if ":" in name or name.endswith(".pt2") else "random weights, seed 0"
+
+
+def _count_parameters(model: Model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _number(value: float, log10: float) -> str:
+    """A path-norm, by its logarithm where it is beyond float64.
+
+    Example:
+        >>> _number(1234.5678, 3.0915), _number(float("inf"), 400.25)
+        ('1234.57', '10^400.25')
+    """
+    return f"{value:.6g}" if math.isfinite(value) else f"10^{log10:.6g}"
+
+
+def _write_json(path: Path, results: list[dict[str, Any]]) -> None:
+    text = json.dumps(_finite(results), indent=2, allow_nan=False)
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {path}: {one_line(error)}") from error
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with null for what JSON has no literal for (NaN, infinities).
+
+    Example:
+        >>> _finite({"path_norm": float("inf"), "shape": (3, 4)})
+        {'path_norm': None, 'shape': [3, 4]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _complain(text: str) -> None:
+    print(f"fxpath: error: {text}", file=sys.stderr)
+
+
+def _input_shape(arguments: argparse.Namespace) -> Any:
+    shapes = arguments.input_shape
+    return shapes[0] if shapes and len(shapes) == 1 else shapes
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: positive numbers with commas and without the batch axis, as in 3,224,224"
+        )
+    return shape
+
+
+def _parse_exponent(text: str) -> float:
+    try:
+        q = float(text)
+    except ValueError:
+        q = -1.0
+    if not 0 <= q < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number that is not negative, as in 2")
+    return int(q) if q.is_integer() else q
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is a `--help` away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fxpath: error: {message} (see {self.prog} --help)\n")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fxpath")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--input-shape",
+        type=_parse_shape,
+        action="append",
+        metavar="3,224,224",
+        help="shape of one sample; once per input if there are several (default: from the model)",
+    )
+    common.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="torchvision's own weights, e.g. DEFAULT (default: random)",
+    )
+    common.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="state dict (.safetensors, .pt, .pth)"
+    )
+    common.add_argument("--until", metavar="MODULE", help="stop at the output of this module")
+    common.add_argument("--traceback", action="store_true", help="show where an error comes from")
+
+    parser = _Parser(
+        prog="fxpath",
+        description="Path-norm and Path-Mag of ReLU networks, exact or refused.",
+        epilog=f"A{KINDS[1:]}.",
+    )
+    parser.add_argument("--version", action="version", version=f"fxpath {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    analyze = commands.add_parser("analyze", parents=[common], help="path-norm and Path-Mag")
+    analyze.add_argument("model", nargs="+", metavar="MODEL", help=KINDS)
+    analyze.add_argument(
+        "-q", type=_parse_exponent, default=1, metavar="Q", help="exponent of the norm (default 1)"
+    )
+    analyze.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    analyze.add_argument("--compile", action="store_true", help="run through torch.compile")
+    analyze.set_defaults(command=_analyze)
+
+    graph = commands.add_parser("graph", parents=[common], help="print the rewritten graph")
+    graph.add_argument("model", metavar="MODEL", help=KINDS)
+    graph.set_defaults(command=_graph)
+
+    check = commands.add_parser("check", parents=[common], help="print the support report")
+    check.add_argument("model", metavar="MODEL", help=KINDS)
+    check.set_defaults(command=_check)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What fxpath says when a model is outside the theory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch.fx
+from tabulate import tabulate
+
+__all__ = ["Problem", "SupportReport", "UnsupportedModelError"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation that stands in the way of an exact result.
+
+    Attributes:
+        operation: the ATen operation, e.g. ``aten.softmax.int``.
+        node: its name in the exported graph.
+        module_path: qualified name of the module that called it (``""`` for the model itself).
+        source_line: ``file:line: code`` of the user's call, as far as it is known.
+        reason: why the theory does not cover it.
+        remedy: what can be done.
+    """
+
+    operation: str
+    node: str
+    module_path: str
+    source_line: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class SupportReport:
+    """Which operations of a model are outside the model class; true if there are none.
+
+    Example:
+        >>> import torch, fxpath
+        >>> report = fxpath.check(torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Sigmoid()))
+        >>> bool(report), [problem.operation for problem in report.problems]
+        (False, ['aten.sigmoid.default'])
+    """
+
+    problems: tuple[Problem, ...]
+
+    @property
+    def supported(self) -> bool:
+        """Whether path-norm and scores of the model are exact."""
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.supported
+
+    def __str__(self) -> str:
+        if self.supported:
+            return "supported: every operation has an exact rule"
+        kinds: dict[tuple[str, str, str], list[Problem]] = {}
+        for problem in self.problems:
+            kinds.setdefault((problem.operation, problem.reason, problem.remedy), []).append(problem)
+        rows = [
+            [
+                p.operation.removeprefix("aten.").split(".")[0],
+                _ending(p.module_path or "(model)", 34),
+                _ending(p.source_line.rsplit("/", 1)[-1], 40, keep_start=True),
+            ]
+            for p in self.problems
+        ]
+        advice = [
+            f"{operation}, {len(found)} time{'s' * (len(found) > 1)}: {reason}.\n  {remedy}."
+            for (operation, reason, remedy), found in kinds.items()
+        ]
+        table = tabulate(rows, headers=["operation", "module", "source"])
+        return f"{table}\n\n" + "\n".join(advice)
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as plain data."""
+        return {"supported": self.supported, "problems": [asdict(p) for p in self.problems]}
+
+
+def _ending(text: str, width: int, keep_start: bool = False) -> str:
+    """Cut a text to ``width``, at its end if ``keep_start``, else at its start."""
+    if len(text) <= width:
+        return text
+    return text[: width - 1] + "…" if keep_start else "…" + text[1 - width :]
+
+
+class UnsupportedModelError(ValueError):
+    """Raised when no exact result exists; ``report`` lists every offending operation."""
+
+    def __init__(self, report: SupportReport) -> None:
+        """Keep the report and make it the message."""
+        self.report = report
+        super().__init__(f"{len(report.problems)} operation(s) have no exact rule\n\n{report}")
+
+    def __reduce__(self) -> tuple[type, tuple[SupportReport]]:
+        return type(self), (self.report,)
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """Qualified name of the innermost module that produced a node of an exported graph."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path: str = list(stack.values())[-1][0]
+    return path
+
+
+def source_line(node: torch.fx.Node) -> str:
+    """``file:line: code`` of the innermost frame outside of torch."""
+    frames: list[tuple[str, str]] = []
+    lines = (node.meta.get("stack_trace") or "").splitlines()
+    for i, line in enumerate(lines):
+        if line.strip().startswith('File "'):
+            _, path, rest = line.split('"', 2)
+            number = rest.split("line ", 1)[1].split(",", 1)[0]
+            code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+            frames.append((path, f"{path}:{number}: {code}"))
+    ours = [text for path, text in frames if "/torch/nn/" not in path and "/torch/_" not in path]
+    return (ours or [text for _, text in frames] or ["unknown"])[-1]
+
+
+def problem(node: torch.fx.Node, reason: str, remedy: str) -> Problem:
+    """Describe a node of an exported graph that has no exact rule."""
+    return Problem(str(node.target), node.name, module_path(node), source_line(node), reason, remedy)

@@ -1,0 +1,97 @@
+"""One run of a lifted graph: the norm, its range, and its gradient; eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxpath.interpret import PathNorm
+
+__all__ = ["Compiled", "Run", "evaluate"]
+
+
+@dataclass
+class Run:
+    """Results of one run.
+
+    Attributes:
+        log: log ||Phi||_q^q, 0-d float64.
+        smallest: smallest ratio of a non-zero entry to the largest one of its tensor, 0-d float64.
+        zeros: entries that came out as zero, 0-d int64.
+        shares: share of path mass through each coordinate, by name.
+        leaves: |theta|^q as it was used, by name, one for each use.
+    """
+
+    log: Tensor
+    smallest: Tensor
+    zeros: Tensor
+    shares: dict[str, Tensor]
+    leaves: dict[str, list[Tensor]]
+
+    def finite(self) -> bool:
+        """Whether every share is a number: a gradient through a dead neuron can overflow."""
+        return all(bool(share.sum().isfinite()) for share in self.shares.values())
+
+
+def evaluate(
+    module: fx.GraphModule, tensors: Mapping[str, Tensor], dtype: torch.dtype, q: float, scores: bool
+) -> Run:
+    """Run a lifted graph eagerly, with shares if ``scores``."""
+    run = PathNorm(module, dtype, q, leaves=True)
+    with torch.set_grad_enabled(scores):
+        log = run.run(tensors)
+    leaves = run.leaves or {}
+    shares = _shares(log, leaves) if scores else {}
+    return Run(log.detach(), run.smallest(), run.zeros(), shares, leaves)
+
+
+def _shares(log: Tensor, leaves: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """leaf * d log / d leaf (14), summed over the uses of a coordinate."""
+    flat = [leaf for uses in leaves.values() for leaf in uses]
+    if not log.requires_grad:
+        return {name: torch.zeros_like(uses[0]) for name, uses in leaves.items()}
+    grads = iter(torch.autograd.grad(log, flat, allow_unused=True))
+    shares: dict[str, Tensor] = {}
+    for name, uses in leaves.items():
+        for leaf in uses:
+            grad = next(grads)
+            share = torch.zeros_like(leaf) if grad is None else grad * leaf.detach()
+            shares[name] = shares[name] + share if name in shares else share
+    return shares
+
+
+class Compiled:
+    """The same run through ``torch.compile``: traced once into one flat graph, then compiled."""
+
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype, q: float) -> None:
+        """Nothing is compiled before the first call."""
+        self._module, self._dtype, self._q = module, dtype, q
+        self._compiled: dict[bool, tuple[Callable[..., Any], list[str]]] = {}
+
+    def __call__(self, tensors: Mapping[str, Tensor], scores: bool) -> Run:
+        """Run, with shares if ``scores``."""
+        values = [tensor.detach() for tensor in tensors.values()]
+        if scores not in self._compiled:
+            self._compiled[scores] = self._trace(list(tensors), values, scores)
+        function, names = self._compiled[scores]
+        log, smallest, zeros, *shares = function(*values)
+        return Run(log, smallest, zeros, dict(zip(names, shares, strict=True)), {})
+
+    def _trace(
+        self, keys: list[str], values: list[Tensor], scores: bool
+    ) -> tuple[Callable[..., Any], list[str]]:
+        names: list[str] = []
+
+        def flat(*arguments: Tensor) -> list[Tensor]:
+            tensors = dict(zip(keys, arguments, strict=True))
+            run = evaluate(self._module, tensors, self._dtype, self._q, scores)
+            names[:] = list(run.shares)
+            return [run.log, run.smallest, run.zeros, *run.shares.values()]
+
+        traced = make_fx(flat, tracing_mode="fake")(*values)
+        return torch.compile(traced, fullgraph=True, dynamic=False), names

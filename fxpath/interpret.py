@@ -1,0 +1,271 @@
+"""Interpretations of a lifted graph: what each of its operations does to a value.
+
+:class:`Interpretation` walks the graph and names what has to be said; :class:`PathNorm` says it for the
+path-norm with a running scale, :class:`Support` for the pattern of non-zero entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath import ops
+
+__all__ = ["Interpretation", "PathNorm", "Scaled", "Support", "power"]
+
+
+def power(value: Tensor, q: float) -> Tensor:
+    """``|value| ** q`` with 0 ** 0 = 0, which counts non-zero paths for q = 0."""
+    if q == 1:
+        return value.abs()
+    if q == 0:
+        return (value != 0).to(value.dtype)
+    return value.abs().pow(q)
+
+
+class Interpretation:
+    """Runs a lifted graph; subclasses implement one method per operation of the vocabulary.
+
+    A method is called like the function of :mod:`fxpath.ops` whose name it bears.  Activations are of
+    whatever type :meth:`is_activation` recognizes; weights, and all that is computed from the model's
+    tensors alone, are plain tensors.  Operations outside the vocabulary only move entries, and go to
+    :meth:`move`.
+    """
+
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype, q: float = 1.0) -> None:
+        """Interpret ``module`` in ``dtype`` for the l^q path-norm."""
+        self.module = module
+        self.dtype = dtype
+        self.q = q
+        self._last_use = _last_uses(module.graph)
+
+    def run(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Evaluate on the model's tensors, by the names of the graph's placeholders."""
+        self.device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        env: dict[fx.Node, Any] = {}
+        for node in self.module.graph.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            if node.op == "placeholder":
+                env[node] = tensors[node.target]
+            elif node.op == "get_attr":
+                env[node] = getattr(self.module, node.target).to(self.device)
+            elif node.op == "output":
+                return args[0]
+            else:
+                env[node] = self._call(node.target, args, kwargs)
+            for done in self._last_use.get(node, ()):
+                del env[done]
+        raise AssertionError("a graph ends with its output")
+
+    def _call(self, target: Any, args: Any, kwargs: Any) -> Any:
+        method: Callable[..., Any] | None = None
+        if getattr(ops, target.__name__, None) is target:
+            method = getattr(self, target.__name__, None)
+        if method is not None:
+            return method(*args, **kwargs)
+        flat = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        if any(self.is_activation(a) for a in flat):
+            return self.move(target, *args)
+        return target(*args, **kwargs)
+
+    def is_activation(self, value: Any) -> bool:
+        """Whether a value is an activation of this interpretation."""
+        raise NotImplementedError
+
+    def move(self, target: Callable[..., Tensor], *args: Any) -> Any:
+        """An operation that only moves entries."""
+        raise NotImplementedError
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node the values that nothing after it reads: they are freed there."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for read in node.all_input_nodes:
+            last[read] = node
+        last.setdefault(node, node)
+    freed: dict[fx.Node, list[fx.Node]] = {}
+    for read, node in last.items():
+        if node.op != "output":
+            freed.setdefault(node, []).append(read)
+    return freed
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The tensor ``mantissa * 2 ** exponent``; ``exponent`` is a 0-d int32 tensor."""
+
+    mantissa: Tensor
+    exponent: Tensor
+
+
+@dataclass
+class Range:
+    """What a run saw of its own range, to tell whether a number format sufficed."""
+
+    smallest: list[Tensor] = field(default_factory=list)
+    zeros: list[Tensor] = field(default_factory=list)
+
+
+class PathNorm(Interpretation):
+    """log ||Phi(theta)||_q^q, with a running power-of-two scale in every tensor.
+
+    The scales are constants for differentiation.  With ``leaves`` the entries of theta are collected
+    as leaves of the autograd graph, so that ``leaf * grad(log norm, leaf)`` are the shares (14).
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, dtype: torch.dtype, q: float = 1.0, leaves: bool = False
+    ) -> None:
+        """See :class:`Interpretation`; ``leaves`` asks for leaves instead of live parameters."""
+        super().__init__(module, dtype, q)
+        self.leaves: dict[str, list[Tensor]] | None = {} if leaves else None
+        self.range = Range()
+
+    def is_activation(self, value: Any) -> bool:
+        return isinstance(value, Scaled)
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def power(self, value: Tensor) -> Tensor:
+        """``|value| ** q`` in the number format of this run."""
+        return power(value.to(self.dtype), self.q)
+
+    def coordinate(self, value: Tensor, name: str) -> Tensor:
+        """Entries of theta."""
+        lifted = self.power(value)
+        if self.leaves is not None:
+            lifted = lifted.detach().requires_grad_()
+            self.leaves.setdefault(name, []).append(lifted)
+        return lifted
+
+    def coefficient(self, value: Tensor) -> Tensor:
+        """Architecture: no leaf."""
+        return self.power(value)
+
+    # -- activations ------------------------------------------------------------------------------
+
+    def rescale(self, mantissa: Tensor, exponent: Tensor) -> Scaled:
+        """Bring the largest entry of a new tensor into [0.5, 1), and note its range."""
+        values = mantissa.detach()
+        largest = values.amax()
+        _, step = torch.frexp(largest)
+        # Beyond this a single step would leave the format's own exponents; the next one goes on.
+        limit = 1000 if self.dtype == torch.float64 else 120
+        step = step.clamp(-limit, limit)
+        factor = torch.exp2(-step.to(self.dtype))
+        occupied = torch.where(values > 0, values, torch.inf)
+        self.range.smallest.append((occupied.amin() / largest).double())
+        self.range.zeros.append((values <= 0).sum())
+        return Scaled(mantissa * factor, exponent + step)
+
+    def align(self, values: list[Scaled]) -> tuple[list[Tensor], Tensor]:
+        """Mantissas of several tensors at their largest common exponent; all-zero ones adapt."""
+        exponents = torch.stack([v.exponent for v in values])
+        occupied = torch.stack([v.mantissa.detach().amax() > 0 for v in values])
+        lowest = torch.full_like(exponents, torch.iinfo(torch.int32).min // 2)
+        common = torch.where(occupied, exponents, lowest).amax()
+        common = torch.where(occupied.any(), common, torch.zeros_like(common))
+        factors = torch.exp2((exponents - common).clamp(-2000, 0).to(self.dtype))
+        return [v.mantissa * factors[i] for i, v in enumerate(values)], common
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.int32, device=self.device)
+
+    def source(self, shape: list[int]) -> Scaled:
+        return Scaled(torch.ones(tuple(shape), dtype=self.dtype, device=self.device), self._zero())
+
+    def constant(self, bias: Tensor) -> Scaled:
+        return self.rescale(bias, self._zero())
+
+    def conv(self, x: Scaled, weight: Tensor, *spec: Any) -> Scaled:
+        return self.rescale(ops.conv(x.mantissa, weight, *spec), x.exponent)
+
+    def linear(self, x: Scaled, weight: Tensor) -> Scaled:
+        return self.rescale(ops.linear(x.mantissa, weight), x.exponent)
+
+    def matmul(self, x: Scaled, weight: Tensor, weight_first: bool) -> Scaled:
+        return self.rescale(ops.matmul(x.mantissa, weight, weight_first), x.exponent)
+
+    def einsum(self, x: Scaled, weight: Tensor, equation: str) -> Scaled:
+        return self.rescale(ops.einsum(x.mantissa, weight, equation), x.exponent)
+
+    def scale(self, x: Scaled | Tensor, weight: Tensor) -> Scaled | Tensor:
+        if isinstance(x, Tensor):  # a coefficient in front of a weight
+            return x * weight
+        return self.rescale(x.mantissa * weight, x.exponent)
+
+    def shift(self, x: Scaled, bias: Tensor) -> Scaled:
+        return self.add(x, self.rescale(bias, self._zero()))
+
+    def slope(self, x: Scaled, a: Tensor | float) -> Scaled:
+        if not isinstance(a, Tensor):
+            return Scaled(x.mantissa * max(1.0, abs(a)) ** self.q, x.exponent)
+        factor = a.to(self.dtype).abs().clamp(min=1) ** self.q
+        return self.rescale(x.mantissa * factor, x.exponent)
+
+    def along(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
+        weighted = ops.along(x.mantissa, dim, index, power(weight, self.q))
+        return self.rescale(weighted, x.exponent)
+
+    def pool(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
+        return self.along(x, dim, index, weight)
+
+    def add(self, x: Scaled, y: Scaled) -> Scaled:
+        (a, b), exponent = self.align([x, y])
+        return self.rescale(a + b, exponent)
+
+    def maximum(self, x: Scaled, y: Scaled) -> Scaled:
+        return self.add(x, y)
+
+    def clamp(self, x: Scaled, lo: float, hi: float) -> Scaled:
+        bounds = sum(float(b != 0) if self.q == 0 else abs(b) ** self.q for b in (lo, hi))
+        return self.shift(x, torch.full((), bounds, dtype=self.dtype, device=self.device))
+
+    def move(self, target: Callable[..., Tensor], *args: Any) -> Scaled:
+        if isinstance(args[0], Scaled):
+            return Scaled(target(args[0].mantissa, *args[1:]), args[0].exponent)
+        pieces, exponent = self.align(list(args[0]))
+        return self.rescale(target(pieces, *args[1:]), exponent)
+
+    def total(self, outputs: list[Scaled]) -> Tensor:
+        """log of the sum over all output neurons, a 0-d float64 tensor (-inf if it is 0)."""
+        sums = [self.rescale(x.mantissa.sum(), x.exponent) for x in outputs]
+        mantissas, exponent = self.align(sums)
+        mantissa = torch.stack(mantissas).double().sum()
+        # The logarithm of 0 is replaced before it is taken, so that its gradient is 0 and not NaN.
+        positive = mantissa > 0
+        log = torch.where(positive, mantissa, torch.ones_like(mantissa)).log()
+        log = log + exponent.double() * math.log(2)
+        return torch.where(positive | mantissa.isnan(), log, torch.full_like(log, -math.inf))
+
+    # -- range ------------------------------------------------------------------------------------
+
+    def smallest(self) -> Tensor:
+        """Smallest ratio of a non-zero entry to the largest one in its tensor; 0-d float64."""
+        return torch.stack(self.range.smallest).amin()
+
+    def zeros(self) -> Tensor:
+        """Number of entries that came out as zero, over all tensors; 0-d int64."""
+        return torch.stack(self.range.zeros).sum()
+
+
+class Support(PathNorm):
+    """The pattern of non-zero entries: which neurons some non-zero path reaches.
+
+    Its count of zeros is the one that exact arithmetic has, so that a larger count in a run of
+    :class:`PathNorm` tells that something underflowed.
+    """
+
+    def power(self, value: Tensor) -> Tensor:
+        return (value != 0).to(self.dtype)
+
+    def rescale(self, mantissa: Tensor, exponent: Tensor) -> Scaled:
+        self.range.smallest.append(torch.ones((), dtype=torch.float64, device=self.device))
+        self.range.zeros.append((mantissa <= 0).sum())
+        return Scaled((mantissa > 0).to(self.dtype), self._zero())

@@ -1,0 +1,125 @@
+"""Which operations of a lifted graph are layers, and what their neurons are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxpath import ops
+
+__all__ = ["Layer", "find_layers"]
+
+WEIGHING = {ops.conv, ops.linear, ops.matmul, ops.einsum, ops.scale}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights and biases that one operation of the model reads.
+
+    Attributes:
+        name: qualified name of the module, or of the parameter itself where no module is named so.
+        operation: ATen operation, e.g. ``conv2d``.
+        weight: name of its weight coordinates, ``None`` for an operation that only adds a bias.
+        bias: name of its bias coordinates, if it has any.
+        shape: shape of the weight (or bias) coordinates.
+        channels: weight-shaped tensor -> sums per output channel.
+    """
+
+    name: str
+    operation: str
+    weight: str | None
+    bias: str | None
+    shape: tuple[int, ...]
+    channels: Callable[[Tensor], Tensor]
+
+    def neuron_shares(self, shares: Mapping[str, Tensor]) -> Tensor:
+        """Share of path mass through each output channel: incoming weights and bias."""
+        if self.weight is None:
+            assert self.bias is not None
+            return shares[self.bias].flatten()
+        mass = self.channels(shares[self.weight])
+        if self.bias is not None and shares[self.bias].numel() == mass.numel():
+            mass = mass + shares[self.bias].flatten()
+        return mass
+
+
+def find_layers(module: fx.GraphModule) -> list[Layer]:
+    """Layers of a lifted graph in order of execution; a reused one is listed once."""
+    weights: dict[fx.Node | None, fx.Node] = {}
+    biases: dict[fx.Node | None, fx.Node] = {}
+    for node in module.graph.nodes:
+        table = weights if node.target in WEIGHING else biases if node.target is ops.shift else None
+        if table is not None and _coordinate(node.args[1]) is not None:
+            table.setdefault(node.meta["origin"], node)
+    layers: dict[str, Layer] = {}
+    for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes]):
+        if origin in weights or origin in biases:
+            layer = _layer(origin, weights.get(origin), biases.get(origin))
+            layers.setdefault(layer.name, layer)
+    return list(layers.values())
+
+
+def _layer(origin: fx.Node | None, weigh: fx.Node | None, shift: fx.Node | None) -> Layer:
+    weight = None if weigh is None else _coordinate(weigh.args[1])
+    bias = None if shift is None else _coordinate(shift.args[1])
+    main = weight or bias
+    assert main is not None and origin is not None
+    name: str = main.args[1]
+    operation = origin.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    return Layer(
+        name=name.removesuffix(".weight").removesuffix(".bias"),
+        operation=operation.removeprefix("_native_").removesuffix("_legit_no_training"),
+        weight=None if weight is None else name,
+        bias=None if bias is None else str(bias.args[1]),
+        shape=tuple(main.meta["val"].shape),
+        channels=_flatten if weigh is None else _channels(weigh),
+    )
+
+
+def _coordinate(weight: object) -> fx.Node | None:
+    """The coordinates behind a weight, through operations that only relabel entries."""
+    while isinstance(weight, fx.Node) and weight.op == "call_function":
+        if weight.target is ops.coordinate:
+            return weight
+        weight = weight.args[0]
+    return None
+
+
+def _relabel(weight: fx.Node, value: Tensor) -> Tensor:
+    """Show coordinates as the operation sees them."""
+    if weight.target is ops.coordinate:
+        return value
+    inner = _relabel(weight.args[0], value)  # type: ignore[arg-type]
+    return inner if weight.target is ops.scale else weight.target(inner, *weight.args[1:])  # type: ignore[operator]
+
+
+def _flatten(value: Tensor) -> Tensor:
+    return value.flatten()
+
+
+def _channels(node: fx.Node) -> Callable[[Tensor], Tensor]:
+    """Sum over all axes of a weight but those of its output channels."""
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+
+    def channels(value: Tensor) -> Tensor:
+        seen = _relabel(weight, value)
+        if node.target is ops.conv and node.args[5]:
+            blocks = seen.reshape(int(node.args[8]), -1, *seen.shape[1:])  # type: ignore[call-overload]
+            return blocks.flatten(3).sum((1, -1)).flatten() if blocks.dim() > 3 else blocks.sum(1).flatten()
+        if node.target in (ops.conv, ops.linear):
+            return seen.flatten(1).sum(1)
+        if node.target is ops.matmul:
+            axis = -2 if node.args[2] else -1
+            return seen.movedim(axis, 0).flatten(1).sum(1) if seen.dim() > 1 else seen.sum()[None]
+        if node.target is ops.einsum:
+            terms, output = str(node.args[2]).split("->")
+            letters = terms.split(",")[1]
+            kept = "".join(c for c in letters if c in output)
+            return torch.einsum(f"{letters}->{kept}", seen).flatten()
+        return seen.flatten()
+
+    return channels

@@ -1,0 +1,198 @@
+"""The vocabulary of the lifted network.
+
+Every supported ATen operation is rewritten into the few functions below, so that whatever interprets
+a lifted graph (the path-norm, its reduction, a metric between two sets of weights) has these to
+understand and no others.  Called as they are, they compute the l^1 path-norm without any care for
+range: a source of ones, entries of theta in absolute value, sums instead of maxima.
+
+Operations that only move entries (``aten.reshape``, ``aten.permute``, ``aten.cat``) appear in a lifted
+graph under their own name: they do the same to every kind of value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "add",
+    "along",
+    "clamp",
+    "coefficient",
+    "constant",
+    "conv",
+    "coordinate",
+    "einsum",
+    "folded_bias",
+    "folded_weight",
+    "linear",
+    "matmul",
+    "maximum",
+    "normalizer",
+    "pool",
+    "scale",
+    "shift",
+    "slope",
+    "source",
+    "total",
+]
+
+
+# -- where a value begins -------------------------------------------------------------------------
+
+
+def source(shape: Sequence[int]) -> Tensor:
+    """Input neurons: the empty product of Def. A.5, one for every entry."""
+    return torch.ones(tuple(shape))
+
+
+def coordinate(value: Tensor, name: str) -> Tensor:
+    """Entries of the effective parameter vector theta, scored under ``name``."""
+    return value.abs()
+
+
+def coefficient(value: Tensor) -> Tensor:
+    """Fixed edge weights of the architecture: they count on a path, but carry no score."""
+    return value.abs()
+
+
+def constant(bias: Tensor) -> Tensor:
+    """Neurons without antecedents other than their bias."""
+    return bias
+
+
+# -- effective parameters (evaluated before the absolute value) ------------------------------------
+
+
+def normalizer(gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
+    """gamma / sigma of a frozen batch norm, in float64; shape ``[channels]``."""
+    inverse = (var.double() + eps).rsqrt()
+    return inverse if gamma is None else gamma.double() * inverse
+
+
+def folded_weight(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
+    """Weight of a map followed by a frozen batch norm: ``factor`` along its output channels.
+
+    ``axis`` is the output axis of ``weight``; a transposed convolution (axis 1) lists the output
+    channels of each of its ``groups`` apart, in blocks along axis 0.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if axis == 0:
+        return weight.to(dtype) * factor.to(dtype).reshape(-1, *[1] * (weight.dim() - 1))
+    blocks = weight.to(dtype).reshape(groups, -1, *weight.shape[1:])
+    per_block = factor.to(dtype).reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+    return (blocks * per_block).reshape(weight.shape)
+
+
+def folded_bias(bias: Tensor | None, factor: Tensor, beta: Tensor | None, mean: Tensor) -> Tensor:
+    """Bias beta + factor * (bias - mean), in float64: the one place where something can cancel."""
+    centre = -mean.double() if bias is None else bias.double() - mean.double()
+    folded = factor * centre
+    return folded if beta is None else folded + beta.double()
+
+
+# -- weighted sums ---------------------------------------------------------------------------------
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution without bias, in ``aten.convolution``'s convention."""
+    return torch.ops.aten.convolution.default(
+        x, weight.to(x.dtype), None, stride, padding, dilation, transposed, output_padding, groups
+    )
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``; shapes ``[..., in]`` and ``[out, in]``."""
+    return torch.nn.functional.linear(x, weight.to(x.dtype))
+
+
+def matmul(x: Tensor, weight: Tensor, weight_first: bool) -> Tensor:
+    """``weight @ x`` if ``weight_first``, else ``x @ weight``."""
+    weight = weight.to(x.dtype)
+    return torch.matmul(weight, x) if weight_first else torch.matmul(x, weight)
+
+
+def einsum(x: Tensor, weight: Tensor, equation: str) -> Tensor:
+    """A contraction of activations (first operand of ``equation``) with weights (second)."""
+    return torch.einsum(equation, x, weight.to(x.dtype))
+
+
+def scale(x: Tensor, weight: Tensor) -> Tensor:
+    """One edge per entry: ``x * weight`` with broadcasting."""
+    return x * weight.to(x.dtype)
+
+
+def shift(x: Tensor, bias: Tensor) -> Tensor:
+    """Biases: ``x + bias`` with broadcasting."""
+    return x + bias.to(x.dtype)
+
+
+def slope(x: Tensor, a: Tensor | float) -> Tensor:
+    """Activation with values in {1, a} on a path: factor max(1, |a|), architecture."""
+    return x * (a.to(x.dtype).abs().clamp(min=1) if isinstance(a, Tensor) else max(1.0, abs(a)))
+
+
+# -- fixed sums ------------------------------------------------------------------------------------
+
+
+def along(x: Tensor, dim: int, index: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of positions along one axis: a linear map with fixed coefficients >= 0.
+
+    Output position ``o`` is ``sum_k weight[o, k] * x[index[o, k]]``; both of shape ``[out, taps]``.
+    Unused taps have weight 0.
+    """
+    out, taps = index.shape
+    size = x.shape[dim]
+    moved = x.movedim(dim, -1)
+    if taps == 1:
+        summed = moved.index_select(-1, index[:, 0]) * weight[:, 0].to(x.dtype)
+    elif out * size <= DENSE_LIMIT:
+        matrix = weight.new_zeros(out, size).scatter_add(1, index, weight).to(x.dtype)
+        summed = torch.matmul(moved, matrix.T)
+    else:
+        # A long axis (audio): a dense matrix would not fit, one gather per tap does.
+        summed = moved.new_zeros(*moved.shape[:-1], out)
+        for tap in range(taps):
+            picked = moved.index_select(-1, index[:, tap])
+            summed = summed + picked * weight[:, tap].to(x.dtype)
+    return summed.movedim(-1, dim)
+
+
+def pool(x: Tensor, dim: int, index: Tensor, weight: Tensor) -> Tensor:
+    """k-max-pooling windows along one axis, lifted: the sum over the window (edges of weight 1)."""
+    return along(x, dim, index, weight)
+
+
+#: Entries up to which a map along an axis is applied as a dense matrix.
+DENSE_LIMIT = 1 << 22
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Identity neurons with two antecedents."""
+    return x + y
+
+
+def maximum(x: Tensor, y: Tensor) -> Tensor:
+    """2-max-pooling neurons, lifted: the sum."""
+    return x + y
+
+
+def clamp(x: Tensor, lo: float, hi: float) -> Tensor:
+    """2-max-pooling against constant neurons ``lo`` and ``hi``: ``x + |lo| + |hi|``."""
+    return x + (abs(lo) + abs(hi))
+
+
+def total(outputs: Sequence[Tensor]) -> Tensor:
+    """Sum over all output neurons: the path-norm."""
+    return torch.stack([output.sum() for output in outputs]).sum()

@@ -1,0 +1,1 @@
+"""Rewriting passes, one file each: graph in, graph out."""

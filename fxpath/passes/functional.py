@@ -1,0 +1,97 @@
+"""Pass: in-place operations become functional ones.
+
+Requires an exported program.  Ensures that no operation of its graph writes to a tensor.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
+
+__all__ = ["functionalize"]
+
+aten = torch.ops.aten
+
+#: Operations that may return their argument itself although their schema does not say so.
+MAY_ALIAS = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+    aten.rrelu.default,
+}
+
+
+def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportGraphSignature]:
+    """A copy of the program's graph without in-place operations, and the signature that goes with it.
+
+    An in-place operation on a tensor that nothing else shares (``ReLU(inplace=True)``, ``out += x``)
+    is renamed on the spot.  Where views are involved (``y[:, 0] = 0``), torch's own functionalization
+    does it, with an empty decomposition table so that convolutions and linear maps stay whole.
+    """
+    graph = _copy(program.graph)
+    if not _rename(graph):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = program.run_decompositions({})
+        graph = _copy(program.graph)
+    graph.lint()
+    return graph, program.graph_signature
+
+
+def _copy(original: fx.Graph) -> fx.Graph:
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(original, copied))
+    return graph
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _rename(graph: fx.Graph) -> bool:
+    """Make in-place operations functional; false if one of them writes through an alias."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    storage: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        storage[node] = storage[node.args[0]] if _aliases(node) else node
+        if not _mutates(node):
+            continue
+        target = node.args[0]
+        functional = _functional(node.target)
+        shared = any(
+            root is storage[node]
+            and other not in (node, target)
+            and any(order[user] > order[node] for user in other.users)
+            for other, root in storage.items()
+        )
+        if functional is None or shared:
+            return False
+        node.target = functional
+        for user in list(target.users):
+            if order[user] > order[node]:
+                user.replace_input_with(target, node)
+    return True
+
+
+def _aliases(node: fx.Node) -> bool:
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True  # getitem on the pieces of a split
+    returns = node.target._schema.returns
+    return node.target in MAY_ALIAS or any(r.alias_info is not None for r in returns)
+
+
+def _functional(overload: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """``aten.relu_.default`` -> ``aten.relu.default``, if there is such an overload."""
+    namespace, name = overload._schema.name.split("::")
+    if namespace != "aten" or not name.endswith("_"):
+        return None
+    packet = getattr(aten, name[:-1], None)
+    return getattr(packet, overload._overloadname, None) if packet is not None else None

@@ -1,0 +1,321 @@
+"""Pass: ATen graph -> lifted graph in the vocabulary of :mod:`fxpath.ops`.
+
+Requires a functional ATen graph with static shapes.  Ensures that every operation between the inputs
+and the outputs was claimed by a rule (or is listed in the report), that every intermediate shape is
+the one of the original network, and that every coordinate of theta has a name of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath import ops
+from fxpath.capture import Captured
+from fxpath.errors import SupportReport, UnsupportedModelError, problem
+from fxpath.naming import RELABELLING, coordinate_name, depends_on_parameter
+from fxpath.rules import RULES, Refusal, refusal
+from fxpath.rules.refused import ORDER, RANDOM
+from fxpath.schema import bind
+from fxpath.stencil import Stencil
+
+__all__ = ["Lift", "lift"]
+
+aten = torch.ops.aten
+
+#: Tensors made from the shape of another one: the fill value, or the argument that holds it.
+MADE_FROM_SHAPE: dict[Any, float | str] = {
+    aten.zeros_like.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.new_zeros.default: 0.0,
+    aten.new_ones.default: 1.0,
+    aten.zero.default: 0.0,
+    aten.full_like.default: "fill_value",
+    aten.new_full.default: "fill_value",
+    aten.fill.Scalar: "value",
+    aten.fill.Tensor: "value",
+}
+
+
+def lift(captured: Captured) -> fx.GraphModule:
+    """Lift a captured model.
+
+    Returns:
+        A graph module that takes the model's tensors (placeholders named as in ``captured``) and
+        returns the path-norm, without care for range.
+
+    Raises:
+        UnsupportedModelError: listing every operation without an exact rule.
+    """
+    lifting = Lift(captured)
+    module = lifting.run()
+    if lifting.problems:
+        raise UnsupportedModelError(SupportReport(tuple(lifting.problems)))
+    return module
+
+
+class Lift:
+    """The state of the pass; rules call its methods to emit lifted nodes."""
+
+    def __init__(self, captured: Captured) -> None:
+        """Prepare an empty lifted graph."""
+        self.captured = captured
+        self.graph = fx.Graph()
+        self.root = torch.nn.Module()
+        self.problems: list[Any] = []
+        self._env: dict[fx.Node, fx.Node | list[fx.Node | None]] = {}
+        self._copied: dict[fx.Node, fx.Node] = {}
+        self._expressions: dict[Any, fx.Node] = {}
+        self._weights: dict[fx.Node, fx.Node] = {}
+        self._owners: dict[str, fx.Node] = {}
+        self._active: set[fx.Node] = set()
+        self._current: fx.Node | None = None
+
+    # -- the walk ---------------------------------------------------------------------------------
+
+    def run(self) -> fx.GraphModule:
+        """Lift node by node; problems are collected, not raised."""
+        original = self.captured.graph_module.graph
+        output = next(iter(reversed(original.nodes)))
+        needed = _ancestors(output)
+        for node in original.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+        for node in original.nodes:
+            if node.op != "call_function" or node.target in MADE_FROM_SHAPE:
+                continue
+            if any(n in self._active for n in node.all_input_nodes):
+                self._active.add(node)
+                if node in needed:
+                    self._env[node] = self._apply(node)
+        outputs = [self._output(value) for value in output.args[0] if _is_float(value)]
+        self.graph.output(self.emit(ops.total, outputs))
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return fx.GraphModule(self.root, self.graph)
+
+    def _placeholder(self, node: fx.Node) -> None:
+        if node.name in self.captured.tensors:
+            self._copied[node] = self.graph.placeholder(node.name)
+            self._copied[node].meta["val"] = _meta(node.meta["val"])
+        else:
+            self._active.add(node)
+            if isinstance(node.meta.get("val"), Tensor):
+                self._env[node] = self.emit(ops.source, tuple(node.meta["val"].shape))
+
+    def _apply(self, node: fx.Node) -> fx.Node | list[fx.Node | None]:
+        self._current = node
+        try:
+            if node.target is operator.getitem:
+                return self._item(node)
+            rule = RULES.get(node.target)
+            if rule is None:
+                name = getattr(node.target, "_schema", None)
+                raise refusal(name.name.split("::")[1] if name else str(node.target))
+            lifted = rule(self, node, bind(node))
+        except Refusal as why:
+            self.problems.append(problem(node, why.reason, why.remedy))
+            return self._stand_in(node.meta.get("val"))
+        if isinstance(lifted, fx.Node):
+            expected, found = tuple(node.meta["val"].shape), self.shape(lifted)
+            if expected != found:
+                raise AssertionError(f"{node.name}: lifted to {found}, but it is {expected}")
+        return lifted
+
+    def _item(self, node: fx.Node) -> fx.Node:
+        pieces = self._env[node.args[0]]
+        piece = pieces[node.args[1]] if isinstance(pieces, list) else None
+        if piece is None:
+            raise Refusal(*ORDER)
+        return piece
+
+    def _stand_in(self, value: Any) -> fx.Node | list[fx.Node | None]:
+        """A value of the right shape, so that later operations are checked as well."""
+        if isinstance(value, Tensor):
+            return self.emit(ops.source, tuple(value.shape))
+        return [self._stand_in(v) for v in value] if isinstance(value, (list, tuple)) else []
+
+    def _output(self, value: fx.Node) -> fx.Node:
+        if value in self._active:
+            lifted = self._env[value]
+            assert isinstance(lifted, fx.Node)
+            return lifted
+        return self.emit(ops.constant, self.weight(value, value, "bias"))
+
+    # -- what rules use ---------------------------------------------------------------------------
+
+    def emit(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """Append a lifted node; its shape is found by running it on the meta device."""
+        node = self.graph.call_function(function, args)
+        node.meta["origin"] = self._current
+        on_meta = fx.map_arg(args, lambda n: n.meta["val"])
+        result = function(*on_meta)
+        node.meta["val"] = _meta(result)
+        return node
+
+    def is_active(self, value: Any) -> bool:
+        """Whether a value of the original graph depends on the network's inputs."""
+        return isinstance(value, fx.Node) and value in self._active
+
+    def node(self, value: fx.Node) -> fx.Node:
+        """The lifted counterpart of an activation; constants become neurons with a bias only."""
+        if value not in self._active:
+            return self.emit(ops.constant, self.weight(value, value, "bias"))
+        lifted = self._env[value]
+        assert isinstance(lifted, fx.Node)
+        return lifted
+
+    @staticmethod
+    def shape(lifted: fx.Node) -> tuple[int, ...]:
+        """Shape of a lifted value."""
+        return tuple(lifted.meta["val"].shape)
+
+    def weight(self, value: Any, user: fx.Node, suffix: str = "weight") -> fx.Node:
+        """Absolute value of a weight: coordinates of theta, or coefficients of the architecture.
+
+        Args:
+            value: a node of the original graph that depends on no input, or a number.
+            user: the operation that reads it; its module names a computed weight.
+            suffix: ``weight`` or ``bias``.
+        """
+        if not isinstance(value, fx.Node):
+            return self.emit(ops.coefficient, self.buffer(torch.tensor(float(value)), "number"))
+        if value not in self._weights:
+            self._weights[value] = self._weight(value, user, suffix)
+        return self._weights[value]
+
+    def _weight(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
+        if value.target in RELABELLING and isinstance(value.args[0], fx.Node):
+            inner = self.weight(value.args[0], user, suffix)
+            return self.emit(value.target, inner, *value.args[1:])
+        name = value.meta.get("coordinate")
+        if name is None and depends_on_parameter(self.captured, value):
+            name = coordinate_name(self.captured, value, user, suffix)
+        static = self.static(value)
+        if not static.meta["val"].is_floating_point():
+            static = self.emit(aten.to.dtype, static, torch.float32)
+        if name is None:
+            return self.emit(ops.coefficient, static)
+        return self.emit(ops.coordinate, static, self._own(name, value, static))
+
+    def _own(self, name: str, value: fx.Node, static: fx.Node) -> str:
+        """Keep a name for one coordinate array; scores of several uses of one weight add up."""
+        folded = value.target is ops.folded_weight
+        array = self.static(value.args[0]) if folded else static  # type: ignore[arg-type]
+        if self._owners.setdefault(name, array) is array:
+            return name
+        return self._own(f"{name}:{value.name}", value, static)
+
+    def static(self, value: fx.Node) -> fx.Node:
+        """Copy a computation on parameters and constants; equal expressions become one."""
+        if value in self._copied:
+            return self._copied[value]
+        if value.op != "call_function" or value in self._active:
+            raise AssertionError(f"{value.name} is no constant expression")
+        if value.target in MADE_FROM_SHAPE:
+            copied = self._filled(value)
+        else:
+            if torch.Tag.nondeterministic_seeded in getattr(value.target, "tags", ()):
+                self.problems.append(problem(value, *RANDOM))
+            args, kwargs = fx.map_arg((value.args, value.kwargs), self.static)
+            key = (value.target, repr(args), repr(kwargs))
+            if key not in self._expressions:
+                self._expressions[key] = self.graph.call_function(value.target, args, kwargs)
+            copied = self._expressions[key]
+        copied.meta.setdefault("val", fx.node.map_aggregate(value.meta.get("val"), _meta))
+        self._copied[value] = copied
+        return copied
+
+    def _filled(self, value: fx.Node) -> fx.Node:
+        made, fill = value.meta["val"], MADE_FROM_SHAPE[value.target]
+        number = bind(value)[fill] if isinstance(fill, str) else fill
+        if isinstance(number, fx.Node):
+            return self.emit(aten.expand.default, self.static(number), list(made.shape))
+        return self.buffer(torch.full(tuple(made.shape), number, dtype=made.dtype), "filled")
+
+    def constant(self, value: Any) -> Tensor | None:
+        """The value of a constant expression, or ``None`` if it depends on tensors of the model."""
+        if not isinstance(value, fx.Node):
+            return torch.tensor(value)
+        if value.op == "placeholder":
+            name = self.captured.tensors.get(value.name)
+            live = self.captured.live() if name not in self.captured.parameters else {}
+            return live.get(value.name)
+        args = [n for n in value.all_input_nodes if self.constant(n) is None]
+        if args or value in self._active or value.op != "call_function":
+            return None
+        known = fx.map_arg((value.args, value.kwargs), self.constant)
+        result = value.target(*known[0], **known[1])  # type: ignore[operator]
+        return result if isinstance(result, Tensor) else None
+
+    def buffer(self, tensor: Tensor, name: str) -> fx.Node:
+        """A constant of the lifted graph."""
+        count = sum(1 for key, _ in self.root.named_buffers() if key.startswith(name))
+        self.root.register_buffer(f"{name}_{count}", tensor)
+        node = self.graph.get_attr(f"{name}_{count}")
+        node.meta["val"] = _meta(tensor)
+        return node
+
+    def along(self, x: fx.Node, dim: int, stencil: Stencil, pool: bool = False) -> fx.Node:
+        """Apply a stencil along one axis; ``pool`` marks windows of a maximum."""
+        dim %= len(self.shape(x))
+        if stencil.size != self.shape(x)[dim]:
+            raise AssertionError(f"a stencil over {stencil.size} meets {self.shape(x)}")
+        if stencil.is_identity:
+            return x
+        plain = None if pool else _as_slice(stencil)
+        if plain is not None:
+            node = self.emit(aten.slice.Tensor, x, dim, *plain)
+        else:
+            index, weight = stencil.tensors()
+            node = self.emit(
+                ops.pool if pool else ops.along,
+                x,
+                dim,
+                self.buffer(index, "index"),
+                self.buffer(weight, "taps"),
+            )
+        node.meta["stencil"] = (dim, stencil)
+        return node
+
+    def reshape(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+        """The same entries in another shape."""
+        if self.shape(x) == tuple(shape):
+            return x
+        return self.emit(aten.reshape.default, x, list(shape))
+
+
+def _as_slice(stencil: Stencil) -> tuple[int, int, int] | None:
+    """Start, end and step, if the stencil picks positions at a constant step."""
+    if not stencil.rows or any(len(row) != 1 or row[0][1] != 1 for row in stencil.rows):
+        return None
+    positions = [row[0][0] for row in stencil.rows]
+    step = positions[1] - positions[0] if len(positions) > 1 else 1
+    if step < 1 or positions != list(range(positions[0], positions[-1] + 1, step)):
+        return None
+    return positions[0], positions[-1] + 1, step
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
+    return value
+
+
+def _is_float(value: fx.Node) -> bool:
+    tensor = value.meta.get("val")
+    return isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _ancestors(output: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [output]
+    while stack:
+        new = [n for n in stack.pop().all_input_nodes if n not in found]
+        found.update(new)
+        stack.extend(new)
+    return found

@@ -1,0 +1,232 @@
+"""PathProgram: a captured and rewritten model, evaluated on its live parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath.capture import Captured, Model, capture, check_finite
+from fxpath.evaluate import Compiled, evaluate
+from fxpath.interpret import PathNorm, Support
+from fxpath.passes.fold import fold_batch_norm
+from fxpath.passes.lift import lift
+
+__all__ = ["Evaluation", "PathProgram", "build"]
+
+#: Entries of one tensor that are this much smaller than its largest one are trusted to the format.
+SPAN = {torch.float32: 1e-30, torch.float64: 1e-290}
+
+
+@dataclass
+class Evaluation:
+    """One run: ``log_norm`` is log ||Phi||_q^q; ``leaves`` and ``shares`` are keyed by name."""
+
+    log_norm: float
+    shares: dict[str, Tensor]
+    sparsity: dict[str, float]
+
+
+class PathProgram:
+    """Path-norm and Path-Mag of one model, captured once and evaluated many times.
+
+    The program reads the model's tensors anew at every call, so it follows training and pruning in
+    place.  It is bound to the model's structure: after a parameter was replaced by another kind of
+    thing (a new layer, a parametrization), compile again.
+
+    Attributes:
+        graph_module: the lifted network, an FX graph module over the vocabulary of ``fxpath.ops``; it
+            prints, lints, and called on the model's tensors returns the path-norm without care for
+            range.
+        dtype: number format of the evaluation; float64 takes over where float32 cannot hold the span
+            of one tensor.
+        q: exponent of the path-norm.
+
+    Example:
+        >>> import torch, fxpath
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, -3.0)
+        >>> program = fxpath.compile(model, (2,))
+        >>> program.path_norm()
+        6.0
+        >>> _ = model.weight.data.mul_(2)
+        >>> program.path_norm()
+        12.0
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        graph_module: fx.GraphModule,
+        dtype: torch.dtype,
+        q: float,
+        compiled: bool = False,
+    ) -> None:
+        """Programs are made by :func:`fxpath.compile`."""
+        self.captured = captured
+        self.graph_module = graph_module
+        self.dtype = dtype if q == 1 else torch.float64
+        self.q = q
+        self._compiled = Compiled(graph_module, self.dtype, q) if compiled else None
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def path_norm(self) -> float:
+        """``||Phi(theta)||_q``; for q = 0 the number of non-zero paths; inf only beyond float64."""
+        return exponential(self._root(self.evaluate(scores=False).log_norm))
+
+    def log10_path_norm(self) -> float:
+        """Decimal logarithm of the path-norm; -inf if it is 0."""
+        return self._root(self.evaluate(scores=False).log_norm) / math.log(10)
+
+    def log_path_norm(self) -> Tensor:
+        """Natural logarithm of the path-norm, a 0-d float64 tensor that differentiates.
+
+        Its gradient reaches the model's parameters: added to a training loss it is a regularizer that
+        no rescaling of neurons changes.
+        """
+        for dtype in self._formats():
+            run = PathNorm(self.graph_module, dtype, self.q)
+            log: Tensor = run.run(self.captured.live())
+            if self._healthy(dtype, log, run.smallest(), run.zeros()):
+                return log / (self.q or 1)
+        raise self._failure()
+
+    def scores(self, out: MutableMapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Shares Path-Mag / path-norm of every coordinate of theta.
+
+        Args:
+            out: tensors to write into, one for every score, of its shape and dtype.
+
+        Returns:
+            Parameter name -> tensor of the parameter's shape, entries in [0, 1] (unless an entry is
+            used twice on a path); ``out`` itself holds the tensors if it was given.
+
+        Raises:
+            ValueError: if ``out`` has other names or shapes than the scores.
+        """
+        shares = self.evaluate(scores=True).shares
+        if out is None:
+            return shares
+        _check_buffers(out, shares)
+        for name, share in shares.items():
+            out[name].copy_(share)
+        return dict(out)
+
+    def with_exponent(self, q: float) -> PathProgram:
+        """The same rewritten model for another exponent."""
+        return PathProgram(self.captured, self.graph_module, self.dtype, _exponent(q))
+
+    def evaluate(self, scores: bool, sparsity: bool = False) -> Evaluation:
+        """Run in the program's number format, or in float64 where it does not suffice."""
+        for dtype in self._formats():
+            if self._compiled is not None and dtype == self.dtype and not sparsity:
+                run = self._compiled(self.captured.live(), scores)
+            else:
+                run = evaluate(self.graph_module, self.captured.live(), dtype, self.q, scores)
+            if self._healthy(dtype, run.log, run.smallest, run.zeros) and run.finite():
+                zeros = _sparsity(run.leaves) if sparsity else {}
+                return Evaluation(run.log.item(), run.shares, zeros)
+        raise self._failure()
+
+    # -- number formats ---------------------------------------------------------------------------
+
+    def _root(self, log: float) -> float:
+        return log / (self.q or 1)
+
+    def _formats(self) -> tuple[torch.dtype, ...]:
+        return (self.dtype,) if self.dtype == torch.float64 else (self.dtype, torch.float64)
+
+    def _healthy(
+        self, dtype: torch.dtype, log: Tensor, smallest: Tensor, zeros: Tensor
+    ) -> bool:
+        """Whether nothing over- or underflowed that exact arithmetic would have kept."""
+        value = log.item()
+        if math.isnan(value) or value == math.inf:
+            return False
+        if not smallest.item() >= SPAN[dtype]:
+            return False
+        if zeros.item() == 0:
+            return True
+        support = Support(self.graph_module, dtype, self.q)
+        with torch.no_grad():
+            support.run(self.captured.live())
+        return support.zeros().item() == zeros.item()
+
+    def _failure(self) -> Exception:
+        live = self.captured.live()
+        try:
+            check_finite({self.captured.tensors[key]: value for key, value in live.items()})
+        except ValueError as error:
+            return error
+        return FloatingPointError(
+            "some tensor of the lifted network spans more orders of magnitude than float64 holds "
+            "(or a frozen variance is negative): rescale the model's neurons, or look for entries "
+            "near 1e-300 or 1e300"
+        )
+
+
+def build(
+    model: Model,
+    input_shape: Any = None,
+    example_inputs: Any = None,
+    q: float = 1.0,
+    dtype: torch.dtype | None = None,
+    until: str | None = None,
+    compiled: bool = False,
+) -> PathProgram:
+    """Capture and rewrite a model.
+
+    Raises:
+        ValueError: for a NaN or infinite parameter, a shape that cannot be inferred, q < 0.
+        UnsupportedModelError: listing every operation without an exact rule.
+    """
+    exponent = _exponent(q)
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64")
+    captured = capture(model, input_shape, example_inputs, until)
+    live = captured.live()
+    fold_batch_norm(captured)
+    module = lift(captured)
+    check_finite({captured.tensors[placeholder]: tensor for placeholder, tensor in live.items()})
+    if dtype is None:
+        double = any(tensor.dtype == torch.float64 for tensor in live.values())
+        dtype = torch.float64 if double else torch.float32
+    return PathProgram(captured, module, dtype, exponent, compiled)
+
+
+def _exponent(q: float) -> float:
+    if not 0 <= q < math.inf:
+        raise ValueError(f"q = {q}: the exponent must be a finite number >= 0")
+    return float(q)
+
+
+def _sparsity(leaves: Mapping[str, list[Tensor]]) -> dict[str, float]:
+    """Fraction of zero entries of each coordinate array."""
+    return {
+        name: 1 - int(torch.count_nonzero(uses[0])) / max(1, uses[0].numel())
+        for name, uses in leaves.items()
+    }
+
+
+def _check_buffers(out: Mapping[str, Tensor], shares: Mapping[str, Tensor]) -> None:
+    if out.keys() != shares.keys():
+        difference = sorted(out.keys() ^ shares.keys())
+        raise ValueError(f"out must have one tensor for each score; differs in {difference}")
+    for name, share in shares.items():
+        if out[name].shape != share.shape:
+            raise ValueError(
+                f"out[{name!r}] has shape {tuple(out[name].shape)}, its score {tuple(share.shape)}"
+            )
+
+
+def exponential(log: float) -> float:
+    """``exp``, with inf where it overflows."""
+    try:
+        return math.exp(log)
+    except OverflowError:
+        return math.inf

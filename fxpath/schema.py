@@ -1,0 +1,24 @@
+"""Arguments of ATen calls by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch._ops import OpOverload
+
+__all__ = ["bind"]
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a call by the names of its schema, defaults filled in."""
+    assert isinstance(node.target, OpOverload)
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            bound[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound

@@ -1,0 +1,180 @@
+"""Stencils: what a spatial operation does along one axis.
+
+Output position ``o`` reads input positions ``p(o, k)`` with coefficients ``c(o, k) >= 0``.  Pooling,
+padding, slicing, flipping, upsampling and means are all a product of such maps, one per axis.
+Coefficients are kept as exact rationals, since equality of coefficients decides which positions are
+equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+ONE = Fraction(1)
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """A map along one axis of length ``size``; ``rows[o]`` lists ``(position, coefficient)``.
+
+    Taps that read the same position are added up (bilinear upsampling at a border), so positions in a
+    row are distinct.
+
+    >>> Stencil.of(3, [[(0, ONE), (0, ONE)], [(2, ONE)]]).rows
+    (((0, Fraction(2, 1)),), ((2, Fraction(1, 1)),))
+    """
+
+    size: int
+    rows: tuple[tuple[tuple[int, Fraction], ...], ...]
+
+    @classmethod
+    def of(cls, size: int, rows: Iterable[Iterable[tuple[int, Fraction]]]) -> Stencil:
+        """Build from rows that may repeat a position or hold zero coefficients."""
+        merged = []
+        for row in rows:
+            taps: dict[int, Fraction] = {}
+            for position, c in row:
+                taps[position] = taps.get(position, Fraction(0)) + c
+            merged.append(tuple(sorted((p, c) for p, c in taps.items() if c)))
+        return cls(size, tuple(merged))
+
+    @classmethod
+    def select(cls, size: int, positions: Iterable[int | None]) -> Stencil:
+        """Pick positions; ``None`` is a position that reads nothing."""
+        return cls(size, tuple(() if p is None else ((p, ONE),) for p in positions))
+
+    @property
+    def out(self) -> int:
+        """Length of the axis afterwards."""
+        return len(self.rows)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing happens."""
+        return self.out == self.size and all(
+            len(row) == 1 and row[0] == (o, ONE) for o, row in enumerate(self.rows)
+        )
+
+    def after(self, first: Stencil) -> Stencil:
+        """The composition: ``first``, then this one."""
+        return Stencil.of(
+            first.size,
+            ([(p, c * d) for m, d in row for p, c in first.rows[m]] for row in self.rows),
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Positions (int64) and coefficients (float64), both ``[out, taps]``, padded with zeros."""
+        taps = max((len(row) for row in self.rows), default=0) or 1
+        index = torch.zeros(self.out, taps, dtype=torch.int64)
+        weight = torch.zeros(self.out, taps, dtype=torch.float64)
+        for o, row in enumerate(self.rows):
+            for k, (p, c) in enumerate(row):
+                index[o, k] = p
+                weight[o, k] = float(c)
+        return index, weight
+
+
+def windows(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> list[list[int]]:
+    """Positions inside the input that each pooling window covers."""
+    span = dilation * (kernel - 1) + 1
+    room = size + 2 * padding - span
+    count = (-(-room // stride) if ceil_mode else room // stride) + 1
+    if ceil_mode and (count - 1) * stride >= size + padding:
+        count -= 1  # the last window must start inside the input or its left padding
+    return [
+        [p for p in range(o * stride - padding, o * stride - padding + span, dilation) if 0 <= p < size]
+        for o in range(count)
+    ]
+
+
+def max_pool(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> Stencil:
+    """Sum over each window; padding is no edge."""
+    rows = windows(size, kernel, stride, padding, dilation, ceil_mode)
+    return Stencil(size, tuple(tuple((p, ONE) for p in row) for row in rows))
+
+
+def avg_pool(
+    size: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    ceil_mode: bool,
+    include_padding: bool,
+    divide: bool = True,
+) -> Stencil:
+    """Mean over each window, with PyTorch's divisor for windows that leave the input."""
+    rows = []
+    for o, row in enumerate(windows(size, kernel, stride, padding, 1, ceil_mode)):
+        start = o * stride - padding
+        covered = min(start + kernel, size + padding) - start
+        divisor = covered if include_padding else len(row)
+        rows.append(tuple((p, Fraction(1, divisor) if divide else ONE) for p in row))
+    return Stencil(size, tuple(rows))
+
+
+def adaptive_pool(size: int, out: int, mean: bool) -> Stencil:
+    """Windows from floor(o * size / out) to ceil((o + 1) * size / out)."""
+    rows = []
+    for o in range(out):
+        window = range(o * size // out, -(-(o + 1) * size // out))
+        rows.append(tuple((p, Fraction(1, len(window)) if mean else ONE) for p in window))
+    return Stencil(size, tuple(rows))
+
+
+def whole(size: int, coefficient: Fraction) -> Stencil:
+    """One output position that sums the axis with one coefficient."""
+    return Stencil(size, (tuple((p, coefficient) for p in range(size)),))
+
+
+def pad(size: int, before: int, after: int, mode: str) -> Stencil:
+    """Padding (negative: cropping) by constant, reflect, replicate or circular."""
+    positions: list[int | None] = []
+    for p in range(-before, size + after):
+        if 0 <= p < size:
+            positions.append(p)
+        elif mode == "constant":
+            positions.append(None)
+        elif mode == "replicate":
+            positions.append(min(max(p, 0), size - 1))
+        elif mode == "circular":
+            positions.append(p % size)
+        else:
+            positions.append(-p if p < 0 else 2 * (size - 1) - p)
+    return Stencil.select(size, positions)
+
+
+def resample(size: int, run: Callable[[Tensor], Tensor]) -> Stencil:
+    """Taps of an upsampling operation, read off the operation itself.
+
+    ``run`` maps ``[1, size, size]`` to ``[1, size, out]``: fed with the identity it returns its own
+    matrix, with PyTorch's rounding of source positions.  Coefficients are multiples of simple
+    fractions; the nearest one within 1e-12 is taken, so that equal coefficients compare equal.
+    """
+    matrix = run(torch.eye(size, dtype=torch.float64)[None])[0].T
+    rows: list[list[tuple[int, Fraction]]] = [[] for _ in range(matrix.shape[0])]
+    for o, p in matrix.nonzero().tolist():
+        rows[o].append((p, _rational(matrix[o, p].item())))
+    return Stencil.of(size, rows)
+
+
+def _rational(value: float) -> Fraction:
+    if value < 0:
+        raise ValueError("a negative coefficient")
+    near = Fraction(value).limit_denominator(1 << 20)
+    return near if math.isclose(near, value, rel_tol=1e-12, abs_tol=1e-14) else Fraction(value)
+
+
+def per_axis(value: int | Sequence[int], axes: int) -> list[int]:
+    """PyTorch's convention for kernel sizes: one number for all axes, or one for each."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * axes if len(values) == 1 else values
