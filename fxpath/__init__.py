@@ -5,9 +5,9 @@
     >>> analysis.path_norm > 0
     True
 
-The mathematics is that of Gonon, Brisebarre, Riccietti and Gribonval, "A rescaling-invariant Lipschitz
-bound based on path-metrics for modern ReLU network parameterizations" (2025); numbers of definitions
-and equations in docstrings are the paper's.
+The mathematics is that of Gonon, Brisebarre, Riccietti and Gribonval, "A rescaling-invariant
+Lipschitz bound based on path-metrics for modern ReLU network parameterizations" (2025); numbers of
+definitions and equations in docstrings are the paper's.
 """
 
 from fxpath.analysis import Analysis, LayerRow

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fxpath.layers import Layer, find_layers
-from fxpath.program import PathProgram, exponential
+from fxpath.program import PathProgram
 
 __all__ = ["Analysis", "LayerRow"]
 
@@ -42,9 +42,10 @@ class Analysis:
 
     Attributes:
         q: exponent of the path-norm.
+        path_norm: ``||Phi(theta)||_q``; ``inf`` only where float64 cannot hold it.
         log10_path_norm: decimal logarithm of ``||Phi(theta)||_q``; -inf if the norm is 0.
-        scores: parameter name -> tensor of its shape: the *shares* Path-Mag / path-norm, the part of
-            all path mass that runs through each entry.  For q other than 1 shares of
+        scores: parameter name -> tensor of its shape: the *shares* Path-Mag / path-norm, the part
+            of all path mass that runs through each entry.  For q other than 1 shares of
             ``||Phi(theta)||_q^q``.
 
     Example:
@@ -61,15 +62,11 @@ class Analysis:
         evaluation = program.evaluate(scores=True, sparsity=True)
         self.q = program.q
         self.scores: dict[str, Tensor] = evaluation.shares
-        self.log10_path_norm: float = evaluation.log_norm / (self.q or 1) / math.log(10)
-        self._log_mass = evaluation.log_norm
+        self.path_norm: float = evaluation.path_norm
+        self.log10_path_norm: float = evaluation.log10_path_norm
+        self._mass = evaluation.mass
         self._sparsity = evaluation.sparsity
-        self._layers = find_layers(program.graph_module)
-
-    @property
-    def path_norm(self) -> float:
-        """``||Phi(theta)||_q``; ``inf`` only where float64 cannot hold it."""
-        return exponential(self._log_mass / (self.q or 1))
+        self._layers = find_layers(program.lifted)
 
     def path_magnitude(self, name: str) -> Tensor:
         """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.
@@ -87,7 +84,7 @@ class Analysis:
         if name not in self.scores:
             raise KeyError(f"{name!r} has no score; scored are {', '.join(self.scores)}")
         shares = self.scores[name]
-        mass, largest = exponential(self._log_mass), torch.finfo(shares.dtype).max
+        mass, largest = self._mass, torch.finfo(shares.dtype).max
         top = float(shares.max()) if shares.numel() else 0.0
         if top and top * mass > largest:
             raise OverflowError(
@@ -98,7 +95,7 @@ class Analysis:
 
     @cached_property
     def neuron_shares(self) -> dict[str, Tensor]:
-        """Share of path mass through each output channel of a layer, ``[channels]``, by layer name."""
+        """Layer name -> share of path mass through each of its output channels, ``[channels]``."""
         return {layer.name: layer.neuron_shares(self.scores) for layer in self._layers}
 
     @cached_property
@@ -153,7 +150,7 @@ class Analysis:
 
     def _legend(self) -> str:
         return (
-            "share: path mass that crosses the layer; at 10%, 50%, 90%: quantiles of "
+            "share: path mass that crosses the layer; p10, p50, p90: quantiles of "
             "Path-Mag / path-norm"
         )
 
@@ -162,18 +159,18 @@ class Analysis:
         return [
             {
                 "layer": _shorten(row["name"]),
-                "operation": row["operation"],
+                "op": row["operation"],
                 "shape": _by(row["shape"]),
-                "parameters": f"{row['parameters']:,}",
+                "params": f"{row['parameters']:,}",
                 "zeros": f"{row['sparsity']:.1%}",
                 "share": f"{row['share']:.4f}",
-                **{f"at {k}": f"{v:.1e}" for k, v in row["quantiles"].items()},
+                **{f"p{k[:-1]}": f"{v:.1e}" for k, v in row["quantiles"].items()},
             }
             for row in self.layers
         ]
 
 
-def _shorten(name: str, width: int = 24) -> str:
+def _shorten(name: str, width: int = 20) -> str:
     return name if len(name) <= width else "…" + name[1 - width :]
 
 

@@ -29,12 +29,13 @@ def analyze(
     dtype: torch.dtype | None = None,
     until: str | None = None,
     compile: bool = False,
+    reduce: bool = True,
 ) -> Analysis:
     """Path-norm and Path-Mag scores of a ReLU network, exact or refused.
 
     The l^q path-norm ``||Phi(theta)||_q`` of the path-lifting (Def. A.5) takes one pass through the
-    lifted network; its gradient times |theta| is Path-Mag (14), the path mass lost when one entry is
-    set to zero (10).  The model is not changed, and runs as in eval mode.
+    lifted network; its gradient times |theta| is Path-Mag (14), the path mass lost when one entry
+    is set to zero (10).  The model is not changed, and runs as in eval mode.
 
     Args:
         model: a module (in train or eval mode, pruned, parametrized, wrapped for data parallelism,
@@ -49,26 +50,29 @@ def analyze(
             parameters, else float32.
         until: name of a submodule: the network up to that module's output is analysed.
         compile: run through ``torch.compile``; for one evaluation it costs more than it saves.
+        reduce: shrink the network by its spatial symmetry first; exact either way, ``False`` is
+            for comparison.
 
     Returns:
         An :class:`~fxpath.Analysis`.
 
     Raises:
         UnsupportedModelError: listing every operation that the theory does not cover.
-        ValueError: for a NaN or infinite parameter (named), an input shape that is missing and cannot
-            be inferred, an unknown ``until``, a wrong ``q`` or ``dtype``.
+        ValueError: for a NaN or infinite parameter (named), an input shape that is missing and
+            cannot be inferred, an unknown ``until``, a wrong ``q`` or ``dtype``.
         FloatingPointError: if the entries of one tensor span more than float64 holds.
 
     Example:
         >>> import torch, fxpath
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> analysis = fxpath.analyze(model)
         >>> sorted(analysis.scores)
         ['0.bias', '0.weight', '2.bias', '2.weight']
         >>> bool(analysis.scores["2.weight"].sum() + analysis.scores["2.bias"].sum() > 0.999)
         True
     """
-    return Analysis(build(model, input_shape, example_inputs, q, dtype, until, compile))
+    return Analysis(build(model, input_shape, example_inputs, q, dtype, until, compile, reduce))
 
 
 def compile(
@@ -79,6 +83,7 @@ def compile(
     q: float = 1,
     dtype: torch.dtype | None = None,
     until: str | None = None,
+    reduce: bool = True,
 ) -> PathProgram:
     """Capture and rewrite a model once, to evaluate it many times on its live parameters.
 
@@ -98,7 +103,7 @@ def compile(
         >>> loss = 0.01 * program.log_path_norm()
         >>> loss.backward()
     """
-    return build(model, input_shape, example_inputs, q, dtype, until, compiled=True)
+    return build(model, input_shape, example_inputs, q, dtype, until, True, reduce)
 
 
 def path_norm(model: Model, input_shape: Shapes = None, *, q: float = 1, **options: Any) -> float:
@@ -152,9 +157,7 @@ def path_norms(
     return norms
 
 
-def path_magnitude(
-    model: Model, input_shape: Shapes = None, **options: Any
-) -> dict[str, Tensor]:
+def path_magnitude(model: Model, input_shape: Shapes = None, **options: Any) -> dict[str, Tensor]:
     """Absolute Path-Mag (10) of every scored entry; options as for :func:`analyze`.
 
     Returns:
@@ -184,6 +187,12 @@ def check(
     until: str | None = None,
 ) -> SupportReport:
     """Whether a model is covered by the theory; evaluates nothing.
+
+    Args:
+        model: as for :func:`analyze`.
+        input_shape: shape of the input without the batch axis; a list of shapes for several inputs.
+        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
+        until: name of a submodule at whose output to stop.
 
     Returns:
         A :class:`~fxpath.SupportReport`, true if every operation has an exact rule.

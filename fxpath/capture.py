@@ -1,8 +1,8 @@
 """Model -> flat functional ATen graph, without touching the model.
 
 ``torch.export`` does the tracing; this module prepares what it is given (an eval-mode skeleton that
-shares every tensor, example inputs of batch size 1, a cut at ``until``), and tidies what comes back:
-one placeholder per tensor, no in-place operations, no training leftovers.
+shares every tensor, example inputs of batch size 1, a cut at ``until``), and tidies what comes
+back: one placeholder per tensor, no in-place operations, no training leftovers.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def skeleton(model: nn.Module) -> nn.Module:
     for module in list(copied.modules()):
         for name, child in module.named_children():
             if _is_data_parallel(child):
-                setattr(module, name, _Passthrough(child.module))
+                setattr(module, name, _Passthrough(child.get_submodule("module")))
     if _is_data_parallel(copied):
-        copied = _Passthrough(copied.module)
+        copied = _Passthrough(copied.get_submodule("module"))
     return copied.eval()
 
 
@@ -135,7 +135,8 @@ def capture(
     """Trace a model into a flat ATen graph.
 
     Raises:
-        ValueError: if no input shape is given and none can be inferred, or ``until`` names no module.
+        ValueError: if no input shape is given and none can be inferred, or ``until`` names no
+            module.
         UnsupportedModelError: if the model cannot be captured as one graph.
     """
     if isinstance(model, ExportedProgram):
@@ -146,7 +147,9 @@ def capture(
             )
         if _is_dynamic(model):
             # Shapes must be numbers; tracing the program once more with given inputs makes them so.
-            return _adopt(_export(model.module(), _examples(model.module(), input_shape, example_inputs)))
+            return _adopt(
+                _export(model.module(), _examples(model.module(), input_shape, example_inputs))
+            )
         return _adopt(model)
     copied = skeleton(model)
     if input_shape is None and example_inputs is None:
@@ -160,7 +163,9 @@ def capture(
 
 def _is_dynamic(program: ExportedProgram) -> bool:
     values = (node.meta.get("val") for node in program.graph.nodes)
-    return any(isinstance(v, Tensor) and any(not isinstance(n, int) for n in v.shape) for v in values)
+    return any(
+        isinstance(v, Tensor) and any(not isinstance(n, int) for n in v.shape) for v in values
+    )
 
 
 def _examples(
@@ -171,7 +176,7 @@ def _examples(
     if example_inputs is not None:
         if input_shape is not None:
             raise ValueError("pass either input_shape or example_inputs, not both")
-        return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+        return tuple(example_inputs)
     if input_shape is None:
         raise ValueError("pass input_shape=(...), without the batch axis, or example_inputs")
     shapes = [input_shape] if not input_shape or isinstance(input_shape[0], int) else input_shape
@@ -232,7 +237,7 @@ def _capture_problem(error: Exception) -> Problem:
 
 
 def _stop_at(model: nn.Module, until: str) -> None:
-    """Make ``model`` return the last output of its submodule ``until``; later operations are dead."""
+    """Make ``model`` return the last output of its submodule; later operations are dead."""
     try:
         stop = model.get_submodule(until)
     except AttributeError as error:
@@ -252,7 +257,7 @@ def _stop_at(model: nn.Module, until: str) -> None:
             raise ValueError(f"until={until!r}: this module is not called by the model's forward")
         return outputs[-1]
 
-    model.forward = truncated  # type: ignore[method-assign]
+    model.forward = truncated
 
 
 def _adopt(program: ExportedProgram, model: nn.Module | None = None) -> Captured:

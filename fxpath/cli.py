@@ -77,25 +77,13 @@ def _analyze(arguments: argparse.Namespace) -> int:
     rows, results, code = [], [], 0
     for name in arguments.model:
         try:
-            with _explained(name, arguments):
-                model = load_model(name, arguments.weights, arguments.checkpoint)
-                start = time.perf_counter()
-                analysis = fxpath.analyze(
-                    model,
-                    _input_shape(arguments),
-                    q=arguments.q,
-                    until=arguments.until,
-                    compile=arguments.compile,
-                )
-            seconds = time.perf_counter() - start
+            row, result = _analyze_one(name, arguments)
         except UsageError as error:
             _complain(str(error))
             code = 2
-            continue
-        print(f"{name} ({_origin(name, arguments)})\n{analysis}\n", flush=True)
-        norm = _number(analysis.path_norm, analysis.log10_path_norm)
-        rows.append([name, f"{_count_parameters(model):,}", norm, f"{seconds:.2f}"])
-        results.append({"name": name, **analysis.to_dict()})
+        else:
+            rows.append(row)
+            results.append(result)
     if len(rows) > 1:
         headers = ["model", "parameters", f"path-norm (q={arguments.q})", "seconds"]
         align = ("left", "right", "right", "right")
@@ -103,6 +91,28 @@ def _analyze(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         _write_json(arguments.json, results)
     return code
+
+
+def _analyze_one(name: str, arguments: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """Prints one model's table; returns its row of the table of all models, and plain data.
+
+    The model and its scores are released on return: the next model may be as large.
+    """
+    with _explained(name, arguments):
+        model = load_model(name, arguments.weights, arguments.checkpoint)
+        start = time.perf_counter()
+        analysis = fxpath.analyze(
+            model,
+            _input_shape(arguments),
+            q=arguments.q,
+            until=arguments.until,
+            compile=arguments.compile,
+        )
+    seconds = time.perf_counter() - start
+    print(f"{name} ({_origin(name, arguments)})\n{analysis}\n", flush=True)
+    norm = _number(analysis.path_norm, analysis.log10_path_norm)
+    row = [name, f"{_count_parameters(model):,}", norm, f"{seconds:.2f}"]
+    return row, {"name": name, **analysis.to_dict()}
 
 
 def _graph(arguments: argparse.Namespace) -> int:

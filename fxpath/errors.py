@@ -57,7 +57,9 @@ class SupportReport:
             return "supported: every operation has an exact rule"
         kinds: dict[tuple[str, str, str], list[Problem]] = {}
         for problem in self.problems:
-            kinds.setdefault((problem.operation, problem.reason, problem.remedy), []).append(problem)
+            kinds.setdefault((problem.operation, problem.reason, problem.remedy), []).append(
+                problem
+            )
         rows = [
             [
                 p.operation.removeprefix("aten.").split(".")[0],
@@ -122,4 +124,6 @@ def source_line(node: torch.fx.Node) -> str:
 
 def problem(node: torch.fx.Node, reason: str, remedy: str) -> Problem:
     """Describe a node of an exported graph that has no exact rule."""
-    return Problem(str(node.target), node.name, module_path(node), source_line(node), reason, remedy)
+    return Problem(
+        str(node.target), node.name, module_path(node), source_line(node), reason, remedy
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxpath.interpret import PathNorm
+from fxpath.interpret import PathNorm, Total
 
 __all__ = ["Compiled", "Run", "evaluate"]
 
@@ -20,14 +20,14 @@ class Run:
     """Results of one run.
 
     Attributes:
-        log: log ||Phi||_q^q, 0-d float64.
+        total: ||Phi||_q^q.
         smallest: smallest ratio of a non-zero entry to the largest one of its tensor, 0-d float64.
         zeros: entries that came out as zero, 0-d int64.
         shares: share of path mass through each coordinate, by name.
         leaves: |theta|^q as it was used, by name, one for each use.
     """
 
-    log: Tensor
+    total: Total
     smallest: Tensor
     zeros: Tensor
     shares: dict[str, Tensor]
@@ -39,19 +39,25 @@ class Run:
 
 
 def evaluate(
-    module: fx.GraphModule, tensors: Mapping[str, Tensor], dtype: torch.dtype, q: float, scores: bool
+    module: fx.GraphModule,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    q: float,
+    scores: bool,
 ) -> Run:
     """Run a lifted graph eagerly, with shares if ``scores``."""
     run = PathNorm(module, dtype, q, leaves=True)
     with torch.set_grad_enabled(scores):
-        log = run.run(tensors)
+        total: Total = run.run(tensors)
+        log = total.log()
     leaves = run.leaves or {}
     shares = _shares(log, leaves) if scores else {}
-    return Run(log.detach(), run.smallest(), run.zeros(), shares, leaves)
+    detached = Total(total.mantissa.detach(), total.exponent)
+    return Run(detached, run.smallest(), run.zeros(), shares, leaves)
 
 
 def _shares(log: Tensor, leaves: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """leaf * d log / d leaf (14), summed over the uses of a coordinate."""
+    """Leaf * d log / d leaf (14), summed over the uses of a coordinate."""
     flat = [leaf for uses in leaves.values() for leaf in uses]
     if not log.requires_grad:
         return {name: torch.zeros_like(uses[0]) for name, uses in leaves.items()}
@@ -79,8 +85,10 @@ class Compiled:
         if scores not in self._compiled:
             self._compiled[scores] = self._trace(list(tensors), values, scores)
         function, names = self._compiled[scores]
-        log, smallest, zeros, *shares = function(*values)
-        return Run(log, smallest, zeros, dict(zip(names, shares, strict=True)), {})
+        mantissa, exponent, smallest, zeros, *shares = function(*values)
+        return Run(
+            Total(mantissa, exponent), smallest, zeros, dict(zip(names, shares, strict=True)), {}
+        )
 
     def _trace(
         self, keys: list[str], values: list[Tensor], scores: bool
@@ -91,7 +99,8 @@ class Compiled:
             tensors = dict(zip(keys, arguments, strict=True))
             run = evaluate(self._module, tensors, self._dtype, self._q, scores)
             names[:] = list(run.shares)
-            return [run.log, run.smallest, run.zeros, *run.shares.values()]
+            total = [run.total.mantissa, run.total.exponent]
+            return [*total, run.smallest, run.zeros, *run.shares.values()]
 
         traced = make_fx(flat, tracing_mode="fake")(*values)
         return torch.compile(traced, fullgraph=True, dynamic=False), names

@@ -1,7 +1,7 @@
 """Interpretations of a lifted graph: what each of its operations does to a value.
 
-:class:`Interpretation` walks the graph and names what has to be said; :class:`PathNorm` says it for the
-path-norm with a running scale, :class:`Support` for the pattern of non-zero entries.
+:class:`Interpretation` walks the graph and names what has to be said; :class:`PathNorm` says it for
+the path-norm with a running scale, :class:`Support` for the pattern of non-zero entries.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxpath import ops
 
-__all__ = ["Interpretation", "PathNorm", "Scaled", "Support", "power"]
+__all__ = ["Interpretation", "PathNorm", "Scaled", "Support", "Total", "power"]
 
 
 def power(value: Tensor, q: float) -> Tensor:
@@ -31,10 +31,10 @@ def power(value: Tensor, q: float) -> Tensor:
 class Interpretation:
     """Runs a lifted graph; subclasses implement one method per operation of the vocabulary.
 
-    A method is called like the function of :mod:`fxpath.ops` whose name it bears.  Activations are of
-    whatever type :meth:`is_activation` recognizes; weights, and all that is computed from the model's
-    tensors alone, are plain tensors.  Operations outside the vocabulary only move entries, and go to
-    :meth:`move`.
+    A method is called like the function of :mod:`fxpath.ops` whose name it bears.  Activations are
+    of whatever type :meth:`is_activation` recognizes; weights, and all that is computed from the
+    model's tensors alone, are plain tensors.  Operations outside the vocabulary only move entries,
+    and go to :meth:`move`.
     """
 
     def __init__(self, module: fx.GraphModule, dtype: torch.dtype, q: float = 1.0) -> None:
@@ -63,9 +63,8 @@ class Interpretation:
         raise AssertionError("a graph ends with its output")
 
     def _call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        method: Callable[..., Any] | None = None
-        if getattr(ops, target.__name__, None) is target:
-            method = getattr(self, target.__name__, None)
+        name = target.__name__
+        method = getattr(self, name, None) if getattr(ops, name, None) is target else None
         if method is not None:
             return method(*args, **kwargs)
         flat = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
@@ -104,6 +103,22 @@ class Scaled:
     exponent: Tensor
 
 
+@dataclass(frozen=True)
+class Total:
+    """``||Phi||_q^q = mantissa * 2 ** exponent``; 0-d tensors, float64 and int32."""
+
+    mantissa: Tensor
+    exponent: Tensor
+
+    def log(self) -> Tensor:
+        """Natural logarithm, 0-d float64; -inf with gradient 0 where the norm is 0."""
+        # The logarithm of 0 is replaced before it is taken, so that its gradient is not NaN.
+        empty = self.mantissa == 0
+        log = torch.where(empty, torch.ones_like(self.mantissa), self.mantissa).log()
+        log = log + self.exponent.double() * math.log(2)
+        return torch.where(empty, torch.full_like(log, -math.inf), log)
+
+
 @dataclass
 class Range:
     """What a run saw of its own range, to tell whether a number format sufficed."""
@@ -115,8 +130,9 @@ class Range:
 class PathNorm(Interpretation):
     """log ||Phi(theta)||_q^q, with a running power-of-two scale in every tensor.
 
-    The scales are constants for differentiation.  With ``leaves`` the entries of theta are collected
-    as leaves of the autograd graph, so that ``leaf * grad(log norm, leaf)`` are the shares (14).
+    The scales are constants for differentiation.  With ``leaves`` the entries of theta are
+    collected as leaves of the autograd graph, so that ``leaf * grad(log norm, leaf)`` are the
+    shares (14).
     """
 
     def __init__(
@@ -216,6 +232,11 @@ class PathNorm(Interpretation):
     def pool(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
         return self.along(x, dim, index, weight)
 
+    def mix(self, x: Scaled | Tensor, dim: int, matrix: Tensor) -> Scaled | Tensor:
+        if isinstance(x, Tensor):  # a bias
+            return ops.mix(x, dim, matrix)
+        return self.rescale(ops.mix(x.mantissa, dim, matrix), x.exponent)
+
     def add(self, x: Scaled, y: Scaled) -> Scaled:
         (a, b), exponent = self.align([x, y])
         return self.rescale(a + b, exponent)
@@ -233,16 +254,11 @@ class PathNorm(Interpretation):
         pieces, exponent = self.align(list(args[0]))
         return self.rescale(target(pieces, *args[1:]), exponent)
 
-    def total(self, outputs: list[Scaled]) -> Tensor:
-        """log of the sum over all output neurons, a 0-d float64 tensor (-inf if it is 0)."""
+    def total(self, outputs: list[Scaled]) -> Total:
+        """The sum over all output neurons."""
         sums = [self.rescale(x.mantissa.sum(), x.exponent) for x in outputs]
         mantissas, exponent = self.align(sums)
-        mantissa = torch.stack(mantissas).double().sum()
-        # The logarithm of 0 is replaced before it is taken, so that its gradient is 0 and not NaN.
-        positive = mantissa > 0
-        log = torch.where(positive, mantissa, torch.ones_like(mantissa)).log()
-        log = log + exponent.double() * math.log(2)
-        return torch.where(positive | mantissa.isnan(), log, torch.full_like(log, -math.inf))
+        return Total(torch.stack(mantissas).double().sum(), exponent)
 
     # -- range ------------------------------------------------------------------------------------
 

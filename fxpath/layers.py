@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath import ops
+from fxpath.schema import arguments, target
 
 __all__ = ["Layer", "find_layers"]
 
@@ -52,7 +53,7 @@ def find_layers(module: fx.GraphModule) -> list[Layer]:
     biases: dict[fx.Node | None, fx.Node] = {}
     for node in module.graph.nodes:
         table = weights if node.target in WEIGHING else biases if node.target is ops.shift else None
-        if table is not None and _coordinate(node.args[1]) is not None:
+        if table is not None and _coordinate(arguments(node)[1]) is not None:
             table.setdefault(node.meta["origin"], node)
     layers: dict[str, Layer] = {}
     for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes]):
@@ -63,17 +64,17 @@ def find_layers(module: fx.GraphModule) -> list[Layer]:
 
 
 def _layer(origin: fx.Node | None, weigh: fx.Node | None, shift: fx.Node | None) -> Layer:
-    weight = None if weigh is None else _coordinate(weigh.args[1])
-    bias = None if shift is None else _coordinate(shift.args[1])
+    weight = None if weigh is None else _coordinate(arguments(weigh)[1])
+    bias = None if shift is None else _coordinate(arguments(shift)[1])
     main = weight or bias
     assert main is not None and origin is not None
-    name: str = main.args[1]
-    operation = origin.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    name: str = arguments(main)[1]
+    operation = target(origin)._schema.name.split("::")[1]
     return Layer(
         name=name.removesuffix(".weight").removesuffix(".bias"),
         operation=operation.removeprefix("_native_").removesuffix("_legit_no_training"),
         weight=None if weight is None else name,
-        bias=None if bias is None else str(bias.args[1]),
+        bias=None if bias is None else str(arguments(bias)[1]),
         shape=tuple(main.meta["val"].shape),
         channels=_flatten if weigh is None else _channels(weigh),
     )
@@ -84,7 +85,7 @@ def _coordinate(weight: object) -> fx.Node | None:
     while isinstance(weight, fx.Node) and weight.op == "call_function":
         if weight.target is ops.coordinate:
             return weight
-        weight = weight.args[0]
+        weight = arguments(weight)[0]
     return None
 
 
@@ -92,8 +93,8 @@ def _relabel(weight: fx.Node, value: Tensor) -> Tensor:
     """Show coordinates as the operation sees them."""
     if weight.target is ops.coordinate:
         return value
-    inner = _relabel(weight.args[0], value)  # type: ignore[arg-type]
-    return inner if weight.target is ops.scale else weight.target(inner, *weight.args[1:])  # type: ignore[operator]
+    inner = _relabel(arguments(weight)[0], value)
+    return inner if weight.target is ops.scale else target(weight)(inner, *arguments(weight)[1:])
 
 
 def _flatten(value: Tensor) -> Tensor:
@@ -102,21 +103,25 @@ def _flatten(value: Tensor) -> Tensor:
 
 def _channels(node: fx.Node) -> Callable[[Tensor], Tensor]:
     """Sum over all axes of a weight but those of its output channels."""
-    weight = node.args[1]
+    weight = arguments(node)[1]
     assert isinstance(weight, fx.Node)
 
     def channels(value: Tensor) -> Tensor:
         seen = _relabel(weight, value)
-        if node.target is ops.conv and node.args[5]:
-            blocks = seen.reshape(int(node.args[8]), -1, *seen.shape[1:])  # type: ignore[call-overload]
-            return blocks.flatten(3).sum((1, -1)).flatten() if blocks.dim() > 3 else blocks.sum(1).flatten()
+        if node.target is ops.conv and arguments(node)[5]:
+            blocks = seen.reshape(int(arguments(node)[8]), -1, *seen.shape[1:])
+            return (
+                blocks.flatten(3).sum((1, -1)).flatten()
+                if blocks.dim() > 3
+                else blocks.sum(1).flatten()
+            )
         if node.target in (ops.conv, ops.linear):
             return seen.flatten(1).sum(1)
         if node.target is ops.matmul:
-            axis = -2 if node.args[2] else -1
+            axis = -2 if arguments(node)[2] else -1
             return seen.movedim(axis, 0).flatten(1).sum(1) if seen.dim() > 1 else seen.sum()[None]
         if node.target is ops.einsum:
-            terms, output = str(node.args[2]).split("->")
+            terms, output = str(arguments(node)[2]).split("->")
             letters = terms.split(",")[1]
             kept = "".join(c for c in letters if c in output)
             return torch.einsum(f"{letters}->{kept}", seen).flatten()

@@ -72,11 +72,16 @@ def load_model(name: str, weights: str | None = None, checkpoint: Path | None = 
             raise UsageError(f"{name} has its own weights: leave --checkpoint out")
         return _load_exported(name)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+        _seed()
         model = _load_callable(name) if ":" in name else _load_torchvision(name, weights)
     if checkpoint is not None:
         _apply_checkpoint(model, name, checkpoint)
     return model
+
+
+def _seed() -> None:
+    """Fixes the random numbers of the CPU only: `torch.manual_seed` would change those of GPUs."""
+    torch.default_generator.manual_seed(0)
 
 
 def _load_exported(path: str) -> ExportedProgram:
@@ -100,6 +105,8 @@ def _load_callable(name: str) -> nn.Module:
     found: Any = importlib.import_module(module_name)
     for part in attribute.split("."):
         found = getattr(found, part)
+    # The import may have drawn numbers, if it was the first.
+    _seed()
     model = found if isinstance(found, nn.Module) else found()
     if not isinstance(model, nn.Module):
         raise TypeError(f"returned a {type(model).__name__}, not a torch.nn.Module")

@@ -1,12 +1,13 @@
 """The vocabulary of the lifted network.
 
-Every supported ATen operation is rewritten into the few functions below, so that whatever interprets
-a lifted graph (the path-norm, its reduction, a metric between two sets of weights) has these to
-understand and no others.  Called as they are, they compute the l^1 path-norm without any care for
+Every supported ATen operation is rewritten into the few functions below, so that whatever
+interprets a lifted graph (the path-norm, its reduction, a metric between two sets of weights) has
+these to understand and no others.  Called as they are, they compute the l^1 path-norm without any
+care for
 range: a source of ones, entries of theta in absolute value, sums instead of maxima.
 
-Operations that only move entries (``aten.reshape``, ``aten.permute``, ``aten.cat``) appear in a lifted
-graph under their own name: they do the same to every kind of value.
+Operations that only move entries (``aten.reshape``, ``aten.permute``, ``aten.cat``) appear in a
+lifted graph under their own name: they do the same to every kind of value.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "linear",
     "matmul",
     "maximum",
+    "mix",
     "normalizer",
     "pool",
     "scale",
@@ -67,7 +69,7 @@ def constant(bias: Tensor) -> Tensor:
 
 
 def normalizer(gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
-    """gamma / sigma of a frozen batch norm, in float64; shape ``[channels]``."""
+    """Gamma / sigma of a frozen batch norm, in float64; shape ``[channels]``."""
     inverse = (var.double() + eps).rsqrt()
     return inverse if gamma is None else gamma.double() * inverse
 
@@ -172,6 +174,19 @@ def along(x: Tensor, dim: int, index: Tensor, weight: Tensor) -> Tensor:
 def pool(x: Tensor, dim: int, index: Tensor, weight: Tensor) -> Tensor:
     """k-max-pooling windows along one axis, lifted: the sum over the window (edges of weight 1)."""
     return along(x, dim, index, weight)
+
+
+def mix(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
+    """A fixed map along one axis as a matrix ``[out, in]``, already raised to the exponent q."""
+    if not 0 <= dim < x.dim():
+        raise IndexError(f"axis {dim} of a tensor with {x.dim()}")
+    shape = x.shape
+    # As a plain product of two matrices: a broadcast operand would become a batched one over
+    # clones.
+    if dim == x.dim() - 1:
+        mixed = x.reshape(-1, shape[dim]) @ matrix.to(x.dtype).T
+        return mixed.reshape(*shape[:-1], matrix.shape[0])
+    return mix(x.movedim(dim, -1), x.dim() - 1, matrix).movedim(-1, dim)
 
 
 #: Entries up to which a map along an axis is applied as a dense matrix.

@@ -12,9 +12,10 @@ from torch import Tensor, fx
 
 from fxpath.capture import Captured, Model, capture, check_finite
 from fxpath.evaluate import Compiled, evaluate
-from fxpath.interpret import PathNorm, Support
+from fxpath.interpret import PathNorm, Support, Total
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
+from fxpath.passes.reduce import reduce
 
 __all__ = ["Evaluation", "PathProgram", "build"]
 
@@ -22,13 +23,54 @@ __all__ = ["Evaluation", "PathProgram", "build"]
 SPAN = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
-    """One run: ``log_norm`` is log ||Phi||_q^q; ``leaves`` and ``shares`` are keyed by name."""
+    """What one run found.
 
-    log_norm: float
+    ``||Phi||_q^q = mantissa * 2 ** exponent``; ``shares`` and the ``sparsity`` of each coordinate
+    array are keyed by name.
+    """
+
+    mantissa: float
+    exponent: int
     shares: dict[str, Tensor]
     sparsity: dict[str, float]
+    q: float
+
+    @property
+    def mass(self) -> float:
+        """``||Phi||_q^q``; inf beyond float64."""
+        try:
+            return math.ldexp(self.mantissa, self.exponent)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def log10_mass(self) -> float:
+        """Decimal logarithm of ``||Phi||_q^q``."""
+        if self.mantissa == 0:
+            return -math.inf
+        return math.log10(self.mantissa) + self.exponent * math.log10(2)
+
+    @property
+    def path_norm(self) -> float:
+        """``||Phi||_q``; inf beyond float64."""
+        if self.q in (0, 1):
+            return self.mass
+        if self.mantissa == 0:
+            return 0.0
+        # Part of the exponent is a multiple of q, so that the root fits where the mass does not.
+        whole = math.floor(self.exponent / self.q)
+        rest = self.exponent - whole * self.q
+        try:
+            return math.ldexp((self.mantissa * 2.0**rest) ** (1 / self.q), whole)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def log10_path_norm(self) -> float:
+        """Decimal logarithm of ``||Phi||_q``."""
+        return self.log10_mass / (self.q or 1)
 
 
 class PathProgram:
@@ -39,11 +81,12 @@ class PathProgram:
     thing (a new layer, a parametrization), compile again.
 
     Attributes:
-        graph_module: the lifted network, an FX graph module over the vocabulary of ``fxpath.ops``; it
-            prints, lints, and called on the model's tensors returns the path-norm without care for
-            range.
-        dtype: number format of the evaluation; float64 takes over where float32 cannot hold the span
-            of one tensor.
+        graph_module: the rewritten network, an FX graph module over the vocabulary of
+            ``fxpath.ops``; it prints, lints, and called on the model's tensors returns the
+            path-norm without care for range.
+        lifted: the same at full resolution, before the spatial reduction.
+        dtype: number format of the evaluation; float64 takes over where float32 cannot hold the
+            span of one tensor.
         q: exponent of the path-norm.
 
     Example:
@@ -61,39 +104,46 @@ class PathProgram:
     def __init__(
         self,
         captured: Captured,
-        graph_module: fx.GraphModule,
+        lifted: fx.GraphModule,
         dtype: torch.dtype,
         q: float,
         compiled: bool = False,
+        reduced: bool = True,
     ) -> None:
         """Programs are made by :func:`fxpath.compile`."""
         self.captured = captured
-        self.graph_module = graph_module
+        self.lifted = lifted
+        self.reduced = reduced
+        self.graph_module = reduce(lifted, q) if reduced else lifted
         self.dtype = dtype if q == 1 else torch.float64
         self.q = q
-        self._compiled = Compiled(graph_module, self.dtype, q) if compiled else None
+        self._compiled = Compiled(self.graph_module, self.dtype, q) if compiled else None
 
     # -- results ----------------------------------------------------------------------------------
 
     def path_norm(self) -> float:
         """``||Phi(theta)||_q``; for q = 0 the number of non-zero paths; inf only beyond float64."""
-        return exponential(self._root(self.evaluate(scores=False).log_norm))
+        return self.evaluate(scores=False).path_norm
 
     def log10_path_norm(self) -> float:
         """Decimal logarithm of the path-norm; -inf if it is 0."""
-        return self._root(self.evaluate(scores=False).log_norm) / math.log(10)
+        return self.evaluate(scores=False).log10_path_norm
 
     def log_path_norm(self) -> Tensor:
         """Natural logarithm of the path-norm, a 0-d float64 tensor that differentiates.
 
-        Its gradient reaches the model's parameters: added to a training loss it is a regularizer that
-        no rescaling of neurons changes.
+        Its gradient reaches the model's parameters: added to a training loss it is a regularizer
+        that no rescaling of neurons changes.
+
+        Raises:
+            ValueError: for a NaN or infinite parameter, by name.
+            FloatingPointError: if float64 does not suffice.
         """
         for dtype in self._formats():
             run = PathNorm(self.graph_module, dtype, self.q)
-            log: Tensor = run.run(self.captured.live())
-            if self._healthy(dtype, log, run.smallest(), run.zeros()):
-                return log / (self.q or 1)
+            total: Total = run.run(self.captured.live())
+            if self._healthy(dtype, total, run.smallest(), run.zeros()):
+                return total.log() / (self.q or 1)
         raise self._failure()
 
     def scores(self, out: MutableMapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -118,35 +168,47 @@ class PathProgram:
         return dict(out)
 
     def with_exponent(self, q: float) -> PathProgram:
-        """The same rewritten model for another exponent."""
-        return PathProgram(self.captured, self.graph_module, self.dtype, _exponent(q))
+        """The same rewritten model for another exponent.
+
+        Args:
+            q: a finite number >= 0.
+
+        Raises:
+            ValueError: for any other ``q``.
+        """
+        exponent = _exponent(q)
+        return PathProgram(self.captured, self.lifted, self.dtype, exponent, reduced=self.reduced)
 
     def evaluate(self, scores: bool, sparsity: bool = False) -> Evaluation:
-        """Run in the program's number format, or in float64 where it does not suffice."""
+        """Run in the program's number format, or in float64 where it does not suffice.
+
+        Args:
+            scores: whether to differentiate.
+            sparsity: whether to count the zeros of theta.
+
+        Raises:
+            ValueError: for a NaN or infinite parameter, by name.
+            FloatingPointError: if float64 does not suffice either.
+        """
         for dtype in self._formats():
             if self._compiled is not None and dtype == self.dtype and not sparsity:
                 run = self._compiled(self.captured.live(), scores)
             else:
                 run = evaluate(self.graph_module, self.captured.live(), dtype, self.q, scores)
-            if self._healthy(dtype, run.log, run.smallest, run.zeros) and run.finite():
+            if self._healthy(dtype, run.total, run.smallest, run.zeros) and run.finite():
                 zeros = _sparsity(run.leaves) if sparsity else {}
-                return Evaluation(run.log.item(), run.shares, zeros)
+                mantissa, exponent = run.total.mantissa.item(), int(run.total.exponent.item())
+                return Evaluation(mantissa, exponent, run.shares, zeros, self.q)
         raise self._failure()
 
     # -- number formats ---------------------------------------------------------------------------
 
-    def _root(self, log: float) -> float:
-        return log / (self.q or 1)
-
     def _formats(self) -> tuple[torch.dtype, ...]:
         return (self.dtype,) if self.dtype == torch.float64 else (self.dtype, torch.float64)
 
-    def _healthy(
-        self, dtype: torch.dtype, log: Tensor, smallest: Tensor, zeros: Tensor
-    ) -> bool:
+    def _healthy(self, dtype: torch.dtype, total: Total, smallest: Tensor, zeros: Tensor) -> bool:
         """Whether nothing over- or underflowed that exact arithmetic would have kept."""
-        value = log.item()
-        if math.isnan(value) or value == math.inf:
+        if not math.isfinite(total.mantissa.item()):
             return False
         if not smallest.item() >= SPAN[dtype]:
             return False
@@ -178,6 +240,7 @@ def build(
     dtype: torch.dtype | None = None,
     until: str | None = None,
     compiled: bool = False,
+    reduced: bool = True,
 ) -> PathProgram:
     """Capture and rewrite a model.
 
@@ -187,7 +250,9 @@ def build(
     """
     exponent = _exponent(q)
     if dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64")
+        raise ValueError(
+            f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64"
+        )
     captured = capture(model, input_shape, example_inputs, until)
     live = captured.live()
     fold_batch_norm(captured)
@@ -196,7 +261,7 @@ def build(
     if dtype is None:
         double = any(tensor.dtype == torch.float64 for tensor in live.values())
         dtype = torch.float64 if double else torch.float32
-    return PathProgram(captured, module, dtype, exponent, compiled)
+    return PathProgram(captured, module, dtype, exponent, compiled, reduced)
 
 
 def _exponent(q: float) -> float:
@@ -222,11 +287,3 @@ def _check_buffers(out: Mapping[str, Tensor], shares: Mapping[str, Tensor]) -> N
             raise ValueError(
                 f"out[{name!r}] has shape {tuple(out[name].shape)}, its score {tuple(share.shape)}"
             )
-
-
-def exponential(log: float) -> float:
-    """``exp``, with inf where it overflows."""
-    try:
-        return math.exp(log)
-    except OverflowError:
-        return math.inf

@@ -1,4 +1,4 @@
-"""Arguments of ATen calls by name."""
+"""Arguments of graph nodes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
-__all__ = ["bind"]
+__all__ = ["arguments", "bind", "target"]
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Positional arguments; what they are is known from the node's target."""
+    return node.args
+
+
+def target(node: fx.Node) -> Any:
+    """What a node calls."""
+    return node.target
 
 
 def bind(node: fx.Node) -> dict[str, Any]:

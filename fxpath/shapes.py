@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import enum
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -158,7 +159,7 @@ class _Probe:
         # Whatever a user's forward raises, it means that this candidate does not fit; the text
         # goes into the error if no other one does.
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            self.failure = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
             return (_Fit.TOO_LARGE if watch.too_large else _Fit.TOO_SMALL), []
         # `view(-1, features)` of a map that is too large makes several samples out of one.
         batches = {y.shape[0] if y.dim() else 0 for y in outputs}

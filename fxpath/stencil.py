@@ -1,9 +1,9 @@
 """Stencils: what a spatial operation does along one axis.
 
-Output position ``o`` reads input positions ``p(o, k)`` with coefficients ``c(o, k) >= 0``.  Pooling,
-padding, slicing, flipping, upsampling and means are all a product of such maps, one per axis.
-Coefficients are kept as exact rationals, since equality of coefficients decides which positions are
-equal.
+Output position ``o`` reads input positions ``p(o, k)`` with coefficients ``c(o, k) >= 0``.
+Pooling, padding, slicing, flipping, upsampling and means are all a product of such maps, one per
+axis. Coefficients are kept as exact rationals, since equality of coefficients decides which
+positions are equal.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ONE = Fraction(1)
 class Stencil:
     """A map along one axis of length ``size``; ``rows[o]`` lists ``(position, coefficient)``.
 
-    Taps that read the same position are added up (bilinear upsampling at a border), so positions in a
-    row are distinct.
+    Taps that read the same position are added up (bilinear upsampling at a border), so positions in
+    a row are distinct.
 
     >>> Stencil.of(3, [[(0, ONE), (0, ONE)], [(2, ONE)]]).rows
     (((0, Fraction(2, 1)),), ((2, Fraction(1, 1)),))
@@ -90,7 +90,11 @@ def windows(
     if ceil_mode and (count - 1) * stride >= size + padding:
         count -= 1  # the last window must start inside the input or its left padding
     return [
-        [p for p in range(o * stride - padding, o * stride - padding + span, dilation) if 0 <= p < size]
+        [
+            p
+            for p in range(o * stride - padding, o * stride - padding + span, dilation)
+            if 0 <= p < size
+        ]
         for o in range(count)
     ]
 

@@ -1,8 +1,9 @@
 """Pass: a frozen batch norm that alone reads a convolution or a linear map is folded into it.
 
-Requires a functional ATen graph.  Ensures that such a map has the effective weight gamma W / sigma and
-the effective bias beta + gamma (b - mu) / sigma, computed per use, so that a weight with two batch
-norms has two effective values.  Batch norms elsewhere stay: they are identity neurons of their own.
+Requires a functional ATen graph.  Ensures that such a map has the effective weight gamma W / sigma
+and the effective bias beta + gamma (b - mu) / sigma, computed per use, so that a weight with two
+batch norms has two effective values.  Batch norms elsewhere stay: they are identity neurons of
+their own.
 """
 
 from __future__ import annotations

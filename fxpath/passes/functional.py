@@ -27,11 +27,12 @@ MAY_ALIAS = {
 
 
 def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportGraphSignature]:
-    """A copy of the program's graph without in-place operations, and the signature that goes with it.
+    """Copy the program's graph without in-place operations; its signature goes with it.
 
-    An in-place operation on a tensor that nothing else shares (``ReLU(inplace=True)``, ``out += x``)
-    is renamed on the spot.  Where views are involved (``y[:, 0] = 0``), torch's own functionalization
-    does it, with an empty decomposition table so that convolutions and linear maps stay whole.
+    An in-place operation on a tensor that nothing else shares (``ReLU(inplace=True)``, ``out +=
+    x``) is renamed on the spot.  Where views are involved (``y[:, 0] = 0``), torch's own
+    functionalization does it, with an empty decomposition table so that convolutions and linear
+    maps stay whole.
     """
     graph = _copy(program.graph)
     if not _rename(graph):

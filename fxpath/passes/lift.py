@@ -1,8 +1,8 @@
 """Pass: ATen graph -> lifted graph in the vocabulary of :mod:`fxpath.ops`.
 
-Requires a functional ATen graph with static shapes.  Ensures that every operation between the inputs
-and the outputs was claimed by a rule (or is listed in the report), that every intermediate shape is
-the one of the original network, and that every coordinate of theta has a name of its own.
+Requires a functional ATen graph with static shapes.  Ensures that every operation between the
+inputs and the outputs was claimed by a rule (or is listed in the report), that every intermediate
+shape is the one of the original network, and that every coordinate of theta has a name of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.naming import RELABELLING, coordinate_name, depends_on_parameter
 from fxpath.rules import RULES, Refusal, refusal
 from fxpath.rules.refused import ORDER, RANDOM
-from fxpath.schema import bind
+from fxpath.schema import arguments, bind, target
 from fxpath.stencil import Stencil
 
 __all__ = ["Lift", "lift"]
@@ -112,7 +112,7 @@ class Lift:
         try:
             if node.target is operator.getitem:
                 return self._item(node)
-            rule = RULES.get(node.target)
+            rule = RULES.get(target(node))
             if rule is None:
                 name = getattr(node.target, "_schema", None)
                 raise refusal(name.name.split("::")[1] if name else str(node.target))
@@ -127,13 +127,14 @@ class Lift:
         return lifted
 
     def _item(self, node: fx.Node) -> fx.Node:
-        pieces = self._env[node.args[0]]
-        piece = pieces[node.args[1]] if isinstance(pieces, list) else None
+        source, index = arguments(node)
+        pieces = self._env[source]
+        piece = pieces[index] if isinstance(pieces, list) else None
         if piece is None:
             raise Refusal(*ORDER)
         return piece
 
-    def _stand_in(self, value: Any) -> fx.Node | list[fx.Node | None]:
+    def _stand_in(self, value: Any) -> Any:
         """A value of the right shape, so that later operations are checked as well."""
         if isinstance(value, Tensor):
             return self.emit(ops.source, tuple(value.shape))
@@ -183,7 +184,10 @@ class Lift:
             suffix: ``weight`` or ``bias``.
         """
         if not isinstance(value, fx.Node):
-            return self.emit(ops.coefficient, self.buffer(torch.tensor(float(value)), "number"))
+            return self.emit(
+                ops.coefficient,
+                self.buffer(torch.tensor(float(value), dtype=torch.float64), "number"),
+            )
         if value not in self._weights:
             self._weights[value] = self._weight(value, user, suffix)
         return self._weights[value]
@@ -224,7 +228,7 @@ class Lift:
             args, kwargs = fx.map_arg((value.args, value.kwargs), self.static)
             key = (value.target, repr(args), repr(kwargs))
             if key not in self._expressions:
-                self._expressions[key] = self.graph.call_function(value.target, args, kwargs)
+                self._expressions[key] = self.graph.call_function(target(value), args, kwargs)
             copied = self._expressions[key]
         copied.meta.setdefault("val", fx.node.map_aggregate(value.meta.get("val"), _meta))
         self._copied[value] = copied

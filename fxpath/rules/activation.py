@@ -20,7 +20,6 @@ aten = torch.ops.aten
 Args = dict[str, Any]
 
 
-
 @rule(
     aten.relu.default,
     aten.abs.default,

@@ -105,9 +105,7 @@ def _conv_transpose(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 @rule(aten.convolution.default)
 def _convolution(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _convolve(
-        lift, node, args, args["padding"], args["transposed"], args["output_padding"]
-    )
+    return _convolve(lift, node, args, args["padding"], args["transposed"], args["output_padding"])
 
 
 # -- linear maps -----------------------------------------------------------------------------------

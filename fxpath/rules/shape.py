@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxpath.rules.registry import rule
+from fxpath.schema import target
 from fxpath.stencil import Stencil
 
 if TYPE_CHECKING:
@@ -82,9 +83,7 @@ def _movedim(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def _expand(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return lift.emit(
-        aten.expand.default, lift.node(args["self"]), list(node.meta["val"].shape)
-    )
+    return lift.emit(aten.expand.default, lift.node(args["self"]), list(node.meta["val"].shape))
 
 
 @rule(aten.repeat.default, aten.tile.default)
@@ -167,4 +166,4 @@ def _channel_shuffle(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 def _as_it_is(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     """Selections with a layout of their own: the operation itself does it to any kind of value."""
     x, *rest = args.values()
-    return lift.emit(node.target, lift.node(x), *rest)
+    return lift.emit(target(node), lift.node(x), *rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 
 from fxpath import ops, stencil
 from fxpath.rules.registry import Refusal, rule
+from fxpath.schema import target
 from fxpath.stencil import Stencil, per_axis
 
 if TYPE_CHECKING:
@@ -30,11 +32,10 @@ MAX_POOLS_WITH_INDICES = {
     aten.max_pool2d_with_indices.default: 2,
     aten.max_pool3d_with_indices.default: 3,
 }
+AVG_POOLS = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
 
 
-def _apply(
-    lift: Lift, x: fx.Node, stencils: Sequence[Stencil], pool: bool = False
-) -> fx.Node:
+def _apply(lift: Lift, x: fx.Node, stencils: Sequence[Stencil], pool: bool = False) -> fx.Node:
     """One stencil for each of the last axes."""
     for i, each in enumerate(stencils):
         x = lift.along(x, i - len(stencils), each, pool)
@@ -65,12 +66,12 @@ def _max_pool(lift: Lift, args: Args, axes: int) -> fx.Node:
 
 @rule(*MAX_POOLS)
 def _max_pool_values(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _max_pool(lift, args, MAX_POOLS[node.target])  # type: ignore[index]
+    return _max_pool(lift, args, MAX_POOLS[target(node)])
 
 
 @rule(*MAX_POOLS_WITH_INDICES)
 def _max_pool_indices(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    return [_max_pool(lift, args, MAX_POOLS_WITH_INDICES[node.target]), None]  # type: ignore[index]
+    return [_max_pool(lift, args, MAX_POOLS_WITH_INDICES[target(node)]), None]
 
 
 @rule(
@@ -134,9 +135,9 @@ def _cumsum(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return lift.along(x, args["dim"], Stencil.of(size, rows))
 
 
-@rule(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+@rule(*AVG_POOLS)
 def _avg_pool(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    axes = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2}.get(node.target, 3)
+    axes = AVG_POOLS[target(node)]
     x = lift.node(args["self"])
     kernel, padding = per_axis(args["kernel_size"], axes), per_axis(args["padding"], axes)
     stride = per_axis(args["stride"] or kernel, axes)
@@ -225,7 +226,7 @@ def _padded(
             "infinite padding is no edge only where a max-pooling reads it directly",
             "pad with a finite constant, or right before the max-pooling",
         )
-    inside = torch.zeros([each.out for each in stencils])
+    inside = torch.zeros([each.out for each in stencils], dtype=torch.float64)
     spans = [[o for o, row in enumerate(each.rows) if row] for each in stencils]
     inside[torch.meshgrid(*map(torch.tensor, spans), indexing="ij")] = 1
     bias = lift.buffer((1 - inside) * fill, "padding")
@@ -258,24 +259,24 @@ def _upsample(
     """Read each axis' taps off the operation itself, in one dimension."""
     x = lift.node(args["input"])
     factors = per_axis(args["scale_factors"], axes) if args["scale_factors"] else [None] * axes
-    sizes = [None if f is not None else n for f, n in zip(factors, node.meta["val"].shape[-axes:], strict=True)]
-    stencils = [
-        stencil.resample(
-            lift.shape(x)[i - axes],
-            lambda eye, i=i: run(  # type: ignore[misc]
-                eye,
-                None if sizes[i] is None else [sizes[i]],
-                None if factors[i] is None else [factors[i]],
-            ),
-        )
-        for i in range(axes)
+    sizes = [
+        None if f is not None else n
+        for f, n in zip(factors, node.meta["val"].shape[-axes:], strict=True)
     ]
+    stencils = []
+    for size, out, factor in zip(lift.shape(x)[-axes:], sizes, factors, strict=True):
+        given = (None if out is None else [out], None if factor is None else [factor])
+        stencils.append(stencil.resample(size, functools.partial(_on_axis, run, given)))
     return _apply(lift, x, stencils)
+
+
+def _on_axis(run: Callable[..., Tensor], given: tuple[Any, Any], eye: Tensor) -> Tensor:
+    return run(eye, *given)
 
 
 @rule(*NEAREST)
 def _upsample_nearest(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    axes, name = NEAREST[node.target]  # type: ignore[index]
+    axes, name = NEAREST[target(node)]
     return _upsample(lift, node, args, axes, getattr(aten, name).vec)
 
 
@@ -284,7 +285,7 @@ def _upsample_linear(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     def run(eye: Tensor, size: Any, factor: Any) -> Tensor:
         return aten.upsample_linear1d.vec(eye, size, args["align_corners"], factor)
 
-    return _upsample(lift, node, args, LINEAR[node.target], run)  # type: ignore[index]
+    return _upsample(lift, node, args, LINEAR[target(node)], run)
 
 
 @rule(*ANTIALIASED)

@@ -1,0 +1,208 @@
+"""How the axes of a lifted operation's result hang on the axes of its arguments.
+
+Along an axis a result reads its argument through stencils (one for each tap of a kernel, one for
+everything else), or it mixes the axis with weights or other axes: then the axis is kept at full
+extent (a fence).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxpath import ops
+from fxpath.schema import arguments
+from fxpath.stencil import ONE, Stencil
+
+__all__ = ["Link", "extents", "identity", "links", "mark_static", "row_power", "static"]
+
+aten = torch.ops.aten
+
+POINTWISE = {ops.scale, ops.shift, ops.add, ops.maximum, ops.clamp, ops.slope}
+
+
+@dataclass(frozen=True)
+class Link:
+    """Axis ``dim`` of a result reads axis ``source_dim`` of an argument through ``taps``."""
+
+    dim: int
+    source_dim: int
+    taps: tuple[Stencil, ...]
+
+
+def extents(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a lifted value."""
+    return tuple(node.meta["val"].shape)
+
+
+def mark_static(graph: fx.Graph) -> None:
+    """Note in each node whether it is computed from the model's tensors alone."""
+    for node in graph.nodes:
+        begins = node.target in (ops.source, ops.constant)
+        node.meta["static"] = not begins and all(static(n) for n in node.all_input_nodes)
+
+
+def static(node: fx.Node) -> bool:
+    """Whether a node is a weight or constant, not an activation."""
+    found: bool = node.meta["static"]
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def identity(size: int) -> Stencil:
+    """The stencil that does nothing."""
+    return Stencil.select(size, range(size))
+
+
+@functools.lru_cache(maxsize=1024)
+def spread(size: int, out: int) -> Stencil:
+    """Pointwise along an axis, with broadcasting."""
+    return identity(size) if size == out else Stencil.select(size, [0] * out)
+
+
+def links(node: fx.Node, q: float) -> Iterator[tuple[fx.Node, list[Link]]]:
+    """For each activation that an operation reads, the axes that it reads through stencils.
+
+    Fixed coefficients are raised to ``q``.  Axes of the result, or of an argument, without a link
+    are fences.
+    """
+    active = [a for a in node.all_input_nodes if not static(a)]
+    out = extents(node)
+    if node.target is aten.cat.default:
+        yield from _cat(node)
+    elif node.target is ops.conv:
+        yield arguments(node)[0], [Link(0, 0, (identity(out[0]),)), *_conv(node)]
+    elif node.target is ops.linear:
+        yield active[0], [Link(d, d, (identity(n),)) for d, n in enumerate(out[:-1])]
+    elif node.target is ops.matmul:
+        yield active[0], _matmul(node)
+    elif "stencil" in node.meta:
+        dim, stencil = node.meta["stencil"]
+        powered = {dim: row_power(stencil, q)}
+        taps = {d: identity(n) for d, n in enumerate(out)} | powered
+        yield active[0], [Link(d, d, (each,)) for d, each in taps.items()]
+    elif node.target in POINTWISE or node.target is aten.expand.default:
+        fixed = _varying(node)
+        for argument in active:
+            shape = extents(argument)
+            shared = range(len(out)) if len(shape) == len(out) else ()
+            yield (
+                argument,
+                [Link(d, d, (spread(shape[d], out[d]),)) for d in shared if d not in fixed],
+            )
+    elif node.target is aten.permute.default:
+        dims: Sequence[int] = arguments(node)[1]
+        yield active[0], [Link(d, s, (identity(out[d]),)) for d, s in enumerate(dims)]
+    elif node.target is aten.reshape.default:
+        pairs = _kept(extents(active[0]), out)
+        yield active[0], [Link(d, s, (identity(out[d]),)) for s, d in pairs]
+    elif node.target is ops.total:
+        for argument in active:
+            yield argument, [Link(d, d, (identity(n),)) for d, n in enumerate(extents(argument))]
+    else:
+        for argument in active:
+            yield argument, []
+
+
+def _varying(node: fx.Node) -> set[int]:
+    """Axes along which a factor differs from entry to entry."""
+    if node.target not in (ops.scale, ops.slope) or not isinstance(arguments(node)[1], fx.Node):
+        return set()
+    shape, rank = extents(arguments(node)[1]), len(extents(node))
+    return {d + rank - len(shape) for d, n in enumerate(shape) if n > 1}
+
+
+def _cat(node: fx.Node) -> Iterator[tuple[fx.Node, list[Link]]]:
+    out = extents(node)
+    pieces: Sequence[fx.Node] = arguments(node)[0]
+    dim = int(arguments(node)[1]) % len(out)
+    start = 0
+    for piece in pieces:
+        shape = extents(piece)
+        places = {p: p - start for p in range(start, start + shape[dim])}
+        place = Stencil.select(shape[dim], [places.get(p) for p in range(out[dim])])
+        start += shape[dim]
+        taps = {d: identity(n) for d, n in enumerate(out)} | {dim: place}
+        yield piece, [Link(d, d, (each,)) for d, each in taps.items()]
+
+
+def _matmul(node: fx.Node) -> list[Link]:
+    """A matrix on either side mixes one axis of the activations; anything else is a fence."""
+    x, weight, weight_first = arguments(node)
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    out, rank = extents(node), len(extents(x))
+    if len(extents(weight)) != 2 or rank < 2 or len(out) != rank:
+        return []
+    mixed = rank - 2 if weight_first else rank - 1
+    return [Link(d, d, (identity(n),)) for d, n in enumerate(out) if d != mixed]
+
+
+def _conv(node: fx.Node) -> Iterator[Link]:
+    """One stencil for each tap of the kernel, along each spatial axis."""
+    x, weight, stride, padding, dilation, transposed = arguments(node)[:6]
+    kernel = extents(weight)[2:]
+    for i, k in enumerate(kernel):
+        size, out = extents(x)[2 + i], extents(node)[2 + i]
+        yield Link(
+            2 + i,
+            2 + i,
+            tap_stencils(size, out, k, stride[i], padding[i], dilation[i], bool(transposed)),
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def tap_stencils(
+    size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, transposed: bool
+) -> tuple[Stencil, ...]:
+    """What each tap of a (transposed) convolution reads along one axis."""
+    taps = []
+    for tap in range(kernel):
+        positions: list[int | None] = []
+        for o in range(out):
+            if transposed:
+                p, rest = divmod(o + padding - tap * dilation, stride)
+            else:
+                p, rest = o * stride - padding + tap * dilation, 0
+            positions.append(p if rest == 0 and 0 <= p < size else None)
+        taps.append(Stencil.select(size, positions))
+    return tuple(taps)
+
+
+def _kept(before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int]]:
+    """Axes that a reshape leaves alone, as (before, after) pairs."""
+    pairs: list[tuple[int, int]] = []
+    if 0 in before:
+        return pairs
+    i = j = 0
+    while i < len(before) and j < len(after):
+        start_i, start_j = i, j
+        left, right = before[i], after[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * before[i], i + 1
+            else:
+                right, j = right * after[j], j + 1
+        if i - start_i == 1 and j - start_j == 1:
+            pairs.append((start_i, start_j))
+    return pairs
+
+
+def row_power(stencil: Stencil, q: float) -> Stencil:
+    """Coefficients raised to q, exactly where q is an integer; 0 counts non-zero ones."""
+    if q == 1:
+        return stencil
+    rows = []
+    for row in stencil.rows:
+        if q == 0:
+            rows.append(tuple((p, ONE) for p, _ in row))
+        elif float(q).is_integer():
+            rows.append(tuple((p, c ** int(q)) for p, c in row))
+        else:
+            rows.append(tuple((p, type(c)(math.pow(c, q))) for p, c in row))
+    return Stencil(stencil.size, tuple(rows))

@@ -1,0 +1,307 @@
+"""Pass: keep one row for each class of equal positions.
+
+Requires a lifted graph.  Ensures that the reduced graph computes the same polynomial in |theta|, so
+that path-norm and Path-Mag are the same; every axis of every activation has as many rows as it has
+reachable classes, or observable ones where it is kept in sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath import ops
+from fxpath.passes.bases import Choice, Choose, cheapest, partitions
+from fxpath.passes.classes import Classes, Partition, find_classes
+from fxpath.passes.links import Link, extents, identity, links, mark_static, static
+from fxpath.schema import arguments
+from fxpath.stencil import ONE, Stencil
+
+__all__ = ["reduce"]
+
+aten = torch.ops.aten
+
+
+def reduce(module: fx.GraphModule, q: float = 1.0, choose: Choose = cheapest) -> fx.GraphModule:
+    """Reduce a lifted graph for the l^q path-norm.
+
+    Args:
+        module: a lifted graph; it is not changed.
+        q: the exponent: fixed coefficients are raised to it here, before equal ones are added.
+        choose: picks the activations that are kept in sums.
+
+    Returns:
+        A lifted graph module with the same placeholders, in the vocabulary of ``fxpath.ops`` with
+        ``ops.mix`` for fixed maps.
+    """
+    mark_static(module.graph)
+    classes = find_classes(module.graph, q)
+    return _Reduction(module, classes, choose(classes)).run()
+
+
+class _Reduction:
+    def __init__(self, module: fx.GraphModule, classes: Classes, choice: Choice) -> None:
+        self.module, self.classes, self.choice = module, classes, choice
+        self.graph = fx.Graph()
+        self.root = torch.nn.Module()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self._constants = 0
+
+    def run(self) -> fx.GraphModule:
+        for node in self.module.graph.nodes:
+            if node.op == "output":
+                self.graph.output(self.env[arguments(node)[0]])
+                continue
+            if node.op == "get_attr":
+                self.root.register_buffer(node.target, getattr(self.module, node.target))
+            if static(node):
+                self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+            else:
+                self.env[node] = self._reduce(node)
+                self.env[node].meta.setdefault("origin", node.meta.get("origin"))
+                self.env[node].meta["full"] = node
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return fx.GraphModule(self.root, self.graph)
+
+    # -- one operation ----------------------------------------------------------------------------
+
+    def _reduce(self, node: fx.Node) -> fx.Node:
+        if node.target is ops.source:
+            return self._source(node)
+        if node.target is ops.conv:
+            return self._conv(node)
+        if node.target is ops.constant:
+            return self._emit(ops.constant, self._static(node, arguments(node)[0]))
+        if node.target is ops.total:
+            return self._emit(ops.total, [self._sum(a) for a in arguments(node)[0]])
+        if node.target is aten.cat.default:
+            pieces = [self._mapped(node, a, axes) for a, axes in links(node, self.classes.q)]
+            dim = int(arguments(node)[1]) % len(extents(node))
+            if self._basis(node)[dim].is_trivial:
+                return self._plain_cat(node, dim)
+            return self._sum_up(pieces)
+        mapped = {a: self._mapped(node, a, axes) for a, axes in links(node, self.classes.q)}
+        if node.target in (ops.shift, ops.clamp):
+            return self._shift(node, mapped)
+        if "stencil" in node.meta or node.target is aten.expand.default:
+            return next(iter(mapped.values()))
+        if node.target is aten.reshape.default:
+            shape = [len(p) for p in self._basis(node)]
+            return self._emit(aten.reshape.default, next(iter(mapped.values())), shape)
+        return self._emit(
+            node.target, *fx.map_arg(arguments(node), lambda n: mapped.get(n) or self.env[n])
+        )
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        basis = self._basis(node)
+        if not self.choice[node]:
+            return self._emit(ops.source, tuple(len(p) for p in basis))
+        x = self._emit(ops.source, (1,) * len(basis))
+        for dim, partition in enumerate(basis):
+            x = self._mix(x, dim, _column(partition))
+        return x
+
+    def _conv(self, node: fx.Node) -> fx.Node:
+        """Taps side by side along each reduced axis, and a stride of one kernel."""
+        ((argument, axes),) = links(node, self.classes.q)
+        _, weight, stride, padding, dilation, transposed, output_padding, groups = arguments(node)
+        spec = [list(v) for v in (stride, padding, dilation, output_padding)]
+        reduced = [link for link in axes if link.dim >= 2 and not self._full(node, argument, link)]
+        weight = self.env[weight]
+        if transposed and reduced:
+            reduced = [link for link in axes if link.dim >= 2]
+            weight = self._untransposed(weight, groups)
+            transposed = False
+        x = self._mapped(node, argument, [link for link in axes if link.dim < 2], partial=True)
+        x = self._whole(x, argument, {link.source_dim for link in axes})
+        for link in reduced:
+            x = self._mix(x, link.source_dim, self._taps(node, argument, link))
+            for values, number in zip(spec, (len(link.taps), 0, 1, 0), strict=True):
+                values[link.dim - 2] = number
+        stride, padding, dilation, output_padding = spec
+        return self._emit(
+            ops.conv, x, weight, stride, padding, dilation, transposed, output_padding, groups
+        )
+
+    def _untransposed(self, weight: fx.Node, groups: Any) -> fx.Node:
+        """[in, out / groups, ...] of a transposed convolution as [out, in / groups, ...]."""
+        inputs, outputs, *kernel = extents(weight)
+        blocks = [groups, inputs // groups, outputs, *kernel]
+        split = self._emit(aten.reshape.default, weight, blocks)
+        order = [0, 2, 1, *range(3, len(blocks))]
+        turned = self._emit(aten.permute.default, split, order)
+        shape = [groups * outputs, inputs // groups, *kernel]
+        return self._emit(aten.reshape.default, turned, shape)
+
+    def _shift(self, node: fx.Node, mapped: dict[fx.Node, fx.Node]) -> fx.Node:
+        x = next(iter(mapped.values()))
+        if node.target is ops.shift:
+            return self._emit(ops.shift, x, self._static(node, arguments(node)[1]))
+        if not self.choice[node]:
+            return self._emit(ops.clamp, x, *arguments(node)[1:])
+        for bound in arguments(node)[1:]:
+            if bound:
+                number = torch.full((1,) * len(extents(node)), float(bound), dtype=torch.float64)
+                value = self._emit(ops.coefficient, self._buffer(number, "bound"))
+                x = self._emit(ops.shift, x, self._static(node, value))
+        return x
+
+    def _static(self, node: fx.Node, value: Any) -> fx.Node:
+        """A bias in the basis of the tensor that it enters."""
+        bias = self.env.get(value, value)
+        offset = len(extents(node)) - len(extents(bias))
+        for dim, partition in enumerate(self._basis(node)):
+            axis = dim - offset
+            size = extents(bias)[axis] if axis >= 0 else 1
+            if size == 1 and not self.choice[node] or size == len(partition) == len(partition.of):
+                continue
+            if axis < 0:  # sums need the axis that broadcasting would have supplied
+                bias = self._emit(aten.unsqueeze.default, bias, 0)
+                offset, axis = offset - 1, 0
+                return self._static_axes(node, bias)
+            if size == 1:
+                bias = self._mix(bias, axis, _column(partition))
+            else:
+                rows = self._rows(node, dim, identity(size), Partition.trivial(size), False)
+                bias = self._mix(bias, axis, _dense(rows, size))
+        return bias
+
+    def _static_axes(self, node: fx.Node, bias: fx.Node) -> fx.Node:
+        """A bias with leading axes of length 1 up to the rank of its tensor."""
+        missing = len(extents(node)) - len(extents(bias))
+        shape = [1] * missing + list(extents(bias))
+        return self._static(node, self._emit(aten.reshape.default, bias, shape))
+
+    def _plain_cat(self, node: fx.Node, dim: int) -> fx.Node:
+        """Concatenation along an axis that is kept whole (channels)."""
+        pieces = []
+        for argument, axes in links(node, self.classes.q):
+            others = [link for link in axes if link.dim != dim]
+            piece = self._mapped(node, argument, others, partial=True)
+            own = self._partition(argument)[dim]
+            if not own.is_trivial:
+                piece = self._mix(piece, dim, _expansion(own))
+            pieces.append(piece)
+        return self._emit(aten.cat.default, pieces, dim)
+
+    def _sum_up(self, terms: list[fx.Node]) -> fx.Node:
+        total, *rest = terms
+        for term in rest:
+            total = self._emit(ops.add, total, term)
+        return total
+
+    def _sum(self, argument: Any) -> fx.Node:
+        """Class sizes, where an output of the network is kept by value."""
+        x = self.env[argument]
+        if self.choice[argument]:
+            return x
+        for dim, partition in enumerate(self._partition(argument)):
+            if not partition.is_trivial:
+                x = self._mix(x, dim, torch.tensor([partition.sizes], dtype=torch.float64))
+        return x
+
+    # -- bases ------------------------------------------------------------------------------------
+
+    def _basis(self, node: fx.Node) -> list[Partition]:
+        return partitions(self.classes, node, self.choice[node])
+
+    _partition = _basis
+
+    def _full(self, node: fx.Node, argument: fx.Node, link: Link) -> bool:
+        """Whether an axis is whole on both sides, so that a convolution runs as it was."""
+        mine, other = self._basis(node)[link.dim], self._basis(argument)[link.source_dim]
+        return mine.is_trivial and other.is_trivial
+
+    def _mapped(
+        self, node: fx.Node, argument: fx.Node, axes: list[Link], partial: bool = False
+    ) -> fx.Node:
+        """An argument in the basis of its reader; axes that the reader mixes become whole."""
+        x = self.env[argument]
+        for link in axes:
+            (tap,) = link.taps
+            rows = self._rows(
+                node, link.dim, tap, self._basis(argument)[link.source_dim], self.choice[argument]
+            )
+            x = self._mix(x, link.source_dim, _dense(rows, extents(x)[link.source_dim]))
+        if not partial:
+            x = self._whole(x, argument, {link.source_dim for link in axes})
+        return x
+
+    def _whole(self, x: fx.Node, argument: fx.Node, linked: set[int]) -> fx.Node:
+        for dim, partition in enumerate(self._basis(argument)):
+            if dim not in linked and not partition.is_trivial:
+                x = self._mix(x, dim, _expansion(partition))
+        return x
+
+    def _taps(self, node: fx.Node, argument: fx.Node, link: Link) -> Tensor:
+        """Rows ordered by output position, then tap."""
+        source = self._basis(argument)[link.source_dim]
+        size = len(source)
+        stacked = [
+            _dense(self._rows(node, link.dim, tap, source, self.choice[argument]), size)
+            for tap in link.taps
+        ]
+        return torch.stack(stacked, 1).reshape(-1, size)
+
+    def _rows(
+        self, node: fx.Node, dim: int, tap: Stencil, source: Partition, from_sums: bool
+    ) -> list[dict[int, Any]]:
+        """A stencil between two bases: output class -> {input class: coefficient}."""
+        target, sums = self._basis(node)[dim], self.choice[node]
+        rows: list[dict[int, Any]] = [{} for _ in range(len(target))]
+        for o in range(tap.out) if sums else target.representatives:
+            row = rows[target.of[o]]
+            for position, c in tap.rows[o]:
+                at = source.of[position]
+                # All members of an observable class are read alike; one of them stands for all.
+                if not from_sums or source.representatives[at] == position:
+                    row[at] = row.get(at, 0) + c
+        return rows
+
+    # -- emitting ---------------------------------------------------------------------------------
+
+    def _emit(self, function: Any, *args: Any) -> fx.Node:
+        node = self.graph.call_function(function, args)
+        result = function(*fx.map_arg(args, _meta_of))
+        node.meta["val"] = torch.empty(tuple(result.shape), dtype=result.dtype, device="meta")
+        return node
+
+    def _buffer(self, tensor: Tensor, name: str) -> fx.Node:
+        target = f"{name}_{self._constants}"
+        self._constants += 1
+        self.root.register_buffer(target, tensor)
+        node = self.graph.get_attr(target)
+        node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return node
+
+    def _mix(self, x: fx.Node, dim: int, matrix: Tensor) -> fx.Node:
+        if matrix.shape[0] == matrix.shape[1] and bool((matrix == torch.eye(len(matrix))).all()):
+            return x
+        return self._emit(ops.mix, x, dim, self._buffer(matrix, "matrix"))
+
+
+def _meta_of(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _dense(rows: list[dict[int, Any]], size: int) -> Tensor:
+    matrix = torch.zeros(len(rows), size, dtype=torch.float64)
+    for o, row in enumerate(rows):
+        for p, c in row.items():
+            matrix[o, p] = float(c)
+    return matrix
+
+
+def _column(partition: Partition) -> Tensor:
+    """Class sizes: what a constant along an axis sums up to."""
+    return torch.tensor(partition.sizes, dtype=torch.float64)[:, None]
+
+
+def _expansion(partition: Partition) -> Tensor:
+    """One row for each position, from one for each class of values."""
+    matrix = torch.zeros(len(partition.of), len(partition), dtype=torch.float64)
+    matrix[range(len(partition.of)), partition.of] = float(ONE)
+    return matrix
