@@ -11,6 +11,7 @@ from torch import Tensor
 from fxpath.analysis import Analysis
 from fxpath.capture import Model, Shape, capture
 from fxpath.errors import SupportReport, UnsupportedModelError
+from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
 from fxpath.program import PathProgram, build
@@ -179,6 +180,7 @@ def path_magnitude(model: Model, input_shape: Shapes = None, **options: Any) -> 
     return {name: analysis.path_magnitude(name) for name in analysis.scores}
 
 
+@plain_mode()
 def check(
     model: Model,
     input_shape: Shapes = None,

@@ -46,12 +46,15 @@ def evaluate(
     scores: bool,
 ) -> Run:
     """Run a lifted graph eagerly, with shares if ``scores``."""
-    run = PathNorm(module, dtype, q, leaves=True)
+    return _evaluate(PathNorm(module, dtype, q, leaves=True), tensors, scores)
+
+
+def _evaluate(run: PathNorm, tensors: Mapping[str, Tensor], scores: bool) -> Run:
     with torch.set_grad_enabled(scores):
         total: Total = run.run(tensors)
         log = total.log()
-    leaves = run.leaves or {}
-    shares = _shares(log, leaves) if scores else {}
+        leaves = run.leaves or {}
+        shares = _shares(log, leaves) if scores else {}
     detached = Total(total.mantissa.detach(), total.exponent)
     return Run(detached, run.smallest(), run.zeros(), shares, leaves)
 
@@ -94,13 +97,14 @@ class Compiled:
         self, keys: list[str], values: list[Tensor], scores: bool
     ) -> tuple[Callable[..., Any], list[str]]:
         names: list[str] = []
+        # Made before tracing, so that its constants are the graph's, in their final number format.
+        norm = PathNorm(self._module, self._dtype, self._q, leaves=True)
 
         def flat(*arguments: Tensor) -> list[Tensor]:
-            tensors = dict(zip(keys, arguments, strict=True))
-            run = evaluate(self._module, tensors, self._dtype, self._q, scores)
+            run = _evaluate(norm, dict(zip(keys, arguments, strict=True)), scores)
             names[:] = list(run.shares)
             total = [run.total.mantissa, run.total.exponent]
             return [*total, run.smallest, run.zeros, *run.shares.values()]
 
-        traced = make_fx(flat, tracing_mode="fake")(*values)
+        traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*values)
         return torch.compile(traced, fullgraph=True, dynamic=False), names

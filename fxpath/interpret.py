@@ -43,6 +43,10 @@ class Interpretation:
         self.dtype = dtype
         self.q = q
         self._last_use = _last_uses(module.graph)
+        self._constants = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in module.named_buffers()
+        }
 
     def run(self, tensors: Mapping[str, Tensor]) -> Any:
         """Evaluate on the model's tensors, by the names of the graph's placeholders."""
@@ -53,7 +57,7 @@ class Interpretation:
             if node.op == "placeholder":
                 env[node] = tensors[node.target]
             elif node.op == "get_attr":
-                env[node] = getattr(self.module, node.target).to(self.device)
+                env[node] = self._constants[node.target].to(self.device)
             elif node.op == "output":
                 return args[0]
             else:
@@ -151,6 +155,9 @@ class PathNorm(Interpretation):
     def power(self, value: Tensor) -> Tensor:
         """``|value| ** q`` in the number format of this run."""
         return power(value.to(self.dtype), self.q)
+
+    def folded_weight(self, weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
+        return ops.folded_weight(weight.to(self.dtype), factor, axis, groups)
 
     def coordinate(self, value: Tensor, name: str) -> Tensor:
         """Entries of theta."""

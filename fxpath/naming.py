@@ -10,7 +10,14 @@ from torch import fx
 from fxpath.capture import Captured
 from fxpath.errors import module_path
 
-__all__ = ["RELABELLING", "coordinate_name", "depends_on_parameter", "parameter_of"]
+__all__ = [
+    "RELABELLING",
+    "SAME",
+    "SPLITTING",
+    "coordinate_name",
+    "depends_on_parameter",
+    "parameter_of",
+]
 
 aten = torch.ops.aten
 
@@ -31,15 +38,29 @@ RELABELLING = {
     aten.select.int,
     aten.slice.Tensor,
     aten.expand.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
     aten.numpy_T.default,
     aten.mT.default,
     aten.movedim.int,
     aten.swapaxes.default,
     aten.flip.default,
+}
+
+
+#: Operations that show a parameter as it is; ``detach`` would cut the scores off.
+SAME = {
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+
+#: Operations whose pieces are entries of the parameter that they split.
+SPLITTING = {
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
 }
 
 

@@ -80,11 +80,11 @@ def folded_weight(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Ten
     ``axis`` is the output axis of ``weight``; a transposed convolution (axis 1) lists the output
     channels of each of its ``groups`` apart, in blocks along axis 0.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    factor = factor.to(weight.dtype)
     if axis == 0:
-        return weight.to(dtype) * factor.to(dtype).reshape(-1, *[1] * (weight.dim() - 1))
-    blocks = weight.to(dtype).reshape(groups, -1, *weight.shape[1:])
-    per_block = factor.to(dtype).reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
+    per_block = factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
     return (blocks * per_block).reshape(weight.shape)
 
 

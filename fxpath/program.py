@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fxpath.capture import Captured, Model, capture, check_finite
 from fxpath.evaluate import Compiled, evaluate
 from fxpath.interpret import PathNorm, Support, Total
+from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
 from fxpath.passes.reduce import reduce
@@ -129,6 +130,7 @@ class PathProgram:
         """Decimal logarithm of the path-norm; -inf if it is 0."""
         return self.evaluate(scores=False).log10_path_norm
 
+    @plain_mode()
     def log_path_norm(self) -> Tensor:
         """Natural logarithm of the path-norm, a 0-d float64 tensor that differentiates.
 
@@ -167,6 +169,7 @@ class PathProgram:
             out[name].copy_(share)
         return dict(out)
 
+    @plain_mode()
     def with_exponent(self, q: float) -> PathProgram:
         """The same rewritten model for another exponent.
 
@@ -179,6 +182,7 @@ class PathProgram:
         exponent = _exponent(q)
         return PathProgram(self.captured, self.lifted, self.dtype, exponent, reduced=self.reduced)
 
+    @plain_mode()
     def evaluate(self, scores: bool, sparsity: bool = False) -> Evaluation:
         """Run in the program's number format, or in float64 where it does not suffice.
 
@@ -214,7 +218,7 @@ class PathProgram:
             return False
         if zeros.item() == 0:
             return True
-        support = Support(self.graph_module, dtype, self.q)
+        support = Support(self.graph_module, torch.float64, self.q)
         with torch.no_grad():
             support.run(self.captured.live())
         return support.zeros().item() == zeros.item()
@@ -232,6 +236,7 @@ class PathProgram:
         )
 
 
+@plain_mode()
 def build(
     model: Model,
     input_shape: Any = None,

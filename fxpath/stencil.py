@@ -8,6 +8,7 @@ positions are equal.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-ONE = Fraction(1)
+#: Coefficients are exact: integers, and fractions where they must be.
+Coefficient = int | Fraction
+ONE = 1
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,20 @@ class Stencil:
     a row are distinct.
 
     >>> Stencil.of(3, [[(0, ONE), (0, ONE)], [(2, ONE)]]).rows
-    (((0, Fraction(2, 1)),), ((2, Fraction(1, 1)),))
+    (((0, 2),), ((2, 1),))
     """
 
     size: int
-    rows: tuple[tuple[tuple[int, Fraction], ...], ...]
+    rows: tuple[tuple[tuple[int, Coefficient], ...], ...]
 
     @classmethod
-    def of(cls, size: int, rows: Iterable[Iterable[tuple[int, Fraction]]]) -> Stencil:
+    def of(cls, size: int, rows: Iterable[Iterable[tuple[int, Coefficient]]]) -> Stencil:
         """Build from rows that may repeat a position or hold zero coefficients."""
         merged = []
         for row in rows:
-            taps: dict[int, Fraction] = {}
+            taps: dict[int, Coefficient] = {}
             for position, c in row:
-                taps[position] = taps.get(position, Fraction(0)) + c
+                taps[position] = taps.get(position, 0) + c
             merged.append(tuple(sorted((p, c) for p, c in taps.items() if c)))
         return cls(size, tuple(merged))
 
@@ -54,7 +57,7 @@ class Stencil:
         """Length of the axis afterwards."""
         return len(self.rows)
 
-    @property
+    @functools.cached_property
     def is_identity(self) -> bool:
         """Whether nothing happens."""
         return self.out == self.size and all(
@@ -135,7 +138,7 @@ def adaptive_pool(size: int, out: int, mean: bool) -> Stencil:
     return Stencil(size, tuple(rows))
 
 
-def whole(size: int, coefficient: Fraction) -> Stencil:
+def whole(size: int, coefficient: Coefficient) -> Stencil:
     """One output position that sums the axis with one coefficient."""
     return Stencil(size, (tuple((p, coefficient) for p in range(size)),))
 
@@ -165,7 +168,7 @@ def resample(size: int, run: Callable[[Tensor], Tensor]) -> Stencil:
     fractions; the nearest one within 1e-12 is taken, so that equal coefficients compare equal.
     """
     matrix = run(torch.eye(size, dtype=torch.float64)[None])[0].T
-    rows: list[list[tuple[int, Fraction]]] = [[] for _ in range(matrix.shape[0])]
+    rows: list[list[tuple[int, Coefficient]]] = [[] for _ in range(matrix.shape[0])]
     for o, p in matrix.nonzero().tolist():
         rows[o].append((p, _rational(matrix[o, p].item())))
     return Stencil.of(size, rows)

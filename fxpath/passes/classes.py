@@ -7,16 +7,16 @@ have one class, and backward from the path-norm, which sums everything.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from torch import fx
 
 from fxpath import ops
 from fxpath.passes.links import Link, extents, links, static
 from fxpath.schema import arguments
-from fxpath.stencil import Stencil
+from fxpath.stencil import Coefficient, Stencil
 
 __all__ = ["Classes", "Partition", "find_classes"]
 
@@ -97,7 +97,9 @@ def _fences(node: fx.Node, q: float) -> set[int]:
 
 
 def _multiset(labels: list[Hashable]) -> Hashable:
-    return frozenset((label, labels.count(label)) for label in labels)
+    if len(labels) == 1:
+        return labels[0]
+    return frozenset(Counter(labels).items())
 
 
 def _reachable(node: fx.Node, known: Classes) -> list[Partition]:
@@ -139,14 +141,16 @@ def _bias_axes(node: fx.Node) -> set[int]:
 
 def _reads(link: Link, below: tuple[int, ...]) -> list[Hashable]:
     """What each output position reads: without weights between them, taps of one class add up."""
+    if len(link.taps) == 1 and link.taps[0].is_identity:
+        return list(below)
     columns = [[_sums(row, below) for row in tap.rows] for tap in link.taps]
     return [tuple(column) for column in zip(*columns, strict=True)]
 
 
-def _sums(row: Iterable[tuple[int, Fraction]], of: tuple[int, ...]) -> Hashable:
-    total: dict[int, Fraction] = {}
+def _sums(row: Iterable[tuple[int, Coefficient]], of: tuple[int, ...]) -> Hashable:
+    total: dict[int, Coefficient] = {}
     for position, c in row:
-        total[of[position]] = total.get(of[position], Fraction(0)) + c
+        total[of[position]] = total.get(of[position], 0) + c
     return frozenset(total.items())
 
 
@@ -165,6 +169,10 @@ def _observe(
                 seen[argument][dim] = None
                 continue
             of = partitions[link.dim].of if partitions else (0,) * extents(argument)[dim]
+            if len(link.taps) == 1 and link.taps[0].is_identity:
+                for position, label in enumerate(of):
+                    labels[position].append((node, index, label))
+                continue
             for k, tap in enumerate(link.taps):
                 for position, reads in enumerate(_transposed(tap, of)):
                     # A position that no tap reads has the same (empty) label everywhere.
@@ -172,10 +180,10 @@ def _observe(
                         labels[position].append((node, index, k, frozenset(reads.items())))
 
 
-def _transposed(tap: Stencil, of: tuple[int, ...]) -> list[dict[int, Fraction]]:
+def _transposed(tap: Stencil, of: tuple[int, ...]) -> list[dict[int, Coefficient]]:
     """For each input position the coefficients with which output classes read it."""
-    reads: list[dict[int, Fraction]] = [{} for _ in range(tap.size)]
+    reads: list[dict[int, Coefficient]] = [{} for _ in range(tap.size)]
     for o, row in enumerate(tap.rows):
         for position, c in row:
-            reads[position][of[o]] = reads[position].get(of[o], Fraction(0)) + c
+            reads[position][of[o]] = reads[position].get(of[o], 0) + c
     return reads

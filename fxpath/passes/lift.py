@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
-from fxpath.naming import RELABELLING, coordinate_name, depends_on_parameter
+from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
 from fxpath.rules import RULES, Refusal, refusal
 from fxpath.rules.refused import ORDER, RANDOM
 from fxpath.schema import arguments, bind, target
@@ -193,9 +193,13 @@ class Lift:
         return self._weights[value]
 
     def _weight(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
+        if value.target in SAME:
+            return self.weight(value.args[0], user, suffix)
         if value.target in RELABELLING and isinstance(value.args[0], fx.Node):
             inner = self.weight(value.args[0], user, suffix)
             return self.emit(value.target, inner, *value.args[1:])
+        if value.target is operator.getitem and arguments(value)[0].target in SPLITTING:
+            return self._piece(value, user, suffix)
         name = value.meta.get("coordinate")
         if name is None and depends_on_parameter(self.captured, value):
             name = coordinate_name(self.captured, value, user, suffix)
@@ -206,13 +210,34 @@ class Lift:
             return self.emit(ops.coefficient, static)
         return self.emit(ops.coordinate, static, self._own(name, value, static))
 
+    def _piece(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
+        """One piece of a parameter that is split: its entries stay the parameter's own."""
+        split, index = arguments(value)
+        bound = bind(split)
+        whole = self.weight(bound["self"], user, suffix)
+        dim = bound["dim"] % len(self.shape(whole))
+        sizes = [
+            piece.shape[dim] if piece.dim() == len(self.shape(whole)) else 1
+            for piece in split.meta["val"]
+        ]
+        start = sum(sizes[:index])
+        piece = self.emit(aten.slice.Tensor, whole, dim, start, start + sizes[index])
+        return self.reshape(piece, tuple(split.meta["val"][index].shape))
+
     def _own(self, name: str, value: fx.Node, static: fx.Node) -> str:
         """Keep a name for one coordinate array; scores of several uses of one weight add up."""
-        folded = value.target is ops.folded_weight
-        array = self.static(value.args[0]) if folded else static  # type: ignore[arg-type]
+        array = self._holder(value, static)
         if self._owners.setdefault(name, array) is array:
             return name
         return self._own(f"{name}:{value.name}", value, static)
+
+    def _holder(self, value: fx.Node, static: fx.Node) -> fx.Node:
+        """What a coordinate array stands for: a folded one for the parameter that names it."""
+        position = {ops.folded_weight: (0,), ops.folded_bias: (2, 3), ops.normalizer: (0, 1)}
+        for index in position.get(target(value), ()):
+            if arguments(value)[index] is not None:
+                return self.static(arguments(value)[index])
+        return static
 
     def static(self, value: fx.Node) -> fx.Node:
         """Copy a computation on parameters and constants; equal expressions become one."""

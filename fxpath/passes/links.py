@@ -11,13 +11,14 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import fx
 
 from fxpath import ops
 from fxpath.schema import arguments
-from fxpath.stencil import ONE, Stencil
+from fxpath.stencil import ONE, Coefficient, Stencil
 
 __all__ = ["Link", "extents", "identity", "links", "mark_static", "row_power", "static"]
 
@@ -197,12 +198,12 @@ def row_power(stencil: Stencil, q: float) -> Stencil:
     """Coefficients raised to q, exactly where q is an integer; 0 counts non-zero ones."""
     if q == 1:
         return stencil
-    rows = []
+    rows: list[tuple[tuple[int, Coefficient], ...]] = []
     for row in stencil.rows:
         if q == 0:
             rows.append(tuple((p, ONE) for p, _ in row))
         elif float(q).is_integer():
             rows.append(tuple((p, c ** int(q)) for p, c in row))
         else:
-            rows.append(tuple((p, type(c)(math.pow(c, q))) for p, c in row))
+            rows.append(tuple((p, Fraction(math.pow(c, q))) for p, c in row))
     return Stencil(stencil.size, tuple(rows))

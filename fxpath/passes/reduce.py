@@ -78,11 +78,11 @@ class _Reduction:
         if node.target is ops.total:
             return self._emit(ops.total, [self._sum(a) for a in arguments(node)[0]])
         if node.target is aten.cat.default:
-            pieces = [self._mapped(node, a, axes) for a, axes in links(node, self.classes.q)]
             dim = int(arguments(node)[1]) % len(extents(node))
             if self._basis(node)[dim].is_trivial:
                 return self._plain_cat(node, dim)
-            return self._sum_up(pieces)
+            read = links(node, self.classes.q)
+            return self._sum_up([self._mapped(node, a, axes) for a, axes in read])
         mapped = {a: self._mapped(node, a, axes) for a, axes in links(node, self.classes.q)}
         if node.target in (ops.shift, ops.clamp):
             return self._shift(node, mapped)
@@ -222,9 +222,11 @@ class _Reduction:
         x = self.env[argument]
         for link in axes:
             (tap,) = link.taps
-            rows = self._rows(
-                node, link.dim, tap, self._basis(argument)[link.source_dim], self.choice[argument]
-            )
+            source = self._basis(argument)[link.source_dim]
+            alike = source.is_trivial or self.choice[node] == self.choice[argument]
+            if tap.is_identity and alike and source.of == self._basis(node)[link.dim].of:
+                continue
+            rows = self._rows(node, link.dim, tap, source, self.choice[argument])
             x = self._mix(x, link.source_dim, _dense(rows, extents(x)[link.source_dim]))
         if not partial:
             x = self._whole(x, argument, {link.source_dim for link in axes})
@@ -288,11 +290,11 @@ def _meta_of(node: fx.Node) -> Any:
 
 
 def _dense(rows: list[dict[int, Any]], size: int) -> Tensor:
-    matrix = torch.zeros(len(rows), size, dtype=torch.float64)
-    for o, row in enumerate(rows):
+    dense = [[0.0] * size for _ in rows]
+    for line, row in zip(dense, rows, strict=True):
         for p, c in row.items():
-            matrix[o, p] = float(c)
-    return matrix
+            line[p] = float(c)
+    return torch.tensor(dense, dtype=torch.float64).reshape(len(rows), size)
 
 
 def _column(partition: Partition) -> Tensor:

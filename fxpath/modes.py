@@ -1,0 +1,20 @@
+"""A neutral state of torch, whatever the caller has switched on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["plain_mode"]
+
+
+@contextlib.contextmanager
+def plain_mode() -> Iterator[None]:
+    """Neither inference mode nor autocast: gradients exist, and number formats are our own."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
