@@ -27,6 +27,7 @@ from tabulate import tabulate
 
 import fxpath
 from fxpath.loading import KINDS, Model, UsageError, load_model, one_line
+from fxpath.sizes import SizeRow
 
 __all__ = ["main"]
 
@@ -115,12 +116,35 @@ def _analyze_one(name: str, arguments: argparse.Namespace) -> tuple[list[str], d
     return row, {"name": name, **analysis.to_dict()}
 
 
+def _sizes_table(rows: Sequence[SizeRow]) -> str:
+    """A line for each activation, and the sums."""
+    lines = [
+        (
+            row["layer"],
+            row["operation"].removesuffix(".default"),
+            "x".join(map(str, row["full"])),
+            "x".join(map(str, row["reduced"])),
+            f"{row['full_macs'] / 1e6:.2f}",
+            f"{row['reduced_macs'] / 1e6:.2f}",
+        )
+        for row in rows
+    ]
+    full = sum(row["full_macs"] for row in rows) / 1e6
+    reduced = sum(row["reduced_macs"] for row in rows) / 1e6
+    lines.append(("all", "", "", "", f"{full:.2f}", f"{reduced:.2f}"))
+    headers = ["layer", "operation", "full", "kept", "MMAC full", "MMAC kept"]
+    return tabulate(lines, headers=headers, disable_numparse=True)
+
+
 def _graph(arguments: argparse.Namespace) -> int:
     """Prints the rewritten graph."""
     with _explained(arguments.model, arguments):
         model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
         program = fxpath.compile(model, _input_shape(arguments), until=arguments.until)
-    print(program.graph_module.graph)
+    if arguments.sizes:
+        print(_sizes_table(program.sizes()))
+    else:
+        print(program.graph_module.graph)
     return 0
 
 
@@ -302,6 +326,11 @@ def _parser() -> argparse.ArgumentParser:
 
     graph = commands.add_parser("graph", parents=[common], help="print the rewritten graph")
     graph.add_argument("model", metavar="MODEL", help=KINDS)
+    graph.add_argument(
+        "--sizes",
+        action="store_true",
+        help="print extents and multiply-adds of each activation, at full resolution and as kept",
+    )
     graph.set_defaults(command=_graph)
 
     check = commands.add_parser("check", parents=[common], help="print the support report")

@@ -61,6 +61,7 @@ class Interpretation:
             elif node.op == "output":
                 return args[0]
             else:
+                self.node = node
                 env[node] = self._call(node.target, args, kwargs)
             for done in self._last_use.get(node, ()):
                 del env[done]
@@ -177,28 +178,39 @@ class PathNorm(Interpretation):
         """Bring the largest entry of a new tensor into [0.5, 1), and note its range."""
         values = mantissa.detach()
         largest = values.amax()
-        _, step = torch.frexp(largest)
-        # Beyond this a single step would leave the format's own exponents; the next one goes on.
-        limit = 1000 if self.dtype == torch.float64 else 120
-        step = step.clamp(-limit, limit)
-        factor = torch.exp2(-step.to(self.dtype))
         occupied = torch.where(values > 0, values, torch.inf)
         self.range.smallest.append((occupied.amin() / largest).double())
         self.range.zeros.append((values <= 0).sum())
-        return Scaled(mantissa * factor, exponent + step)
+        step = self._magnitude(largest)
+        return Scaled(mantissa * torch.exp2(-step.to(self.dtype)), exponent + step)
+
+    def _magnitude(self, largest: Tensor) -> Tensor:
+        """Exponent of a number, as far as one power of two in this format can undo it."""
+        limit = 1000 if self.dtype == torch.float64 else 120
+        return torch.frexp(largest)[1].clamp(-limit, limit)
 
     def align(self, values: list[Scaled]) -> tuple[list[Tensor], Tensor]:
         """Mantissas of several tensors at their largest common exponent; all-zero ones adapt."""
-        exponents = torch.stack([v.exponent for v in values])
-        occupied = torch.stack([v.mantissa.detach().amax() > 0 for v in values])
-        lowest = torch.full_like(exponents, torch.iinfo(torch.int32).min // 2)
-        common = torch.where(occupied, exponents, lowest).amax()
+        largest = [v.mantissa.detach().amax() for v in values]
+        tops = torch.stack(
+            [v.exponent + self._magnitude(a) for v, a in zip(values, largest, strict=True)]
+        )
+        occupied = torch.stack(largest) > 0
+        common = torch.where(occupied, tops, torch.full_like(tops, -(1 << 30))).amax()
         common = torch.where(occupied.any(), common, torch.zeros_like(common))
-        factors = torch.exp2((exponents - common).clamp(-2000, 0).to(self.dtype))
+        exponents = torch.stack([v.exponent for v in values])
+        limit = 1000 if self.dtype == torch.float64 else 120
+        factors = torch.exp2((exponents - common).clamp(-2 * limit, limit).to(self.dtype))
         return [v.mantissa * factors[i] for i, v in enumerate(values)], common
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.int32, device=self.device)
+
+    def _weighed(self, mantissa: Tensor, exponent: Tensor) -> Scaled:
+        """A new weighted sum; where only biases are added next, the scale is taken after them."""
+        if all(user.target is ops.shift for user in self.node.users):
+            return Scaled(mantissa, exponent)
+        return self.rescale(mantissa, exponent)
 
     def source(self, shape: list[int]) -> Scaled:
         return Scaled(torch.ones(tuple(shape), dtype=self.dtype, device=self.device), self._zero())
@@ -207,24 +219,24 @@ class PathNorm(Interpretation):
         return self.rescale(bias, self._zero())
 
     def conv(self, x: Scaled, weight: Tensor, *spec: Any) -> Scaled:
-        return self.rescale(ops.conv(x.mantissa, weight, *spec), x.exponent)
+        return self._weighed(ops.conv(x.mantissa, weight, *spec), x.exponent)
 
     def linear(self, x: Scaled, weight: Tensor) -> Scaled:
-        return self.rescale(ops.linear(x.mantissa, weight), x.exponent)
+        return self._weighed(ops.linear(x.mantissa, weight), x.exponent)
 
     def matmul(self, x: Scaled, weight: Tensor, weight_first: bool) -> Scaled:
-        return self.rescale(ops.matmul(x.mantissa, weight, weight_first), x.exponent)
+        return self._weighed(ops.matmul(x.mantissa, weight, weight_first), x.exponent)
 
     def einsum(self, x: Scaled, weight: Tensor, equation: str) -> Scaled:
-        return self.rescale(ops.einsum(x.mantissa, weight, equation), x.exponent)
+        return self._weighed(ops.einsum(x.mantissa, weight, equation), x.exponent)
 
     def scale(self, x: Scaled | Tensor, weight: Tensor) -> Scaled | Tensor:
         if isinstance(x, Tensor):  # a coefficient in front of a weight
             return x * weight
-        return self.rescale(x.mantissa * weight, x.exponent)
+        return self._weighed(x.mantissa * weight, x.exponent)
 
     def shift(self, x: Scaled, bias: Tensor) -> Scaled:
-        return self.add(x, self.rescale(bias, self._zero()))
+        return self.add(x, Scaled(bias, self._zero()))
 
     def slope(self, x: Scaled, a: Tensor | float) -> Scaled:
         if not isinstance(a, Tensor):
@@ -233,8 +245,7 @@ class PathNorm(Interpretation):
         return self.rescale(x.mantissa * factor, x.exponent)
 
     def along(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
-        weighted = ops.along(x.mantissa, dim, index, power(weight, self.q))
-        return self.rescale(weighted, x.exponent)
+        return Scaled(ops.along(x.mantissa, dim, index, power(weight, self.q)), x.exponent)
 
     def pool(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
         return self.along(x, dim, index, weight)
@@ -242,7 +253,7 @@ class PathNorm(Interpretation):
     def mix(self, x: Scaled | Tensor, dim: int, matrix: Tensor) -> Scaled | Tensor:
         if isinstance(x, Tensor):  # a bias
             return ops.mix(x, dim, matrix)
-        return self.rescale(ops.mix(x.mantissa, dim, matrix), x.exponent)
+        return Scaled(ops.mix(x.mantissa, dim, matrix), x.exponent)
 
     def add(self, x: Scaled, y: Scaled) -> Scaled:
         (a, b), exponent = self.align([x, y])
@@ -292,3 +303,6 @@ class Support(PathNorm):
         self.range.smallest.append(torch.ones((), dtype=torch.float64, device=self.device))
         self.range.zeros.append((mantissa <= 0).sum())
         return Scaled((mantissa > 0).to(self.dtype), self._zero())
+
+    def align(self, values: list[Scaled]) -> tuple[list[Tensor], Tensor]:
+        return [value.mantissa for value in values], self._zero()

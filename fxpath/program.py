@@ -17,6 +17,7 @@ from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
 from fxpath.passes.reduce import reduce
+from fxpath.sizes import SizeRow, sizes
 
 __all__ = ["Evaluation", "PathProgram", "build"]
 
@@ -181,6 +182,10 @@ class PathProgram:
         """
         exponent = _exponent(q)
         return PathProgram(self.captured, self.lifted, self.dtype, exponent, reduced=self.reduced)
+
+    def sizes(self) -> list[SizeRow]:
+        """Extents and multiply-adds of each activation, at full resolution and as kept."""
+        return sizes(self.lifted, self.graph_module)
 
     @plain_mode()
     def evaluate(self, scores: bool, sparsity: bool = False) -> Evaluation:
