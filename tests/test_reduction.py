@@ -1,0 +1,246 @@
+"""The spatial reduction against the network at full resolution, in float64.
+
+Both run through the same interpretation, whose full-resolution results are checked elsewhere against
+references that share nothing with the package; here it is the reduction alone that is on trial.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+import fxpath
+from fxpath.evaluate import Run, evaluate
+from fxpath.passes.bases import cheapest, edges
+from fxpath.passes.classes import Classes, find_classes
+from fxpath.passes.links import mark_static
+from fxpath.passes.reduce import reduce
+from fxpath.program import PathProgram, build
+from tests import zoo
+
+Choose = Callable[[Classes], dict[fx.Node, bool]]
+
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MAX_POOL = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+AVG_POOL = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+LINEAR = ("linear", "bilinear", "trilinear")
+
+
+class Dag(nn.Module):
+    """A random network of spatial operations in 1, 2 or 3 dimensions; outputs dense or pooled."""
+
+    def __init__(self, dims: int, seed: int, depth: int, head: str) -> None:
+        super().__init__()
+        rng = random.Random(seed)
+        self.dims, self.head = dims, head
+        self.plan: list[tuple[str, tuple[int, ...]]] = []
+        self.layers = nn.ModuleList()
+        kinds = [
+            *("conv", "conv", "strided", "transposed", "max", "avg", "up", "nearest", "add"),
+            *("cat", "pad", "flip", "clamp", "scale", "along", "slice", "position"),
+        ]
+        for step in range(depth):
+            kind = rng.choice(kinds) if step else "conv"
+            read = (rng.randrange(max(0, step - 2), step + 1), rng.randrange(step + 1))
+            self.plan.append((kind, read))
+            self.layers.append(self._layer(kind, rng))
+        if head == "flatten":
+            self.last = nn.LazyLinear(2)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            self(torch.zeros(1, 2, *self.extent))
+        self.double()
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1, 1)
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        return {1: (13,), 2: (8, 7), 3: (5, 4, 4)}[self.dims]
+
+    def _layer(self, kind: str, rng: random.Random) -> nn.Module:
+        d = self.dims - 1
+        k, p, dilation = rng.choice([1, 2, 3]), rng.choice([0, 1]), rng.choice([1, 2])
+        mode = rng.choice(["zeros", "zeros", "circular", "replicate"])
+        if kind == "conv":
+            p = 1 if mode != "zeros" else p
+            return CONV[d](2, 2, k, padding=p, dilation=dilation, padding_mode=mode, groups=1)
+        if kind == "strided":
+            return CONV[d](2, 2, 3, stride=2, padding=p, groups=rng.choice([1, 2]))
+        if kind == "transposed":
+            groups = rng.choice([1, 2])
+            return TRANSPOSED[d](2, 2, 3, 2, p, output_padding=p, groups=groups)
+        if kind == "max":
+            return MAX_POOL[d](3, 2, 1, ceil_mode=rng.random() < 0.5)
+        if kind == "avg":
+            include = rng.random() < 0.5
+            return AVG_POOL[d](3, 1, 1, count_include_pad=include)
+        if kind == "up":
+            align = rng.random() < 0.5
+            return nn.Upsample(scale_factor=1.5, mode=LINEAR[d], align_corners=align)
+        if kind == "nearest":
+            return nn.Upsample(scale_factor=2)
+        if kind == "position":
+            return nn.ParameterList([torch.empty(2, *self.extent)])
+        return nn.ParameterList([torch.empty(2, *[1] * self.dims)])
+
+    def _match(self, x: Tensor, like: Tensor) -> Tensor:
+        if x.shape == like.shape:
+            return x
+        pool = getattr(nn.functional, f"adaptive_avg_pool{self.dims}d")
+        result: Tensor = pool(x, like.shape[2:])
+        return result
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        values = [x]
+        for (kind, (i, j)), layer in zip(self.plan, self.layers, strict=True):
+            a, b = values[i], values[j]
+            if min(a.shape[2:]) < 3 or a[0, 0].numel() > 200:
+                a = self._match(a, x)  # keep extents in a range where every kernel fits
+            if kind == "add":
+                a = a + self._match(b, a)
+            elif kind == "cat":
+                b = self._match(b, a)
+                a = torch.cat([a, b], 2)
+            elif kind == "pad":
+                a = nn.functional.pad(a, [1, 2], value=0.5)
+            elif kind == "flip":
+                a = a.flip(2).roll(1, 2)
+            elif kind == "clamp":
+                a = a.clamp(-0.5, 2)
+            elif kind == "scale":
+                a = nn.functional.leaky_relu(a * layer[0], 1.5)
+            elif kind == "along":
+                a = torch.maximum(a, a.mean(2, keepdim=True))
+            elif kind == "slice":
+                a = a[:, :, ::2] if a.shape[2] > 5 else a[:, :, 1:]
+            elif kind == "position":
+                a = self._match(a, x) + layer[0]
+            else:
+                a = layer(a)
+            values.append(nn.functional.relu(a))
+        last = values[-1]
+        if self.head == "flatten":
+            return self.last(last.flatten(1))  # type: ignore[no-any-return]
+        if self.head == "pooled":
+            return last.flatten(2).mean(2)
+        return last, values[len(values) // 2]
+
+
+def closed(choice: dict[fx.Node, bool], classes: Classes) -> dict[fx.Node, bool]:
+    """The smallest allowed choice that contains a given one: what is read from sums is sums."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for read, reader in edges(classes):
+        readers.setdefault(read, []).append(reader)
+    stack = [node for node, sums in choice.items() if sums]
+    while stack:
+        for reader in readers.get(stack.pop(), []):
+            if not choice[reader]:
+                choice[reader] = True
+                stack.append(reader)
+    return choice
+
+
+def values_only(classes: Classes) -> dict[fx.Node, bool]:
+    return dict.fromkeys(classes.reachable, False)
+
+
+def sums_only(classes: Classes) -> dict[fx.Node, bool]:
+    return dict.fromkeys(classes.reachable, True)
+
+
+def at_random(seed: int) -> Choose:
+    def choose(classes: Classes) -> dict[fx.Node, bool]:
+        rng = random.Random(seed)
+        return closed({node: rng.random() < 0.2 for node in classes.reachable}, classes)
+
+    return choose
+
+
+def run(program: PathProgram, module: fx.GraphModule) -> Run:
+    return evaluate(module, program.captured.live(), torch.float64, program.q, True)
+
+
+def assert_same(found: Run, expected: Run, tolerance: float = 1e-10) -> None:
+    difference = float((found.total.log() - expected.total.log()).abs())
+    assert difference <= tolerance, f"path-norms differ by {difference}"
+    assert found.shares.keys() == expected.shares.keys()
+    for name, share in expected.shares.items():
+        gap = float((found.shares[name] - share).abs().max())
+        assert gap <= tolerance * float(share.max()), f"shares of {name} differ by {gap}"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    dims=st.sampled_from([1, 1, 2, 2, 3]),
+    seed=st.integers(0, 10**6),
+    depth=st.integers(2, 9),
+    head=st.sampled_from(["dense", "pooled", "flatten"]),
+    q=st.sampled_from([1.0, 1.0, 1.0, 2.0, 0.0, 0.5]),
+)
+def test_generated_networks_in_every_basis(
+    dims: int, seed: int, depth: int, head: str, q: float
+) -> None:
+    model = Dag(dims, seed, depth, head).eval()
+    program = build(model, (2, *model.extent), q=q, dtype=torch.float64, reduced=False)
+    expected = run(program, program.lifted)
+    for choose in (cheapest, values_only, sums_only, at_random(seed), at_random(seed + 1)):
+        assert_same(run(program, reduce(program.lifted, q, choose)), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "shufflenet_v2_x0_5", "fcn_resnet50"])
+def test_real_networks(name: str) -> None:
+    model = zoo.build(name)
+    shape = zoo.INPUTS[name]
+    program = build(model, shape, dtype=torch.float64, reduced=False)
+    assert_same(run(program, reduce(program.lifted)), run(program, program.lifted))
+
+
+def test_a_wrong_matrix_is_noticed() -> None:
+    model = Dag(2, 0, 4, "pooled")
+    program = build(model, (2, *model.extent), dtype=torch.float64, reduced=False)
+    expected = run(program, program.lifted)
+    reduced = reduce(program.lifted)
+    name, matrix = next((n, m) for n, m in reduced.named_buffers() if n.startswith("matrix"))
+    setattr(reduced, name, matrix * 1.001)
+    with pytest.raises(AssertionError):
+        assert_same(run(program, reduced), expected)
+
+
+def test_extents_of_resnet18_do_not_grow_with_the_input() -> None:
+    model = zoo.build("resnet18")
+    kept = []
+    for side in (224, 448):
+        rows = fxpath.compile(model, (3, side, side)).sizes()
+        kept.append([row["reduced"] for row in rows if row["operation"] == "conv"])
+    assert kept[0] == kept[1]
+    assert kept[0][0] == (1, 64, 4, 4) and kept[0][-1] == (1, 512, 1, 1)
+
+
+def test_classes_of_a_padded_convolution() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 1, 3, padding=1), nn.ReLU(), nn.Conv1d(1, 1, 3, padding=1))
+    program = build(model, (1, 9), reduced=False)
+    mark_static(program.lifted.graph)
+    classes = find_classes(program.lifted.graph)
+    convs = [n for n in classes.reachable if getattr(n.target, "__name__", "") == "conv"]
+    assert [classes.reachable[n][2].of for n in convs] == [
+        (0, 1, 1, 1, 1, 1, 1, 1, 2),
+        (0, 1, 2, 2, 2, 2, 2, 3, 4),
+    ]
+    # The last sum reads border positions by two taps, the others by three.
+    assert classes.observable[convs[0]][2].sizes == (1, 7, 1)
+    assert classes.observable[convs[1]][2].sizes == (9,)
+
+
+def test_reduction_can_be_switched_off() -> None:
+    model = zoo.build("squeezenet1_1")
+    shape = zoo.INPUTS["squeezenet1_1"]
+    on = fxpath.analyze(model, shape, dtype=torch.float64)
+    off = fxpath.analyze(model, shape, dtype=torch.float64, reduce=False)
+    assert on.path_norm == pytest.approx(off.path_norm, rel=1e-10)
