@@ -1,7 +1,7 @@
 """The spatial reduction against the network at full resolution, in float64.
 
-Both run through the same interpretation, whose full-resolution results are checked elsewhere against
-references that share nothing with the package; here it is the reduction alone that is on trial.
+Both run through the same interpretation, whose full-resolution results are checked elsewhere
+against references that share nothing with the package; here the reduction alone is on trial.
 """
 
 from __future__ import annotations
