@@ -12,7 +12,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from fxpath.layers import Layer, find_layers
+from fxpath.layers import Layer, find_layers, neuron_shares
 from fxpath.program import PathProgram
 
 __all__ = ["Analysis", "LayerRow"]
@@ -47,6 +47,8 @@ class Analysis:
         scores: parameter name -> tensor of its shape: the *shares* Path-Mag / path-norm, the part
             of all path mass that runs through each entry.  For q other than 1 shares of
             ``||Phi(theta)||_q^q``.
+        neuron_shares: layer name -> share of path mass through each of its output channels,
+            ``[channels]``.
 
     Example:
         >>> import torch, fxpath
@@ -66,7 +68,12 @@ class Analysis:
         self.log10_path_norm: float = evaluation.log10_path_norm
         self._mass = evaluation.mass
         self._sparsity = evaluation.sparsity
-        self._layers = find_layers(program.lifted)
+        layers = find_layers(program.lifted)
+        self._layers = list(layers)
+        self.neuron_shares: dict[str, Tensor] = {
+            layer.name: neuron_shares(layer, channels, self.scores)
+            for layer, channels in layers.items()
+        }
 
     def path_magnitude(self, name: str) -> Tensor:
         """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.
@@ -92,11 +99,6 @@ class Analysis:
                 f"10^{self.log10_path_norm:.2f}; use scores[{name!r}] (shares) and log10_path_norm"
             )
         return (shares.double() * mass if top else shares).to(shares.dtype)
-
-    @cached_property
-    def neuron_shares(self) -> dict[str, Tensor]:
-        """Layer name -> share of path mass through each of its output channels, ``[channels]``."""
-        return {layer.name: layer.neuron_shares(self.scores) for layer in self._layers}
 
     @cached_property
     def layers(self) -> list[LayerRow]:

@@ -110,7 +110,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                memo[id(tensor)] = tensor
+                memo[id(tensor)] = _normal(tensor) if tensor.is_inference() else tensor
     with _SharedTensors():
         copied = copy.deepcopy(model, memo)
     for module in list(copied.modules()):
@@ -120,6 +120,12 @@ def skeleton(model: nn.Module) -> nn.Module:
     if _is_data_parallel(copied):
         copied = _Passthrough(copied.get_submodule("module"))
     return copied.eval()
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """A tensor that torch.export accepts, for one that was made in inference mode."""
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, False) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _is_data_parallel(module: nn.Module) -> bool:

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxpath.interpret import PathNorm, Total
 
 __all__ = ["Compiled", "Run", "evaluate"]
+
+
+#: Entries from which on a gradient's memory is worth being used again.
+LARGE = 1 << 16
 
 
 @dataclass
@@ -66,12 +71,25 @@ def _shares(log: Tensor, leaves: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return {name: torch.zeros_like(uses[0]) for name, uses in leaves.items()}
     grads = iter(torch.autograd.grad(log, flat, allow_unused=True))
     shares: dict[str, Tensor] = {}
+    written: set[int] = set()
     for name, uses in leaves.items():
         for leaf in uses:
             grad = next(grads)
-            share = torch.zeros_like(leaf) if grad is None else grad * leaf.detach()
+            share = torch.zeros_like(leaf) if grad is None else _times(grad, leaf, written)
             shares[name] = shares[name] + share if name in shares else share
     return shares
+
+
+def _times(grad: Tensor, leaf: Tensor, written: set[int]) -> Tensor:
+    """``grad * leaf``, in the gradient's own memory where that is large and nobody else's."""
+    # Autograd hands the same tensor to both terms of a sum; while tracing there is no memory.
+    if grad.numel() < LARGE or not grad.is_contiguous() or is_fake(grad):
+        return grad * leaf.detach()
+    address = grad.untyped_storage().data_ptr()
+    if address in written or grad.untyped_storage().nbytes() != grad.nbytes:
+        return grad * leaf.detach()
+    written.add(address)
+    return grad.mul_(leaf.detach())
 
 
 class Compiled:

@@ -11,7 +11,9 @@ from torch import Tensor, fx
 from fxpath import ops
 from fxpath.schema import arguments, target
 
-__all__ = ["Layer", "find_layers"]
+__all__ = ["Layer", "find_layers", "neuron_shares"]
+
+Channels = Callable[[Tensor], Tensor]
 
 WEIGHING = {ops.conv, ops.linear, ops.matmul, ops.einsum, ops.scale}
 
@@ -26,7 +28,6 @@ class Layer:
         weight: name of its weight coordinates, ``None`` for an operation that only adds a bias.
         bias: name of its bias coordinates, if it has any.
         shape: shape of the weight (or bias) coordinates.
-        channels: weight-shaped tensor -> sums per output channel.
     """
 
     name: str
@@ -34,33 +35,44 @@ class Layer:
     weight: str | None
     bias: str | None
     shape: tuple[int, ...]
-    channels: Callable[[Tensor], Tensor]
-
-    def neuron_shares(self, shares: Mapping[str, Tensor]) -> Tensor:
-        """Share of path mass through each output channel: incoming weights and bias."""
-        if self.weight is None:
-            assert self.bias is not None
-            return shares[self.bias].flatten()
-        mass = self.channels(shares[self.weight])
-        if self.bias is not None and shares[self.bias].numel() == mass.numel():
-            mass = mass + shares[self.bias].flatten()
-        return mass
 
 
-def find_layers(module: fx.GraphModule) -> list[Layer]:
-    """Layers of a lifted graph in order of execution; a reused one is listed once."""
+def neuron_shares(layer: Layer, channels: Channels, shares: Mapping[str, Tensor]) -> Tensor:
+    """Share of path mass through each output channel of a layer: incoming weights and bias.
+
+    Args:
+        layer: the layer.
+        channels: sums of a weight-shaped tensor over all but its output channels.
+        shares: shares by parameter name.
+    """
+    if layer.weight is None:
+        assert layer.bias is not None
+        return shares[layer.bias].flatten()
+    mass = channels(shares[layer.weight])
+    if layer.bias is not None and shares[layer.bias].numel() == mass.numel():
+        mass = mass + shares[layer.bias].flatten()
+    return mass
+
+
+def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
+    """Layers of a lifted graph in order of execution; a reused one is listed once.
+
+    Returns:
+        Layer -> function that sums a weight-shaped tensor over all but its output channels.
+    """
     weights: dict[fx.Node | None, fx.Node] = {}
     biases: dict[fx.Node | None, fx.Node] = {}
     for node in module.graph.nodes:
         table = weights if node.target in WEIGHING else biases if node.target is ops.shift else None
         if table is not None and _coordinate(arguments(node)[1]) is not None:
             table.setdefault(node.meta["origin"], node)
-    layers: dict[str, Layer] = {}
+    layers: dict[str, tuple[Layer, Channels]] = {}
     for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes]):
         if origin in weights or origin in biases:
             layer = _layer(origin, weights.get(origin), biases.get(origin))
-            layers.setdefault(layer.name, layer)
-    return list(layers.values())
+            weigh = weights.get(origin)
+            layers.setdefault(layer.name, (layer, _channels(weigh) if weigh else _flatten))
+    return dict(layers.values())
 
 
 def _layer(origin: fx.Node | None, weigh: fx.Node | None, shift: fx.Node | None) -> Layer:
@@ -76,7 +88,6 @@ def _layer(origin: fx.Node | None, weigh: fx.Node | None, shift: fx.Node | None)
         weight=None if weight is None else name,
         bias=None if bias is None else str(arguments(bias)[1]),
         shape=tuple(main.meta["val"].shape),
-        channels=_flatten if weigh is None else _channels(weigh),
     )
 
 
@@ -101,7 +112,7 @@ def _flatten(value: Tensor) -> Tensor:
     return value.flatten()
 
 
-def _channels(node: fx.Node) -> Callable[[Tensor], Tensor]:
+def _channels(node: fx.Node) -> Channels:
     """Sum over all axes of a weight but those of its output channels."""
     weight = arguments(node)[1]
     assert isinstance(weight, fx.Node)

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxpath import ops
 from fxpath.capture import Captured, Model, capture, check_finite
-from fxpath.evaluate import Compiled, evaluate
+from fxpath.evaluate import Compiled, Run, evaluate
 from fxpath.interpret import PathNorm, Support, Total
 from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
 from fxpath.passes.reduce import reduce
+from fxpath.schema import arguments
 from fxpath.sizes import SizeRow, sizes
 
 __all__ = ["Evaluation", "PathProgram", "build"]
@@ -200,15 +202,24 @@ class PathProgram:
             FloatingPointError: if float64 does not suffice either.
         """
         for dtype in self._formats():
-            if self._compiled is not None and dtype == self.dtype and not sparsity:
+            if self._compiled is not None and dtype == self.dtype:
                 run = self._compiled(self.captured.live(), scores)
             else:
                 run = evaluate(self.graph_module, self.captured.live(), dtype, self.q, scores)
             if self._healthy(dtype, run.total, run.smallest, run.zeros) and run.finite():
-                zeros = _sparsity(run.leaves) if sparsity else {}
+                zeros = self._sparsity(run) if sparsity else {}
                 mantissa, exponent = run.total.mantissa.item(), int(run.total.exponent.item())
                 return Evaluation(mantissa, exponent, run.shares, zeros, self.q)
         raise self._failure()
+
+    def _sparsity(self, run: Run) -> dict[str, float]:
+        """Fraction of zero entries of each coordinate array."""
+        if not run.leaves:  # a compiled run keeps no weights
+            run = evaluate(self.graph_module, self.captured.live(), self.dtype, self.q, False)
+        return {
+            name: 1 - int(torch.count_nonzero(uses[0])) / max(1, uses[0].numel())
+            for name, uses in run.leaves.items()
+        }
 
     # -- number formats ---------------------------------------------------------------------------
 
@@ -234,10 +245,15 @@ class PathProgram:
             check_finite({self.captured.tensors[key]: value for key, value in live.items()})
         except ValueError as error:
             return error
+        for node in self.lifted.graph.nodes:
+            if node.target is ops.normalizer:
+                _, variance, eps = arguments(node)
+                if bool((live[variance.target] + eps <= 0).any()):
+                    name = self.captured.tensors[variance.target]
+                    return ValueError(f"{name} has entries that are no variance: not above {-eps}")
         return FloatingPointError(
-            "some tensor of the lifted network spans more orders of magnitude than float64 holds "
-            "(or a frozen variance is negative): rescale the model's neurons, or look for entries "
-            "near 1e-300 or 1e300"
+            "some tensor of the lifted network spans more orders of magnitude than float64 holds: "
+            "rescale the model's neurons, or look for entries near 1e-300 or 1e300"
         )
 
 
@@ -278,14 +294,6 @@ def _exponent(q: float) -> float:
     if not 0 <= q < math.inf:
         raise ValueError(f"q = {q}: the exponent must be a finite number >= 0")
     return float(q)
-
-
-def _sparsity(leaves: Mapping[str, list[Tensor]]) -> dict[str, float]:
-    """Fraction of zero entries of each coordinate array."""
-    return {
-        name: 1 - int(torch.count_nonzero(uses[0])) / max(1, uses[0].numel())
-        for name, uses in leaves.items()
-    }
 
 
 def _check_buffers(out: Mapping[str, Tensor], shares: Mapping[str, Tensor]) -> None:

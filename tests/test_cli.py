@@ -1,0 +1,306 @@
+"""The command line: what it prints, what it writes, and one line with exit code 2 otherwise."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxpath
+from fxpath import cli
+
+models = pytest.importorskip("torchvision.models")
+
+NETS = """
+import torch
+from torch import nn
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def with_head():
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Softmax(1), nn.Sigmoid())
+
+
+def huge():
+    layers = [nn.Linear(4, 4) for _ in range(200)]
+    for layer in layers:
+        nn.init.constant_(layer.weight, 1e3)
+    return nn.Sequential(*layers)
+
+
+def shapeless():
+    return nn.Conv2d(3, 4, 3)
+
+
+def broken():
+    raise OSError("no such data set\\nanywhere")
+
+
+number = 3
+instance = mlp()
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a module of small nets, as the current one."""
+    (tmp_path / "some_nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "some_nets", raising=False)
+    return tmp_path
+
+
+def seeded_mlp(nets: Path) -> nn.Module:
+    """The net that `fxpath analyze some_nets:mlp` builds."""
+    import some_nets  # type: ignore[import-not-found]
+
+    torch.manual_seed(0)
+    return some_nets.mlp()
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on standard error of a command that must fail."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as error:
+        code = error.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert re.fullmatch(r"fxpath: error: [^\n]+\n", err), err
+    return err
+
+
+# analyze
+
+
+def test_one_model(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["analyze", "some_nets:mlp"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert str(fxpath.analyze(seeded_mlp(nets), (4,))) in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_several_models_make_one_table(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["analyze", "some_nets:mlp", "some_nets:instance", "some_nets:huge"]) == 0
+    summary = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    norm = fxpath.path_norm(seeded_mlp(nets), (4,))
+    assert [line.split()[0] for line in summary[2:]] == [
+        "some_nets:mlp",
+        "some_nets:instance",
+        "some_nets:huge",
+    ]
+    assert summary[2].split()[1:3] == ["23", f"{norm:.6g}"]
+    # 200 layers that each multiply by 4000 are far beyond float64.
+    assert re.search(r"\s10\^7\d\d\.\d+\s", summary[-1])
+
+
+def test_torchvision_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    state = torch.get_rng_state()
+    assert (
+        cli.main(["analyze", "SqueezeNet1_1", "--input-shape", "3,64,64", "--json", str(file)]) == 0
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "random weights" in capsys.readouterr().out
+    torch.manual_seed(0)
+    model = models.squeezenet1_1(weights=None)
+    (result,) = json.loads(file.read_text())
+    assert result["name"] == "SqueezeNet1_1"
+    expected = fxpath.path_norm(model, (3, 64, 64))
+    assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
+
+
+def test_json_is_valid_json_for_a_norm_beyond_float64(nets: Path) -> None:
+    assert cli.main(["analyze", "some_nets:huge", "some_nets:mlp", "--json", "out.json"]) == 0
+
+    def refuse(literal: str) -> Any:
+        raise AssertionError(f"{literal} is no JSON")
+
+    huge, mlp = json.loads(Path("out.json").read_text(), parse_constant=refuse)
+    assert huge["path_norm"] is None and huge["log10_path_norm"] > 700
+    assert mlp["path_norm"] > 0 and mlp["layers"]
+
+
+def test_until_and_q(nets: Path) -> None:
+    argv = ["analyze", "some_nets:with_head", "--until", "2", "-q", "2", "--json", "out.json"]
+    assert cli.main(argv) == 0
+    (result,) = json.loads(Path("out.json").read_text())
+    expected = fxpath.path_norm(seeded_mlp(nets), (4,), q=2)
+    assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
+
+
+def test_pt2(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = torch.export.export(seeded_mlp(nets).eval(), (torch.zeros(1, 4),))
+    torch.export.save(program, "net.pt2")
+    assert cli.main(["analyze", "net.pt2", "--json", "out.json"]) == 0
+    (result,) = json.loads(Path("out.json").read_text())
+    expected = fxpath.path_norm(seeded_mlp(nets), (4,))
+    assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["plain.pt", "wrapped.pth", "parallel.pt", "plain.safetensors"])
+def test_checkpoint(nets: Path, form: str) -> None:
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    state: dict[str, Any] = model.state_dict()
+    if form == "plain.safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, form)
+    elif form == "wrapped.pth":
+        torch.save({"epoch": 3, "state_dict": state}, form)
+    elif form == "parallel.pt":
+        torch.save(nn.DataParallel(model).state_dict(), form)
+    else:
+        torch.save(state, form)
+    assert cli.main(["analyze", "some_nets:mlp", "--checkpoint", form, "--json", "out.json"]) == 0
+    (result,) = json.loads(Path("out.json").read_text())
+    assert math.isclose(result["path_norm"], fxpath.path_norm(model, (4,)), rel_tol=1e-6)
+
+
+# What the user can put right
+
+
+@pytest.mark.parametrize(
+    "argv, advice",
+    [
+        (["analyze", "resnt18"], "did you mean resnet18"),
+        (["analyze", "xyzzy"], r"package.module:callable"),
+        (["analyze", "resnet18", "--input-shape", "3,x"], "3,224,224"),
+        (["analyze", "resnet18", "--input-shape", "3,0,224"], "3,224,224"),
+        (["analyze", "resnet18", "--input-shape", "3,10"], "--input-shape"),
+        (["analyze", "some_nets:mlp", "--input-shape", "5"], "--input-shape"),
+        (["analyze", "resnet18", "-q", "-1"], "not negative"),
+        (["analyze", "resnet18", "-q", "nan"], "not negative"),
+        (["analyze", "resnet18", "--weights", "NO_SUCH"], "IMAGENET1K_V1"),
+        (["analyze", "resnet18", "--until", "layer9"], "--until 'layer9'"),
+        (["analyze", "resnet18", "--json", "nowhere/out.json"], "no such directory"),
+        (["analyze", "missing.pt2"], "torch.export.save"),
+        (["analyze", "some_nets.py", "--checkpoint", "a.pt"], "MODEL"),
+        (["analyze", "weights.pth"], "--checkpoint weights.pth"),
+        (["analyze", "no_such_module:net"], "no_such_module"),
+        (["analyze", "some_nets:no_such_name"], "no_such_name"),
+        (["analyze", "some_nets:"], "package.module:callable"),
+        (["analyze", "some_nets:number"], "not callable"),
+        (["analyze", "some_nets:broken"], "no such data set"),
+        (["analyze", "some_nets:shapeless"], "--input-shape 3,224,224"),
+        (["analyze", "some_nets:mlp", "--weights", "DEFAULT"], "--checkpoint"),
+        (["analyze", "some_nets:mlp", "--checkpoint", "missing.pt"], "no such file"),
+        (["analyze", "alexnet", "vgg16", "--checkpoint", "missing.pt"], "one MODEL"),
+        (["analyze"], "--help"),
+        (["graph", "resnt18"], "did you mean resnet18"),
+        (["check", "resnt18"], "did you mean resnet18"),
+        (["frobnicate"], "--help"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_line(
+    nets: Path, capsys: pytest.CaptureFixture[str], argv: list[str], advice: str
+) -> None:
+    assert advice in fails(capsys, *argv)
+
+
+def test_checkpoint_that_does_not_fit(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def message(state: object) -> str:
+        torch.save(state, "a.pt")
+        return fails(capsys, "analyze", "some_nets:mlp", "--checkpoint", "a.pt")
+
+    state = seeded_mlp(nets).state_dict()
+    assert "1 missing: 0.bias" in message({k: v for k, v in state.items() if k != "0.bias"})
+    assert "1 unexpected: extra" in message({**state, "extra": torch.zeros(1)})
+    assert "0.bias (7, not 3)" in message({**state, "0.bias": torch.zeros(7)})
+    assert "not a state dict" in message([torch.zeros(1)])
+    assert "torch.save(model.state_dict(), FILE)" in message(seeded_mlp(nets))
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_damaged_checkpoint(nets: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    Path(name).write_bytes(b"not a checkpoint at all")
+    assert "cannot be read" in fails(capsys, "analyze", "some_nets:mlp", "--checkpoint", name)
+
+
+def test_damaged_program(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.pt2").write_bytes(b"not a program at all")
+    assert "cannot be read" in fails(capsys, "analyze", "a.pt2")
+
+
+def test_no_network(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        print("Downloading: ...")
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    assert "network" in fails(capsys, "analyze", "squeezenet1_1", "--weights", "DEFAULT")
+
+
+def test_unsupported_model_prints_the_report(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["analyze", "some_nets:with_head"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "softmax" in err and "sigmoid" in err and "Traceback" not in err
+
+
+def test_one_bad_model_does_not_stop_the_others(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["analyze", "some_nets:with_head", "some_nets:mlp", "--json", "out.json"]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "some_nets:mlp" in out and "with_head" in err
+    assert [result["name"] for result in json.loads(Path("out.json").read_text())] == [
+        "some_nets:mlp"
+    ]
+
+
+def test_traceback_on_request(nets: Path) -> None:
+    with pytest.raises(OSError, match="no such data set"):
+        cli.main(["analyze", "some_nets:broken", "--traceback"])
+
+
+# graph, check, and the process itself
+
+
+def test_graph(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["graph", "some_nets:mlp"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("placeholder") >= 4 and "fxpath.ops" in out and "return" in out
+
+
+def test_check(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "some_nets:mlp"]) == 0
+    assert "supported" in capsys.readouterr().out
+    assert cli.main(["check", "some_nets:with_head"]) == 2
+    out = capsys.readouterr().out
+    assert "softmax" in out and "sigmoid" in out
+
+
+def test_as_a_process(nets: Path) -> None:
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        # The package under test, whether it is installed or not.
+        path = os.pathsep.join([str(Path(fxpath.__file__).parent.parent), *sys.path])
+        return subprocess.run(
+            [sys.executable, "-m", "fxpath.cli", *argv],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    assert re.fullmatch(r"fxpath \S.*\n", run("--version").stdout)
+    result = run("check", "nothing")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    result = run("analyze", "squeezenet1_1", "--input-shape", "3,64,64")
+    assert (result.returncode, result.stderr) == (0, "")

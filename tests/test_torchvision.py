@@ -1,0 +1,213 @@
+"""Every torchvision model: right to the tolerances, or refused with all its obstacles named."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import fxpath
+from tests.reference import reference
+from tests.zoo import INPUTS, build, build_hollow, refused
+
+NORM_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
+SCORE_TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-8}
+
+# One of each kind of block; the path-norm alone is compared for all 51.
+SCORED = {
+    *("alexnet", "vgg11_bn", "resnet18", "resnext50_32x4d", "densenet121", "googlenet"),
+    *("inception_v3", "mnasnet0_5", "mobilenet_v2", "regnet_x_400mf", "shufflenet_v2_x1_0"),
+    *("squeezenet1_0", "r2plus1d_18", "deeplabv3_resnet50"),
+}
+
+
+def assert_close_norm(actual: float, expected: float, rtol: float) -> None:
+    """Raise unless two norms agree relatively; what is zero, infinite or NaN never passes."""
+    assert 0 < expected < float("inf")
+    error = abs(actual / expected - 1)
+    assert error <= rtol, f"{actual!r} is off {expected!r} by {error:.1e} relative"
+
+
+def assert_close_scores(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float, floor: float = 1e-6
+) -> None:
+    """Raise unless all entries agree relatively, and names and shapes exactly.
+
+    An entry below ``floor`` times its tensor's largest is allowed that bound's absolute error, and
+    so is one below the smallest normal number of its format: the biases of the last layers of a
+    deep network hold a share of 1e-43 and less, of which float32 has a digit or two.
+    """
+    missing, extra = expected.keys() - actual.keys(), actual.keys() - expected.keys()
+    assert not missing and not extra, f"missing {sorted(missing)}, unexpected {sorted(extra)}"
+    for name, wanted in expected.items():
+        tiny = torch.finfo(actual[name].dtype).tiny
+        got = actual[name].double()
+        assert got.shape == wanted.shape, f"{name}: {tuple(got.shape)}, not {tuple(wanted.shape)}"
+        scale = wanted.abs().clamp(min=max(floor * wanted.abs().max().item(), tiny))
+        wrong = ~((got - wanted).abs() <= rtol * scale)
+        if wrong.any():
+            index = tuple(torch.nonzero(wrong)[0].tolist())
+            raise AssertionError(
+                f"{name}{list(index)}: {got[index].item()!r}, not {wanted[index].item()!r}; "
+                f"{int(wrong.sum())} of {wrong.numel()} entries are off"
+            )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_clean_memory() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and lose much on a busy machine.
+
+    Afterwards let go of gigabytes: graphs hold cycles that reference counting misses.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    gc.collect()
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_agrees_with_the_reference(name: str) -> None:
+    model, shape = build(name), INPUTS[name]
+    expected = reference(model, shape)
+    source: nn.Module | torch.export.ExportedProgram = model
+    if name not in SCORED:  # exported once for both formats
+        source = torch.export.export(model.eval(), (torch.ones(1, *shape),))
+    for dtype, rtol in NORM_TOLERANCES.items():
+        analysis = fxpath.analyze(source, shape, dtype=dtype)
+        assert_close_norm(analysis.path_norm, expected.path_norm, rtol)
+        assert analysis.log10_path_norm == pytest.approx(expected.log10_path_norm, abs=rtol)
+        if name in SCORED:
+            assert all(score.dtype == dtype for score in analysis.scores.values())
+            assert_close_scores(analysis.scores, expected.scores, SCORE_TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("name", ["densenet121", "googlenet", "mobilenet_v2", "deeplabv3_resnet50"])
+def test_other_exponents(name: str) -> None:
+    model, shape = build(name), (3, 33, 33)
+    for q, norm in fxpath.path_norms(model, shape, q=(0, 0.5, 2, 4)).items():
+        assert_close_norm(norm, reference(model, shape, q).path_norm, 1e-9)
+
+
+# Modules with an operation outside the theory, and that operation's name.
+OBSTACLES: dict[type[nn.Module], str] = {
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    nn.GELU: "gelu",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.LayerNorm: "layer_norm",
+    torchvision.ops.SqueezeExcitation: "mul",
+}
+
+
+def operations(report: fxpath.SupportReport) -> Counter[str]:
+    """Count a report's problems by operation: ``aten.silu_.default`` is a silu."""
+    return Counter(problem.operation.split(".")[1].rstrip("_") for problem in report.problems)
+
+
+def assert_refused(model: nn.Module, shape: tuple[int, ...]) -> fxpath.SupportReport:
+    """Raise unless a model is refused and each problem tells its whole story."""
+    report = fxpath.check(model, shape)
+    assert not report and not report.supported and report.problems
+    for problem in report.problems:
+        assert isinstance(problem.module_path, str)
+        for field in ("operation", "node", "source_line", "reason", "remedy"):
+            text = getattr(problem, field)
+            assert isinstance(text, str) and text, (field, problem)
+    assert len({problem.node for problem in report.problems}) == len(report.problems)
+    return report
+
+
+@pytest.mark.parametrize("name", refused())
+def test_is_refused_with_every_obstacle(name: str) -> None:
+    model = build_hollow(name)
+    report = assert_refused(model, (3, 224, 224))
+    expected = Counter(OBSTACLES[type(m)] for m in model.modules() if type(m) in OBSTACLES)
+    found = operations(report)
+    for operation, count in expected.items():
+        assert found[operation] == count, (operation, found, expected)
+
+
+def test_every_squeeze_and_activation_of_an_efficientnet_is_listed() -> None:
+    model = build_hollow("efficientnet_b0")
+    counts = Counter(type(module) for module in model.modules())
+    gates = counts[torchvision.ops.SqueezeExcitation]
+    assert operations(assert_refused(model, (3, 64, 64))) == {
+        "silu": counts[nn.SiLU],
+        "sigmoid": gates,
+        "mul": gates,
+    }
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_transformer_is_refused(norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first)
+    found = operations(assert_refused(layer, (5, 16)))
+    assert found["layer_norm"] == 2 and found["scaled_dot_product_attention"] == 1
+    stack = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    found = operations(assert_refused(stack, (5, 16)))
+    assert found["layer_norm"] == 6 and found["scaled_dot_product_attention"] == 3
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "swin_t", "vit_b_32"])
+def test_analyze_raises_what_check_reports(name: str) -> None:
+    model = build_hollow(name)
+    with pytest.raises(fxpath.UnsupportedModelError) as caught:
+        fxpath.analyze(model, (3, 224, 224))
+    assert caught.value.report == fxpath.check(model, (3, 224, 224))
+    assert all(problem.node in str(caught.value) for problem in caught.value.report.problems)
+
+
+# The comparisons have to be able to fail.
+
+
+@pytest.mark.parametrize("wrong", [1.002, 0.998, 0.0, -1.0, float("inf"), float("nan")])
+def test_a_wrong_norm_is_noticed(wrong: float) -> None:
+    assert_close_norm(1.0005, 1.0, 1e-3)
+    with pytest.raises(AssertionError):
+        assert_close_norm(wrong, 1.0, 1e-3)
+
+
+@pytest.mark.parametrize("expected", [0.0, float("inf"), float("nan")])
+def test_a_degenerate_norm_is_no_agreement(expected: float) -> None:
+    with pytest.raises(AssertionError):
+        assert_close_norm(expected, expected, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"a": [0.5, 1e-3, 1.002e-9]},  # beyond the floor's absolute error
+        {"a": [0.5, 1.002e-3, 1e-12]},
+        {"a": [0.5, 1e-3, float("nan")]},
+        {"a": [0.0, 0.0, 0.0]},
+        {"a": [0.5, 1e-3]},
+        {"a": [[0.5, 1e-3, 1e-12]]},
+        {},
+        {"b": [0.5, 1e-3, 1e-12]},
+        {"a": [0.5, 1e-3, 1e-12], "b": [0.0]},
+    ],
+)
+def test_wrong_scores_are_noticed(wrong: dict[str, list[float]]) -> None:
+    expected = {"a": torch.tensor([0.5, 1e-3, 1e-12], dtype=torch.float64)}
+    assert_close_scores({"a": torch.tensor([0.50001, 1e-3, 1e-11])}, expected, 1e-3)
+    with pytest.raises(AssertionError):
+        assert_close_scores({k: torch.tensor(v) for k, v in wrong.items()}, expected, 1e-3)
+
+
+def test_a_model_with_a_bias_left_out_is_noticed() -> None:
+    """The oracle and the tolerances tell apart what differs by a single small bias."""
+    model, shape = build("resnet18"), (3, 33, 33)
+    before = reference(model, shape)
+    model.bn1.bias.data[0] += 1.0
+    after = reference(model, shape)
+    with pytest.raises(AssertionError):
+        assert_close_norm(before.path_norm, after.path_norm, NORM_TOLERANCES[torch.float32])
+    with pytest.raises(AssertionError):
+        assert_close_scores(before.scores, after.scores, SCORE_TOLERANCES[torch.float32])

@@ -1,0 +1,114 @@
+"""The 51 torchvision models inside the theory, each with the input that the tests give it.
+
+Inputs are small so that the float64 oracle is quick, of odd sizes where the architecture allows, so
+that strides and pooling windows meet borders, and large enough for inner convolutions to have some.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from tests.reference import randomize
+
+SMALL = (3, 33, 33)  # most networks reduce it to 2 x 2 or 1 x 1
+MEDIUM = (3, 65, 65)
+
+INPUTS: dict[str, tuple[int, ...]] = {
+    "alexnet": (3, 95, 95),
+    "vgg11": SMALL,
+    "vgg13": SMALL,
+    "vgg16": (3, 32, 32),
+    "vgg19": (3, 32, 32),
+    "vgg11_bn": SMALL,
+    "vgg13_bn": SMALL,
+    "vgg16_bn": (3, 32, 32),
+    "vgg19_bn": (3, 32, 32),
+    "resnet18": MEDIUM,
+    "resnet34": MEDIUM,
+    "resnet50": MEDIUM,
+    "resnet101": SMALL,
+    "resnet152": SMALL,
+    "resnext50_32x4d": MEDIUM,
+    "resnext101_32x8d": SMALL,
+    "resnext101_64x4d": SMALL,
+    "wide_resnet50_2": SMALL,
+    "wide_resnet101_2": SMALL,
+    "densenet121": MEDIUM,
+    "densenet161": SMALL,
+    "densenet169": SMALL,
+    "densenet201": SMALL,
+    "googlenet": MEDIUM,
+    "inception_v3": (3, 107, 107),
+    "mnasnet0_5": MEDIUM,
+    "mnasnet0_75": MEDIUM,
+    "mnasnet1_0": MEDIUM,
+    "mnasnet1_3": SMALL,
+    "mobilenet_v2": MEDIUM,
+    "regnet_x_400mf": MEDIUM,
+    "regnet_x_800mf": MEDIUM,
+    "regnet_x_1_6gf": SMALL,
+    "regnet_x_3_2gf": SMALL,
+    "regnet_x_8gf": SMALL,
+    "regnet_x_16gf": SMALL,
+    "regnet_x_32gf": SMALL,
+    "shufflenet_v2_x0_5": MEDIUM,
+    "shufflenet_v2_x1_0": MEDIUM,
+    "shufflenet_v2_x1_5": MEDIUM,
+    "shufflenet_v2_x2_0": SMALL,
+    "squeezenet1_0": MEDIUM,
+    "squeezenet1_1": (3, 70, 70),
+    "r3d_18": (3, 5, 35, 35),
+    "mc3_18": (3, 5, 35, 35),
+    "r2plus1d_18": (3, 5, 35, 35),
+    "s3d": (3, 13, 209, 209),  # the smallest that its last pooling accepts
+    "fcn_resnet50": MEDIUM,
+    "fcn_resnet101": SMALL,
+    "deeplabv3_resnet50": MEDIUM,
+    "deeplabv3_resnet101": SMALL,
+}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """Make a torchvision model without network access, with random BatchNorms and biases.
+
+    The global random number generator is left as it was.
+    """
+    options: dict[str, object] = {"weights": None}
+    if name.startswith(("fcn", "deeplab")):
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False  # torch's own scheme; theirs takes half a minute
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        model = torchvision.models.get_model(name, **options)
+    return randomize(model, seed)
+
+
+def refused() -> list[str]:
+    """Name torchvision's other classifiers: each has some operation outside the theory."""
+    every = torchvision.models.list_models(module=torchvision.models)
+    return sorted(set(every) - set(INPUTS))
+
+
+class _WithoutInitialization(TorchFunctionMode):
+    """Zeros instead of random numbers: for large models these take most of the construction."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return nn.init.zeros_(kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def build_hollow(name: str) -> nn.Module:
+    """Make a torchvision model quickly, its weights zero: enough to look at its operations."""
+    with _WithoutInitialization():
+        return torchvision.models.get_model(name, weights=None)
