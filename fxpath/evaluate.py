@@ -51,7 +51,9 @@ def evaluate(
     scores: bool,
 ) -> Run:
     """Run a lifted graph eagerly, with shares if ``scores``."""
-    return _evaluate(PathNorm(module, dtype, q, leaves=True), tensors, scores)
+    # Only the leaves are differentiated: nothing has to be recorded between them and the model.
+    detached = {name: tensor.detach() for name, tensor in tensors.items()}
+    return _evaluate(PathNorm(module, dtype, q, leaves=True), detached, scores)
 
 
 def _evaluate(run: PathNorm, tensors: Mapping[str, Tensor], scores: bool) -> Run:
