@@ -120,12 +120,10 @@ def _channels(node: fx.Node) -> Channels:
     def channels(value: Tensor) -> Tensor:
         seen = _relabel(weight, value)
         if node.target is ops.conv and arguments(node)[5]:
-            blocks = seen.reshape(int(arguments(node)[8]), -1, *seen.shape[1:])
-            return (
-                blocks.flatten(3).sum((1, -1)).flatten()
-                if blocks.dim() > 3
-                else blocks.sum(1).flatten()
-            )
+            # [in, out / groups, ...]: the output channels of each group lie on axis 1.
+            groups = int(arguments(node)[7])
+            blocks = seen.reshape(groups, -1, *seen.shape[1:])
+            return blocks.sum((1, *range(3, blocks.dim()))).flatten()
         if node.target in (ops.conv, ops.linear):
             return seen.flatten(1).sum(1)
         if node.target is ops.matmul:
