@@ -62,9 +62,9 @@ class SupportReport:
             )
         rows = [
             [
-                p.operation.removeprefix("aten.").split(".")[0],
-                _ending(p.module_path or "(model)", 34),
-                _ending(p.source_line.rsplit("/", 1)[-1], 40, keep_start=True),
+                p.node,
+                _ending(p.module_path or "(model)", 32),
+                _ending(p.source_line.rsplit("/", 1)[-1], 34, keep_start=True),
             ]
             for p in self.problems
         ]
@@ -72,7 +72,7 @@ class SupportReport:
             f"{operation}, {len(found)} time{'s' * (len(found) > 1)}: {reason}.\n  {remedy}."
             for (operation, reason, remedy), found in kinds.items()
         ]
-        table = tabulate(rows, headers=["operation", "module", "source"])
+        table = tabulate(rows, headers=["node", "module", "source"])
         return f"{table}\n\n" + "\n".join(advice)
 
     def to_dict(self) -> dict[str, object]:
