@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass
 
 import torch.fx
@@ -124,6 +125,13 @@ def source_line(node: torch.fx.Node) -> str:
 
 def problem(node: torch.fx.Node, reason: str, remedy: str) -> Problem:
     """Describe a node of an exported graph that has no exact rule."""
+    # An item of an operation's results is that operation's.
+    called = node.args[0] if node.target is operator.getitem else node
     return Problem(
-        str(node.target), node.name, module_path(node), source_line(node), reason, remedy
+        str(getattr(called, "target", called)),
+        node.name,
+        module_path(node),
+        source_line(node),
+        reason,
+        remedy,
     )

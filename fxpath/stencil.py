@@ -146,6 +146,11 @@ def whole(size: int, coefficient: Coefficient) -> Stencil:
 def pad(size: int, before: int, after: int, mode: str) -> Stencil:
     """Padding (negative: cropping) by constant, reflect, replicate or circular."""
     positions: list[int | None] = []
+    if mode == "circular":
+        # Cropped first: what wraps around comes from the part that is left.
+        left = range(max(-before, 0), size - max(-after, 0))
+        around = range(-max(before, 0), len(left) + max(after, 0))
+        return Stencil.select(size, [left[p % len(left)] for p in around])
     for p in range(-before, size + after):
         if 0 <= p < size:
             positions.append(p)
@@ -153,8 +158,6 @@ def pad(size: int, before: int, after: int, mode: str) -> Stencil:
             positions.append(None)
         elif mode == "replicate":
             positions.append(min(max(p, 0), size - 1))
-        elif mode == "circular":
-            positions.append(p % size)
         else:
             positions.append(-p if p < 0 else 2 * (size - 1) - p)
     return Stencil.select(size, positions)

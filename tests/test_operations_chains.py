@@ -109,7 +109,9 @@ def _move(rng: Random, shape: Shape) -> Step:
                 lambda x: x.mean(axis, keepdim=True),
                 lambda x: x.reshape(len(x), *shape[::-1]),
                 lambda x: torch.cat([x.narrow(axis, 0, 1) * 3, -x], axis),
-                lambda x: torch.linspace(-1, 1, count, dtype=torch.float64) + x.transpose(axis, -1),
+                lambda x: (
+                    torch.linspace(-1, 1.7, count, dtype=torch.float64) + x.transpose(axis, -1)
+                ),
             ]
         )
     )

@@ -60,7 +60,7 @@ TRANSPOSED_FLAGS: dict[str, dict[str, object]] = {
 }
 # What runs in every number of dimensions; the axes are treated alike.
 CONV_ALWAYS = {"plain", "stride-padding", "everything", "same-even", "reflect", "circular-stride"}
-CONV_ALWAYS |= {"replicate", "circular", "groups", "depthwise", "mixed-0", "mixed-1"}
+CONV_ALWAYS |= {"replicate", "circular", "groups", "mixed-0", "mixed-1"}
 TRANSPOSED_ALWAYS = {"plain", "stride", "overlap", "output-padding", "groups"}
 
 
@@ -301,3 +301,8 @@ def test_products_with_constants_and_parameters(item: Case, layout: str) -> None
 @pytest.mark.parametrize(("item", "layout"), parameters(SUMS))
 def test_sums(item: Case, layout: str) -> None:
     check(item, layout)
+
+
+def test_a_path_norm_of_zero_has_shares_of_zero() -> None:
+    cut = case("nothing", (2, 4), affine(lambda x: x * 0), affine(nn.Conv1d(2, 2, 1, bias=False)))
+    check(cut, "bare")

@@ -56,6 +56,7 @@ PADS = [
     case("crop-reflect", C2, affine(lambda x: pad(x, (-1, 2, 1, -1), mode="reflect"))),
     case("crop-replicate", C1, affine(lambda x: pad(x, (2, -1), mode="replicate"))),
     case("crop-circular", C2, affine(lambda x: pad(x, (-1, 2, 0, 0), mode="circular"))),
+    case("crop-everything", C1, affine(lambda x: pad(x, (-5, 2), value=1.7))),
     case("channels", C2, affine(lambda x: pad(x, (0, 0, 0, 0, 1, 2)))),
     case("channels-constant", C1, affine(lambda x: pad(x, (1, 0, 2, 1), value=0.5))),
     case("channels-cropped", (4, 5), affine(lambda x: pad(x, (0, 0, -1, -1)))),
@@ -362,23 +363,21 @@ def _clamp_slice(x: Tensor) -> Tensor:
     return x
 
 
+IN_PLACE_AFFINE = (
+    *(_zero_first, _constant_rows, _copy_row, _add_to_slice, _scale_select, _add_to_view),
+    *(_scale_through_transpose, _view_taken_before, _slice_of_a_slice, _fill, _copy),
+    *(_index_put, _shift),
+)
 IN_PLACE = [
     *(
-        case(op.__name__.strip("_").replace("_", "-"), SHAPE, affine(op), may_refuse=True)
-        for op in (_zero_first, _constant_rows, _copy_row, _add_to_slice, _scale_select)
-    ),
-    *(
-        case(op.__name__.strip("_").replace("_", "-"), SHAPE, affine(op), may_refuse=True)
-        for op in (_add_to_view, _scale_through_transpose, _view_taken_before, _slice_of_a_slice)
-    ),
-    *(
-        case(op.__name__.strip("_").replace("_", "-"), SHAPE, affine(op), may_refuse=True)
-        for op in (_fill, _copy, _index_put, _shift)
+        case(op.__name__[1:].replace("_", "-"), SHAPE, affine(op), may_refuse=True, layouts=BRIEF)
+        for op in IN_PLACE_AFFINE
     ),
     case("both-names", SHAPE, affine(_both_names)),
-    case("relu-slice", SHAPE, homogeneous(_relu_slice), may_refuse=True),
+    case("view-taken-before-positions", (2, 3), affine(_view_taken_before), may_refuse=True),
+    case("relu-slice", SHAPE, homogeneous(_relu_slice), may_refuse=True, layouts=BRIEF),
     case("leaky-slice", SHAPE, homogeneous(_leaky_slice), may_refuse=True),
-    case("clamp-slice", SHAPE, clamp(_clamp_slice), may_refuse=True),
+    case("clamp-slice", SHAPE, clamp(_clamp_slice), may_refuse=True, layouts=BRIEF),
 ]
 
 

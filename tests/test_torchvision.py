@@ -83,14 +83,16 @@ def test_agrees_with_the_reference(name: str) -> None:
         assert_close_norm(analysis.path_norm, expected.path_norm, rtol)
         assert analysis.log10_path_norm == pytest.approx(expected.log10_path_norm, abs=rtol)
         if name in SCORED:
-            assert all(score.dtype == dtype for score in analysis.scores.values())
+            # Float64 takes over where one tensor spans more than float32 can (densenet121).
+            formats = {score.dtype for score in analysis.scores.values()}
+            assert formats in ({dtype}, {torch.float64})
             assert_close_scores(analysis.scores, expected.scores, SCORE_TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("name", ["densenet121", "googlenet", "mobilenet_v2", "deeplabv3_resnet50"])
 def test_other_exponents(name: str) -> None:
     model, shape = build(name), (3, 33, 33)
-    for q, norm in fxpath.path_norms(model, shape, q=(0, 0.5, 2, 4)).items():
+    for q, norm in fxpath.path_norms(model, shape, q=(0, 0.75, 2, 4)).items():
         assert_close_norm(norm, reference(model, shape, q).path_norm, 1e-9)
 
 
@@ -102,6 +104,7 @@ OBSTACLES: dict[type[nn.Module], str] = {
     nn.Hardswish: "hardswish",
     nn.Hardsigmoid: "hardsigmoid",
     nn.LayerNorm: "layer_norm",
+    torchvision.models.convnext.LayerNorm2d: "layer_norm",
     torchvision.ops.SqueezeExcitation: "mul",
 }
 

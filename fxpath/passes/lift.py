@@ -74,6 +74,7 @@ class Lift:
         self._owners: dict[str, fx.Node] = {}
         self._active: set[fx.Node] = set()
         self._current: fx.Node | None = None
+        self._shapeless = False
 
     # -- the walk ---------------------------------------------------------------------------------
 
@@ -92,8 +93,12 @@ class Lift:
                 self._active.add(node)
                 if node in needed:
                     self._env[node] = self._apply(node)
+                    if self._shapeless:
+                        return fx.GraphModule(self.root, fx.Graph())
         outputs = [self._output(value) for value in output.args[0] if _is_float(value)]
-        self.graph.output(self.emit(ops.total, outputs))
+        if not outputs and not self.problems:
+            raise ValueError("the model has no floating-point output, so it has no paths")
+        self.graph.output(self.emit(ops.total, outputs or [self.emit(ops.source, (1,))]))
         self.graph.eliminate_dead_code()
         self.graph.lint()
         return fx.GraphModule(self.root, self.graph)
@@ -137,6 +142,10 @@ class Lift:
     def _stand_in(self, value: Any) -> Any:
         """A value of the right shape, so that later operations are checked as well."""
         if isinstance(value, Tensor):
+            if not all(isinstance(n, int) for n in value.shape):
+                # Its shape depends on values: nothing after it can be looked at.
+                self._shapeless = True
+                return None
             return self.emit(ops.source, tuple(value.shape))
         return [self._stand_in(v) for v in value] if isinstance(value, (list, tuple)) else []
 

@@ -226,9 +226,9 @@ def _padded(
             "infinite padding is no edge only where a max-pooling reads it directly",
             "pad with a finite constant, or right before the max-pooling",
         )
-    inside = torch.zeros([each.out for each in stencils], dtype=torch.float64)
-    spans = [[o for o, row in enumerate(each.rows) if row] for each in stencils]
-    inside[torch.meshgrid(*map(torch.tensor, spans), indexing="ij")] = 1
+    inside = torch.ones((), dtype=torch.float64)
+    for each in stencils:
+        inside = inside[..., None] * torch.tensor([float(bool(row)) for row in each.rows])
     bias = lift.buffer((1 - inside) * fill, "padding")
     return lift.emit(ops.shift, _apply(lift, x, stencils), lift.emit(ops.coefficient, bias))
 
@@ -291,13 +291,15 @@ def _upsample_linear(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 @rule(*ANTIALIASED)
 def _upsample_antialiased(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     def run(eye: Tensor, size: Any, factor: Any) -> Tensor:
-        thin = aten._upsample_bilinear2d_aa.vec(
-            eye[..., None],
-            None if size is None else [*size, 1],
+        # Two equal columns: on images of width 1 the operation itself mixes up its memory formats.
+        images = eye[0][:, None, :, None].repeat(1, 1, 1, 2)
+        resized = aten._upsample_bilinear2d_aa.vec(
+            images,
+            None if size is None else [*size, 2],
             args["align_corners"],
             None if factor is None else [*factor, 1.0],
         )
-        return thin[..., 0]
+        return resized[None, :, 0, :, 0]
 
     return _upsample(lift, node, args, 2, run)
 
