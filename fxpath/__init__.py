@@ -10,6 +10,7 @@ Lipschitz bound based on path-metrics for modern ReLU network parameterizations"
 definitions and equations in docstrings are the paper's.
 """
 
+from fxpath import criteria
 from fxpath.analysis import Analysis, LayerRow
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
@@ -27,6 +28,7 @@ __all__ = [
     "analyze",
     "check",
     "compile",
+    "criteria",
     "path_magnitude",
     "path_norm",
     "path_norms",

@@ -1,4 +1,4 @@
-"""The command line: `fxpath analyze`, `fxpath graph` and `fxpath check`.
+"""The command line: `fxpath analyze`, `fxpath graph`, `fxpath check` and `fxpath bench`.
 
 A MODEL is the name of a torchvision model (with random weights unless `--weights` or `--checkpoint`
 says otherwise), `package.module:callable`, or a `.pt2` file; `fxpath.loading` has the details.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -48,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["analyze", "--checkpoint", "a.pt", "alexnet", "vgg16"])
         2
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command is not _bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     logged = logging.root.manager.disable
     if not arguments.traceback:
         # torch logs the traceback of an error before it raises it.
@@ -155,6 +160,19 @@ def _check(arguments: argparse.Namespace) -> int:
         report = fxpath.check(model, _input_shape(arguments), until=arguments.until)
     print(report)
     return 0 if report else 2
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """Runs the benchmark of pruning criteria, where the package is a source checkout."""
+    checkout = Path(fxpath.__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "criteria.py").is_file():
+        raise UsageError(
+            "the benchmarks are not installed with the package: clone fxpath's repository and run "
+            "`python -m benchmarks.criteria` there"
+        )
+    sys.path.insert(0, str(checkout))
+    code: int = importlib.import_module("benchmarks.criteria").main(arguments.rest)
+    return code
 
 
 @contextlib.contextmanager
@@ -336,6 +354,12 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", parents=[common], help="print the support report")
     check.add_argument("model", metavar="MODEL", help=KINDS)
     check.set_defaults(command=_check)
+
+    # Its options are the benchmark's own.
+    bench = commands.add_parser(
+        "bench", add_help=False, help="time pruning criteria as in the paper's Table 3"
+    )
+    bench.set_defaults(command=_bench, traceback=True)
     return parser
 
 

@@ -1,0 +1,59 @@
+"""The passes and one eager evaluation, for pytest-benchmark.
+
+    python -m pytest benchmarks --benchmark-only --benchmark-autosave
+    python -m pytest benchmarks --benchmark-only --benchmark-compare
+
+They are not part of the test run.
+"""
+
+from __future__ import annotations
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import fx, nn
+
+from benchmarks.timing import load_module
+from fxpath.capture import Captured, capture
+from fxpath.passes.fold import fold_batch_norm
+from fxpath.passes.lift import lift
+from fxpath.passes.reduce import reduce
+from fxpath.program import build
+
+SHAPE = (3, 224, 224)
+ROUNDS = 7
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """ResNet-18 with random weights."""
+    return load_module("resnet18")
+
+
+def fold_and_lift(captured: Captured) -> fx.GraphModule:
+    """The two passes that rewrite the captured graph, which they use up."""
+    fold_batch_norm(captured)
+    return lift(captured)
+
+
+def test_capture(benchmark: BenchmarkFixture, model: nn.Module) -> None:
+    """Model to ATen graph."""
+    benchmark.pedantic(capture, (model, SHAPE), rounds=ROUNDS, warmup_rounds=1)
+
+
+def test_fold_and_lift(benchmark: BenchmarkFixture, model: nn.Module) -> None:
+    """ATen graph to lifted graph."""
+    benchmark.pedantic(
+        fold_and_lift, setup=lambda: ((capture(model, SHAPE),), {}), rounds=ROUNDS, warmup_rounds=1
+    )
+
+
+def test_reduce(benchmark: BenchmarkFixture, model: nn.Module) -> None:
+    """Lifted graph to reduced graph."""
+    lifted = fold_and_lift(capture(model, SHAPE))
+    benchmark.pedantic(reduce, (lifted,), rounds=ROUNDS, warmup_rounds=1)
+
+
+def test_eager_scores(benchmark: BenchmarkFixture, model: nn.Module) -> None:
+    """One evaluation of Path-Mag."""
+    program = build(model, SHAPE)
+    benchmark.pedantic(program.scores, rounds=3 * ROUNDS, warmup_rounds=2)

@@ -1,0 +1,197 @@
+"""What the benchmarks share: interleaved timing, a record of the environment, the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxpath
+from fxpath.loading import UsageError, load_model
+
+__all__ = [
+    "RESULTS",
+    "environment",
+    "explained",
+    "fresh_process",
+    "interleave",
+    "load_module",
+    "options",
+    "positive",
+    "write_json",
+]
+
+#: Where JSON files and plots go unless the command line says otherwise.
+RESULTS = Path(__file__).parent / "results"
+
+# A call of this many seconds has long forgotten what was in the processor's caches.
+LONG = 0.2
+
+
+def interleave(cases: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each case.
+
+    The cases take turns, so that a slow spell of the machine meets all of them.  Each runs once
+    before the first turn, for what happens only once (compiling, allocating).
+
+    Args:
+        cases: name -> function without arguments; its result is dropped inside the timing.
+        repeats: number of turns.
+
+    Returns:
+        Name -> median of the turns, in milliseconds.
+
+    Example:
+        >>> medians = interleave({"sleep": lambda: time.sleep(0.002), "nothing": lambda: None}, 3)
+        >>> medians["sleep"] > medians["nothing"]
+        True
+    """
+    for case in cases.values():
+        case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        gc.collect()
+        for name, case in cases.items():
+            seconds[name].append(_seconds(case))
+    return {name: 1e3 * statistics.median(turns) for name, turns in seconds.items()}
+
+
+def _seconds(case: Callable[[], object]) -> float:
+    """One turn; a short call is timed at its second run, as the case before took the caches."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        first = _once(case)
+        return first if first > LONG else _once(case)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _once(case: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    case()
+    return time.perf_counter() - start
+
+
+def load_module(name: str) -> nn.Module:
+    """A MODEL of the command line with random weights, in eval mode.
+
+    Raises:
+        UsageError: for an unknown name; for an exported program, which is no module.
+    """
+    model = load_model(name)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name}: the benchmarks need a module, not an exported program")
+    return model.eval()
+
+
+def fresh_process(module: str, *arguments: str, **variables: str) -> list[float]:
+    """Run a module that prints numbers, and return those of its last line.
+
+    Args:
+        module: qualified name; of this checkout, whatever the current directory.
+        arguments: of its command line.
+        variables: added to the environment.
+
+    Raises:
+        UsageError: if it fails; what went wrong is on standard error.
+    """
+    path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", module, *arguments]
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}
+    result = subprocess.run(command, env=settings, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise UsageError(f"python -m {module} {' '.join(arguments)} failed")
+    return [float(number) for number in result.stdout.splitlines()[-1].split()]
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the software that numbers depend on; the load tells whether it was idle."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fxpath": fxpath.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_json(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the environment, and say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"environment": environment(), "rows": list(rows)}
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+def options(name: str, description: str, repeats: int | None) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have.
+
+    Args:
+        name: of the benchmark's module.
+        description: shown by `--help`.
+        repeats: default of `--repeats`; `None` for a benchmark that measures once.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS / f"{name}.json",
+        metavar="FILE",
+        help=f"where the results go (default: benchmarks/results/{name}.json)",
+    )
+    if repeats is not None:
+        parser.add_argument(
+            "--repeats",
+            type=positive,
+            default=repeats,
+            metavar="N",
+            help="turns of which the medians are taken (default %(default)s)",
+        )
+    return parser
+
+
+@contextlib.contextmanager
+def explained(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Turn what the user can put right into a line and exit code 2."""
+    try:
+        yield
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def positive(text: str) -> int:
+    """A positive number on the command line."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
