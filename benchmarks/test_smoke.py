@@ -145,10 +145,11 @@ def test_the_recipe_and_fxpath_agree(pool: nn.Module) -> None:
 
 
 def test_the_recipe_covers_a_fresh_batch_norm_only() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+    norm = nn.BatchNorm2d(2)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), norm, nn.ReLU())
     expected = fxpath.path_norm(model, (1, 5, 5), dtype=torch.float64)
     assert recipe(model, (1, 5, 5)).path_norm == pytest.approx(expected, rel=1e-9)
-    model[1].running_mean.fill_(3.0)
+    norm.running_mean = torch.full((2,), 3.0)
     expected = fxpath.path_norm(model, (1, 5, 5), dtype=torch.float64)
     assert recipe(model, (1, 5, 5)).path_norm != pytest.approx(expected, rel=1e-3)
 
