@@ -297,6 +297,7 @@ def _adopt(program: ExportedProgram, model: nn.Module | None = None) -> Captured
         first[name] = node
         tensors[node.name] = name
     _keep_outputs(graph, signature)
+    _drop_dead(graph)
     return Captured(fx.GraphModule({}, graph), tensors, frozenset(parameters), source, constants)
 
 
@@ -309,6 +310,16 @@ def _keep_outputs(graph: fx.Graph, signature: ExportGraphSignature) -> None:
         if spec.kind == OutputKind.USER_OUTPUT and isinstance(value, fx.Node)
     ]
     output.args = (tuple(users),)
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    """Erase what no output depends on, so that a value's users are those that count.
+
+    torch's own pass keeps assertions and dropout; after functionalization nothing has side effects.
+    """
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

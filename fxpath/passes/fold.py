@@ -1,5 +1,7 @@
 """Pass: a frozen batch norm that alone reads a convolution or a linear map is folded into it.
 
+Operations in between that are identities in eval mode (dropout, clone) do not count.
+
 Requires a functional ATen graph.  Ensures that such a map has the effective weight gamma W / sigma
 and the effective bias beta + gamma (b - mu) / sigma, computed per use, so that a weight with two
 batch norms has two effective values.  Batch norms elsewhere stay: they are identity neurons of
@@ -16,8 +18,8 @@ from torch import fx
 from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import module_path
-from fxpath.naming import coordinate_name
-from fxpath.schema import bind
+from fxpath.naming import SAME, coordinate_name
+from fxpath.schema import arguments, bind
 
 __all__ = ["fold_batch_norm", "frozen"]
 
@@ -33,6 +35,14 @@ TRANSPOSED = {
     aten.conv_transpose2d.input,
     aten.conv_transpose3d.input,
 }
+DROPOUTS = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
+CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
+RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 BATCH_NORMS = {
     aten.batch_norm.default,
     aten._native_batch_norm_legit_no_training.default,
@@ -52,11 +62,31 @@ def fold_batch_norm(captured: Captured) -> None:
     graph = captured.graph_module.graph
     for node in list(graph.nodes):
         if node.target in BATCH_NORMS and frozen(node):
-            source = bind(node)["input"]
-            if isinstance(source, fx.Node) and len(source.users) == 1 and _foldable(source):
+            source = _producer(bind(node)["input"])
+            if source is not None and _foldable(source):
                 _fold(captured, source, node)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+def _producer(value: Any) -> fx.Node | None:
+    """What a batch norm reads, through identities, if nothing else reads any of it."""
+    while isinstance(value, fx.Node) and len(value.users) == 1:
+        if not _transparent(value):
+            return value
+        value = value.args[0]
+    return None
+
+
+def _transparent(node: fx.Node) -> bool:
+    """Whether an operation hands on its argument as it is, channel axis included."""
+    if node.target in DROPOUTS:
+        bound = bind(node)
+        return not bound["train"] or bound["p"] == 0
+    if node.target not in {*SAME, *CASTS, *RESHAPES}:
+        return False
+    before, after = arguments(node)[0].meta["val"], node.meta["val"]
+    return before.shape == after.shape and bool(after.is_floating_point())
 
 
 def _foldable(node: fx.Node) -> bool:
