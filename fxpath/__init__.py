@@ -14,6 +14,7 @@ from fxpath import criteria
 from fxpath.analysis import Analysis, LayerRow
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.lifting import Path, PathLifting, path_lifting
 from fxpath.program import PathProgram
 
 __version__ = "0.1.0"
@@ -21,6 +22,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Analysis",
     "LayerRow",
+    "Path",
+    "PathLifting",
     "PathProgram",
     "Problem",
     "SupportReport",
@@ -29,6 +32,7 @@ __all__ = [
     "check",
     "compile",
     "criteria",
+    "path_lifting",
     "path_magnitude",
     "path_norm",
     "path_norms",

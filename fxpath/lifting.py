@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from fxpath.api import Shapes
 from fxpath.capture import Model, capture, check_finite
-from fxpath.dag import Dag, Entry, expand
+from fxpath.dag import Dag, Entry
+from fxpath.expand import expand
 from fxpath.interpret import PathNorm, Total
 from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
