@@ -16,12 +16,23 @@ from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.lifting import Path, PathLifting, path_lifting
 from fxpath.program import PathProgram
+from fxpath.symmetry import (
+    ChannelGroup,
+    ChannelGroups,
+    Member,
+    channel_groups,
+    normalize,
+    rescale,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "ChannelGroup",
+    "ChannelGroups",
     "LayerRow",
+    "Member",
     "Path",
     "PathLifting",
     "PathProgram",
@@ -29,11 +40,14 @@ __all__ = [
     "SupportReport",
     "UnsupportedModelError",
     "analyze",
+    "channel_groups",
     "check",
     "compile",
     "criteria",
+    "normalize",
     "path_lifting",
     "path_magnitude",
     "path_norm",
     "path_norms",
+    "rescale",
 ]

@@ -1,0 +1,373 @@
+"""The rescaling symmetry of a model: channel groups, random rescaling, normalization.
+
+A hidden neuron's incoming weights and bias can be multiplied by a factor > 0, and its outgoing
+weights divided by it, without changing the function or Phi.  In a model with convolutions and skip
+connections the neurons are channels, and channels that are added, pooled or normalized together
+have one factor: they form a group.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxpath import ops
+from fxpath.api import Shapes
+from fxpath.capture import Captured, Model, capture, check_finite, named_tensors
+from fxpath.labelling import Labelling
+from fxpath.labels import FIXED, Carried, compressed
+from fxpath.modes import plain_mode
+from fxpath.passes.fold import fold_batch_norm
+from fxpath.passes.lift import lift
+
+__all__ = ["ChannelGroup", "ChannelGroups", "Member", "channel_groups", "normalize", "rescale"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Entries of one tensor of the model that belong to a channel group.
+
+    Attributes:
+        tensor: qualified name of a parameter or buffer.
+        axis: axis of the tensor along which the group's channels lie.
+        indices: their positions on it.
+        incoming: whether these entries are multiplied by the group's factor (weights into its
+            neurons, biases), or divided by it (weights out of them).  The scale and the variance of
+            a batch norm inside a group are listed as both: they stay, but belong to the channel.
+        within: another axis, and the positions on it that ``indices`` are meant for (the outputs
+            of one group of a grouped convolution); ``None`` for all.
+    """
+
+    tensor: str
+    axis: int
+    indices: tuple[int, ...]
+    incoming: bool
+    within: tuple[int, tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels with one common factor.
+
+    Attributes:
+        members: everything that reads or makes them.
+        rescalable: false where a clamp (as in ReLU6) or a constant reads them, or a tensor that is
+            computed: such channels can be removed, but their scale is given.
+    """
+
+    members: tuple[Member, ...]
+    rescalable: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroups:
+    """The channel groups of a model; channels of inputs and outputs are in none.
+
+    Attributes:
+        groups: in order of execution.
+        blocked: names of the coordinates that hold no factor as they are computed from parameters
+            (pruning masks, parametrizations): their channels are not rescalable.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> groups = channel_groups(model)
+        >>> len(groups), groups[0].rescalable
+        (3, True)
+        >>> for member in groups[1].members:
+        ...     print(member.tensor, member.axis, member.indices, member.incoming)
+        0.weight 0 (1,) True
+        0.bias 0 (1,) True
+        2.weight 1 (1,) False
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    blocked: tuple[str, ...]
+    _numbers: Mapping[str, tuple[Tensor | None, Tensor | None]]
+    _activations: Mapping[fx.Node, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> ChannelGroup:
+        return self.groups[index]
+
+
+@plain_mode()
+def channel_groups(
+    model: Model, input_shape: Shapes = None, *, example_inputs: tuple[Any, ...] | None = None
+) -> ChannelGroups:
+    """Find the channels that share one scale, and every entry that a factor would change.
+
+    Args:
+        model: as for :func:`fxpath.analyze`; channels are those of eval mode.
+        input_shape: shape of the input without the batch axis.
+        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
+
+    Returns:
+        A :class:`ChannelGroups`.  Where an operation cannot be followed, its channels are in one
+        group or, with the inputs and outputs, in none.
+
+    Raises:
+        UnsupportedModelError: listing every operation that the theory does not cover.
+        ValueError: for an input shape that is missing and cannot be inferred.
+    """
+    return _find(*_lifted(model, input_shape, example_inputs))
+
+
+@plain_mode()
+@torch.no_grad()
+def rescale(
+    model: nn.Module,
+    input_shape: Shapes = None,
+    *,
+    factors: Mapping[int, float] | None = None,
+    choices: Sequence[float] = (1, 128, 4096),
+    seed: int = 0,
+    example_inputs: tuple[Any, ...] | None = None,
+) -> nn.Module:
+    """A model of the same function, and of the same Phi, with other parameters.
+
+    The random rescaling of the paper's Appendix D: each channel group draws a factor.  A channel's
+    incoming weights and bias are multiplied by it, its outgoing weights divided.  A batch norm
+    behind a convolution keeps its scale and variance; its running mean and its bias are multiplied
+    like the convolution.  Powers of two change no digit of any result.
+
+    Args:
+        model: a module, in either mode; it is not changed.  The function is that of eval mode.
+        input_shape: shape of the input without the batch axis.
+        factors: number of a group in :func:`channel_groups` -> its factor > 0, instead of random
+            ones; 1 for those that are not listed.
+        choices: factors that each rescalable group draws from, with equal probability.
+        seed: of the draw.
+        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
+
+    Returns:
+        A deep copy with rescaled parameters and running means.
+
+    Raises:
+        UnsupportedModelError: listing every operation that the theory does not cover.
+        ValueError: for a weight that is computed (pruned, parametrized), by name; a factor that is
+            no positive number, or of a group that cannot be rescaled; a result that the number
+            format of a parameter does not hold, by name.
+        TypeError: for an exported program.
+
+    Example:
+        >>> import fxpath
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> other = rescale(model)
+        >>> torch.equal(model[0].weight, other[0].weight)
+        False
+        >>> fxpath.path_norm(model) == fxpath.path_norm(other)
+        True
+    """
+    captured, lifted = _lifted(model, input_shape, example_inputs)
+    found = _open(captured, lifted)
+    values = torch.ones(len(found), dtype=torch.float64)
+    rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
+    if factors is None:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(choices), (len(found),), generator=generator)
+        values = torch.tensor(choices, dtype=torch.float64)[drawn]
+        values[~rescalable] = 1
+    else:
+        for number, factor in factors.items():
+            if not 0 <= number < len(found) or not rescalable[number]:
+                raise ValueError(f"factors[{number}]: no such group can be rescaled")
+            values[number] = factor
+    if not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError("every factor must be a positive number")
+    return _rescaled(model, found, values)
+
+
+@plain_mode()
+@torch.no_grad()
+def normalize(
+    model: nn.Module, input_shape: Shapes = None, *, example_inputs: tuple[Any, ...] | None = None
+) -> nn.Module:
+    """A model of the same function whose hidden neurons have incoming l^1 norms of at most 1.
+
+    The incoming norm of a neuron v is that of Algorithm 1 in Gonon et al. (2024), sum over its
+    antecedents u of ``|theta^{u->v}| h_u``, plus ``|b_v|``, where h is the same number of u, and 1
+    for inputs: the l^1 norm of the path-lifting that ends at v.  Algorithm 1 divides by h_v and
+    leaves 1 at each neuron; a model of the same architecture has one factor for each channel
+    group, 1 / max h_v over the group's channels and positions.  So every neuron of a rescalable
+    group ends with h_v <= 1, and one of them with 1 (a group whose h_v are all 0 stays as it is).
+    In a fully-connected network these are the norms of the rows of weights and biases.
+
+    The result is the same for all rescalings of one model.
+
+    Args:
+        model: a module, in either mode; it is not changed.  The function is that of eval mode.
+        input_shape: shape of the input without the batch axis.
+        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
+
+    Returns:
+        A deep copy with rescaled parameters and running means (see :func:`rescale`).
+
+    Raises:
+        UnsupportedModelError: listing every operation that the theory does not cover.
+        ValueError: for a NaN or infinite parameter; for a weight that is computed (pruned,
+            parametrized), by name; for a result that the number format of a parameter does not
+            hold, by name.
+        TypeError: for an exported program.
+        FloatingPointError: if some h_v does not fit into float64.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> first = normalize(model)[0]
+        >>> bool(torch.allclose(first.weight.abs().sum(1) + first.bias.abs(), torch.ones(3)))
+        True
+    """
+    captured, lifted = _lifted(model, input_shape, example_inputs)
+    live = captured.live()
+    check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
+    found = _open(captured, lifted)
+    largest = torch.zeros(len(found) + 1, dtype=torch.float64)
+    _Norms(lifted, found._activations, largest).run(
+        *(live[node.target].double() for node in lifted.graph.nodes if node.op == "placeholder")
+    )
+    largest = largest[:-1]
+    if not bool(largest.isfinite().all()):
+        raise FloatingPointError("a path-norm inside the network does not fit into float64")
+    rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
+    return _rescaled(model, found, torch.where((largest > 0) & rescalable, 1 / largest, 1.0))
+
+
+class _Norms(fx.Interpreter):
+    """Runs the lifted network in float64, and keeps the largest h_v of each group."""
+
+    def __init__(
+        self, module: fx.GraphModule, activations: Mapping[fx.Node, Tensor], largest: Tensor
+    ) -> None:
+        super().__init__(module)
+        self.activations, self.largest = activations, largest
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target is ops.source:
+            result = result.double()
+        numbers = self.activations.get(n)
+        if numbers is not None:
+            uniform = [d for d, size in enumerate(numbers.shape) if size == 1]
+            most = result.amax(uniform, keepdim=True) if uniform else result
+            self.largest.scatter_reduce_(0, numbers.reshape(-1), most.reshape(-1), "amax")
+        return result
+
+
+# -- finding groups --------------------------------------------------------------------------------
+
+
+def _lifted(
+    model: Model, input_shape: Shapes, example_inputs: tuple[Any, ...] | None
+) -> tuple[Captured, fx.GraphModule]:
+    captured = capture(model, input_shape, example_inputs)
+    fold_batch_norm(captured)
+    return captured, lift(captured)
+
+
+def _open(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:
+    """Groups of a model all of whose weights can take up a factor."""
+    if not isinstance(captured.source, nn.Module):
+        raise TypeError("an ExportedProgram is not rescaled: pass the nn.Module")
+    found = _find(captured, lifted)
+    if found.blocked:
+        raise ValueError(
+            f"{', '.join(found.blocked)}: computed from other parameters, so no factor can be "
+            "multiplied in; make them parameters first (torch.nn.utils.prune.remove, "
+            "torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    return found
+
+
+def _find(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:
+    labelling = Labelling(captured, lifted)
+    roots = labelling.forest.roots()
+    rigid = torch.zeros(len(roots), dtype=torch.bool)
+    for labels in labelling.rigid:
+        rigid[roots[labels[labels >= 0]]] = True
+    used = torch.zeros(len(roots), dtype=torch.bool)
+    for carried in labelling.carried.values():
+        for side in (carried.out, carried.into):
+            if side is not None:
+                used[roots[side[side >= 0]]] = True
+    used[FIXED] = False
+    # Groups are numbered by their smallest label; -1, the last place of a table, is for the rest.
+    number = torch.full((len(roots) + 1,), -1)
+    number[:-1][used] = torch.arange(int(used.sum()))
+    of = torch.cat([number[roots], number[-1:]])
+    members: list[list[Member]] = [[] for _ in range(int(used.sum()))]
+    numbers: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    for name, carried in labelling.carried.items():
+        out, into = (None if x is None else of[x] for x in (carried.out, carried.into))
+        numbers[name] = out, into
+        _list_members(members, name, carried, out, True)
+        _list_members(members, name, carried, into, False)
+    fixed = rigid[used]
+    groups = [ChannelGroup(tuple(m), not bool(fixed[i])) for i, m in enumerate(members)]
+    activations = {
+        node: torch.where(of[labels.ids] < 0, len(groups), of[labels.ids])
+        for node, labels in labelling.labels.items()
+    }
+    return ChannelGroups(tuple(groups), tuple(labelling.blocked), numbers, activations)
+
+
+def _list_members(
+    members: list[list[Member]],
+    name: str,
+    carried: Carried,
+    numbers: Tensor | None,
+    incoming: bool,
+) -> None:
+    """Sort the entries of one tensor by group."""
+    if numbers is None:
+        return
+    numbers = compressed(numbers)
+    varying = [axis for axis, size in enumerate(numbers.shape) if size > 1]
+    axis = varying[-1] if varying else carried.axes[0 if incoming else 1]
+    by_group: dict[int, dict[tuple[int, ...], list[int]]] = {}
+    moved = numbers.expand(
+        [n if d == axis else numbers.shape[d] for d, n in enumerate(carried.shape)]
+    )
+    for row, line in enumerate(moved.movedim(axis, -1).reshape(-1, carried.shape[axis]).tolist()):
+        places: dict[int, list[int]] = {}
+        for position, group in enumerate(line):
+            places.setdefault(group, []).append(position)
+        for group, positions in places.items():
+            by_group.setdefault(group, {}).setdefault(tuple(positions), []).append(row)
+    for group, blocks in by_group.items():
+        if group < 0:
+            continue
+        for indices, rows in blocks.items():
+            within = (varying[0], tuple(rows)) if len(varying) > 1 else None
+            members[group].append(Member(name, axis, indices, incoming, within))
+
+
+# -- applying factors ------------------------------------------------------------------------------
+
+
+def _rescaled(model: nn.Module, found: ChannelGroups, values: Tensor) -> nn.Module:
+    table = torch.cat([values, values.new_ones(1)])
+    copied = copy.deepcopy(model)
+    tensors = named_tensors(copied)
+    overflowed = []
+    for name, (out, into) in found._numbers.items():
+        tensor = tensors[name]
+        # The quotient first: where both sides have one factor, no digit changes.
+        ratio = table[-1:] if out is None else table[out]
+        if into is not None:
+            ratio = ratio / table[into]
+        result = (tensor.double() * ratio.to(tensor.device)).to(tensor.dtype)
+        if not torch.equal(result == 0, tensor == 0) or not bool(result.isfinite().all()):
+            overflowed.append(name)
+        tensor.data.copy_(result)
+    if overflowed:
+        raise ValueError(
+            f"{', '.join(overflowed)}: the rescaled values over- or underflow; take smaller "
+            "factors, or a model in float64"
+        )
+    return copied
