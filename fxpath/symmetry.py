@@ -362,7 +362,13 @@ def _rescaled(model: nn.Module, found: ChannelGroups, values: Tensor) -> nn.Modu
         if into is not None:
             ratio = ratio / table[into]
         result = (tensor.double() * ratio.to(tensor.device)).to(tensor.dtype)
-        if not torch.equal(result == 0, tensor == 0) or not bool(result.isfinite().all()):
+        # Below the smallest normal number digits get lost.
+        lost = (
+            (result.abs() < torch.finfo(tensor.dtype).tiny)
+            & (tensor != 0)
+            & (ratio < 1).to(tensor.device)
+        )
+        if bool(lost.any()) or not bool(result.isfinite().all()):
             overflowed.append(name)
         tensor.data.copy_(result)
     if overflowed:
