@@ -14,6 +14,7 @@ from fxpath import criteria
 from fxpath.analysis import Analysis, LayerRow
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.metric import PathMetric, path_metric
 from fxpath.program import PathProgram
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Analysis",
     "LayerRow",
+    "PathMetric",
     "PathProgram",
     "Problem",
     "SupportReport",
@@ -30,6 +32,7 @@ __all__ = [
     "compile",
     "criteria",
     "path_magnitude",
+    "path_metric",
     "path_norm",
     "path_norms",
 ]
