@@ -13,6 +13,7 @@ definitions and equations in docstrings are the paper's.
 from fxpath import criteria
 from fxpath.analysis import Analysis, LayerRow
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
+from fxpath.bounds import Bound, lipschitz_bound
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.metric import PathMetric, path_metric
 from fxpath.program import PathProgram
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "Bound",
     "LayerRow",
     "PathMetric",
     "PathProgram",
@@ -31,6 +33,7 @@ __all__ = [
     "check",
     "compile",
     "criteria",
+    "lipschitz_bound",
     "path_magnitude",
     "path_metric",
     "path_norm",

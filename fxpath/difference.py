@@ -198,9 +198,7 @@ class Difference(PairInterpretation):
         first = target([piece.first for piece in pieces], *args[1:])
         alike = all(piece.second is piece.first for piece in pieces)
         second = first if alike else target([piece.second for piece in pieces], *args[1:])
-        return Excess(
-            first, second, joined(lambda p: p.excess), joined(lambda p: p.other_excess)
-        )
+        return Excess(first, second, joined(lambda p: p.excess), joined(lambda p: p.other_excess))
 
     def total(self, outputs: list[Excess]) -> list[Excess]:
         """The output neurons."""

@@ -14,14 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.pairs import Pair
-from fxpath.unrolled import Map, Neurons, Part, Pending, Signed
+from fxpath.unrolled import Map, Network, Neurons, Part, Pending, Signed
 
 __all__ = ["Domination", "Dominated"]
 
@@ -66,10 +65,10 @@ class Domination(Neurons[State]):
     """The max-plus pass, and with ``parts`` the carried difference."""
 
     def __init__(
-        self, module: fx.GraphModule, pair: Pair, parts: Sequence[Part] = (), swap: bool = False
+        self, network: Network, pair: Pair, parts: Sequence[Part] = (), swap: bool = False
     ) -> None:
-        """Interpret a graph by value; ``swap`` asks whether theta' dominates theta."""
-        super().__init__(module, pair, parts)
+        """Walk ``network``; ``swap`` asks whether theta' dominates theta."""
+        super().__init__(network, pair, parts)
         self.swap = swap
 
     def other(self, node: fx.Node) -> tuple[Tensor, Tensor]:
@@ -138,7 +137,9 @@ class Domination(Neurons[State]):
         reached = function(torch.ones_like(x.ratio)) > 0
         finite = torch.nan_to_num(x.ratio, posinf=_HUGE, neginf=-_HUGE)
         moved = function(finite)
-        ratio = torch.where(moved >= _HUGE, math.inf, torch.where(moved <= -_HUGE, -math.inf, moved))
+        ratio = torch.where(
+            moved >= _HUGE, math.inf, torch.where(moved <= -_HUGE, -math.inf, moved)
+        )
         return State(
             torch.where(reached, ratio, -math.inf),
             [scaled(m) for m in x.mass],
@@ -177,18 +178,14 @@ class Domination(Neurons[State]):
         if x.final:
             return x
         low = torch.exp2(_finite(x.ratio, -math.inf)).clamp(max=1)
-        excess = [
-            (1 - low) * m + low * e for m, e in zip(x.mass, x.excess, strict=True)
-        ]
+        excess = [(1 - low) * m + low * e for m, e in zip(x.mass, x.excess, strict=True)]
         return State(x.ratio, x.mass, excess, x.depth, True)
 
     def total(self, outputs: list[State]) -> Dominated:
-        holds = all(
-            bool((x.ratio <= ROUNDING * (x.depth + 1)).all()) for x in outputs
-        )
-        parts: Any = range(len(self.parts)) if holds else ()
-        gaps = [self._at_outputs(x).excess for x in outputs]
-        return Dominated(holds, [torch.cat([g[k].flatten() for g in gaps]) for k in parts])
+        holds = all(bool((x.ratio <= ROUNDING * (x.depth + 1)).all()) for x in outputs)
+        parts = range(len(self.parts)) if holds else range(0)
+        ends = [self._at_outputs(x) for x in outputs] if holds else []
+        return Dominated(holds, [self._flatten([x.excess[k] for x in ends]) for k in parts])
 
 
 _HUGE = 1e100

@@ -8,17 +8,28 @@ channels and one kernel tap at a time, so that a block stays in cache.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxpath.passes.links import tap_stencils
 
-__all__ = ["Block", "Unrolled", "convolution", "einsum", "identity", "linear", "matmul", "pointwise"]
+__all__ = [
+    "Block",
+    "Unrolled",
+    "convolution",
+    "einsum",
+    "identity",
+    "linear",
+    "matmul",
+    "pointwise",
+]
 
 #: Entries of one block: 2 MiB of float64.
 BLOCK = 1 << 18
@@ -69,10 +80,11 @@ class Unrolled:
         step = max(1, BLOCK // per_channel)
         for (read, weigh), start in itertools.product(self.pieces, range(0, out, step)):
             channels = slice(start, min(start + step, out))
-            yield Block(channels, read, lambda w, c=channels, f=weigh: _channels(f(w), c))
+            yield Block(channels, read, functools.partial(_weighed, weigh, channels))
 
 
-def _channels(weight: Tensor, channels: slice) -> Tensor:
+def _weighed(weigh: Map, channels: slice, weight: Tensor) -> Tensor:
+    weight = weigh(weight)
     return weight if weight.shape[1] == 1 else weight[:, channels]
 
 
@@ -92,9 +104,7 @@ def linear(shape: Sequence[int], weight: Sequence[int], dim: int = -1) -> Unroll
     def read(x: Tensor, fill: float) -> Tensor:
         return split(x)[:, None]
 
-    return Unrolled(
-        (1, out, positions), size, [(read, lambda w: w[None, :, :, None])], split, join
-    )
+    return Unrolled((1, out, positions), size, [(read, lambda w: w[None, :, :, None])], split, join)
 
 
 def pointwise(shape: Sequence[int]) -> Unrolled:
@@ -209,9 +219,7 @@ def convolution(
     per_in, per_out = x[1] // groups, y[1] // groups
     positions = batch * math.prod(spatial)
     stencils = [
-        tap_stencils(
-            x[2 + i], y[2 + i], k, stride[i], padding[i], dilation[i], transposed
-        )
+        tap_stencils(x[2 + i], y[2 + i], k, stride[i], padding[i], dilation[i], transposed)
         for i, k in enumerate(kernel)
     ]
 
@@ -234,7 +242,8 @@ def convolution(
 
     def weigher(taps: Sequence[int]) -> Map:
         def weigh(value: Tensor) -> Tensor:
-            tap = value[(slice(None), slice(None), *taps)]
+            index: list[Any] = [slice(None), slice(None), *taps]
+            tap = value[tuple(index)]
             if transposed:  # [in, out / groups] -> [groups, out / groups, in / groups]
                 return tap.reshape(groups, per_in, per_out).transpose(1, 2)[..., None]
             return tap.reshape(groups, per_out, per_in)[..., None]
@@ -246,10 +255,14 @@ def convolution(
         (groups, per_out, positions),
         per_in * len(taps),
         [(reader(t), weigher(t)) for t in taps],
-        lambda v: v.reshape(batch, groups, per_out, -1)
-        .permute(1, 2, 0, 3)
-        .reshape(groups, per_out, positions),
-        lambda v: v.reshape(groups, per_out, batch, -1)
-        .permute(2, 0, 1, 3)
-        .reshape(batch, groups * per_out, *spatial),
+        lambda v: (
+            v.reshape(batch, groups, per_out, -1)
+            .permute(1, 2, 0, 3)
+            .reshape(groups, per_out, positions)
+        ),
+        lambda v: (
+            v.reshape(groups, per_out, batch, -1)
+            .permute(2, 0, 1, 3)
+            .reshape(batch, groups * per_out, *spatial)
+        ),
     )

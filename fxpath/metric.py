@@ -19,7 +19,7 @@ from fxpath.normalized import Distance, Normalized
 from fxpath.pairs import Other, Pair, agreement, make_pair
 from fxpath.passes.reduce import reduce
 from fxpath.program import PathProgram
-from fxpath.unrolled import Part, by_value
+from fxpath.unrolled import Network, Part
 
 __all__ = ["PathMetric", "path_metric"]
 
@@ -55,18 +55,21 @@ class PathMetric:
         )
 
     @functools.cached_property
+    def _network(self) -> Network:
+        return Network.by_value(self._pair.lifted)
+
+    @functools.cached_property
     def _domination(self) -> Dominated:
-        graph = by_value(self._pair.lifted)
         for swap in (False, True):
-            found: Dominated = Domination(graph, self._pair, swap=swap).outcome()
+            found: Dominated = Domination(self._network, self._pair, swap=swap).outcome()
             if found.holds:
-                result: Dominated = Domination(graph, self._pair, [Part()], swap).outcome()
+                result: Dominated = Domination(self._network, self._pair, [Part()], swap).outcome()
                 return result
         return found
 
     @functools.cached_property
     def _distance(self) -> Distance:
-        found: Distance = Normalized(by_value(self._pair.lifted), self._pair).outcome()
+        found: Distance = Normalized(self._network, self._pair).outcome()
         return found
 
     # -- what holds -------------------------------------------------------------------------------
@@ -173,11 +176,9 @@ class PathMetric:
                 return None
             pruned = (second == 0) & (first != 0)
             masks[name] = masks[name] | pruned if name in masks else pruned
-        program = PathProgram(self._pair.captured, self._pair.lifted, torch.float64, 1.0)
+        program = PathProgram(self._pair.ours.captured, self._pair.lifted, torch.float64, 1.0)
         analysis = Analysis(program)
-        return float(
-            sum(analysis.path_magnitude(name)[mask].sum() for name, mask in masks.items())
-        )
+        return float(sum(analysis.path_magnitude(name)[mask].sum() for name, mask in masks.items()))
 
     # -- reports ----------------------------------------------------------------------------------
 
@@ -248,7 +249,8 @@ def path_metric(
 
     Example:
         >>> import copy, torch, fxpath
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> pruned = copy.deepcopy(model)
         >>> pruned[0].weight.data[0, 0] = 0
         >>> metric = fxpath.path_metric(model, pruned)

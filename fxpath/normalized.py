@@ -3,8 +3,8 @@
 
 Algorithm 1 of Gonon et al. (2024) rescales neurons until the incoming weights of each hidden one,
 bias included, have l^1 norm 1.  With h_v the lifted value of neuron v, the normalized weight of an
-edge u -> v is theta_uv h_u / h_v, and b_v / h_v the bias (0 / 0 = 0): the part of the path mass of v
-that comes in there.  Output neurons keep theta_uv h_u and b_v.  Both networks are normalized, so
+edge u -> v is theta_uv h_u / h_v, and b_v / h_v the bias (0 / 0 = 0): the part of the path mass of
+v that comes in there.  Output neurons keep theta_uv h_u and b_v.  Both networks are normalized, so
 nothing here changes when either is rescaled.
 """
 
@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxpath import ops
 from fxpath.difference import check_range
 from fxpath.pairs import Pair, agreement
-from fxpath.unrolled import Map, Neurons, Part, Pending, Signed
+from fxpath.unrolled import Map, Network, Neurons, Part, Pending, Signed
 
 __all__ = ["Distance", "Normalized"]
 
@@ -108,9 +108,9 @@ class Distance:
 class Normalized(Neurons[State]):
     """Compares N(theta) with N(theta') neuron by neuron."""
 
-    def __init__(self, module: fx.GraphModule, pair: Pair, parts: Sequence[Part] = ALL) -> None:
-        """Interpret a graph by value."""
-        super().__init__(module, pair, parts)
+    def __init__(self, network: Network, pair: Pair, parts: Sequence[Part] = ALL) -> None:
+        """See :class:`~fxpath.unrolled.Neurons`."""
+        super().__init__(network, pair, parts)
         self.largest = 0.0
         self.width = 0
 
@@ -129,26 +129,24 @@ class Normalized(Neurons[State]):
             for w in (*weights, *([] if bias is None else [bias]))
         )
 
-        def summed(values: Callable[[State], Tensor], side: int, biases: bool = True) -> Tensor:
-            total = pending.run([values(x) for x in sources], side)
+        def summed(values: list[Tensor], side: int, biases: bool = True) -> Tensor:
+            total = pending.run(values, side)
             if bias is not None and biases:
                 total = total + (bias.first, bias.second)[side].abs()
             return total
 
-        first = summed(lambda x: x.first, 0)
-        second = first if alike else summed(lambda x: x.second, 1)
+        first = summed([x.first for x in sources], 0)
+        second = first if alike else summed([x.second for x in sources], 1)
         check_range(first, second)
-        parts = list(enumerate(self.parts))
-        mass = [
-            first if part == Part() else summed(lambda x, k=k: x.mass[k], 0, part.biases)
-            for k, part in parts
-        ]
-        other_mass = mass
-        if not alike:
-            other_mass = [
-                second if part == Part() else summed(lambda x, k=k: x.other_mass[k], 1, part.biases)
-                for k, part in parts
+
+        def masses(values: list[list[Tensor]], norm: Tensor, side: int) -> list[Tensor]:
+            return [
+                norm if part == Part() else summed([v[k] for v in values], side, part.biases)
+                for k, part in enumerate(self.parts)
             ]
+
+        mass = masses([x.mass for x in sources], first, 0)
+        other_mass = mass if alike else masses([x.other_mass for x in sources], second, 1)
         self._count(pending, bias)
         found = _Sums(first, second, final, len(self.parts))
         for unrolled, x, weight in pending.terms:
@@ -256,22 +254,21 @@ class Normalized(Neurons[State]):
     def total(self, outputs: list[State]) -> Distance:
         finished = [self._finished(x) for x in outputs]
         common = [
-            torch.cat([(x.excess[k] + x.other_excess[k]).flatten() for x in finished])
+            self._flatten([x.excess[k] + x.other_excess[k] for x in finished])
             for k in range(len(self.parts))
         ]
         return Distance(
-            (_total(x.first for x in finished), _total(x.second for x in finished)),
+            (
+                self._flatten([x.first for x in finished]).sum().item(),
+                self._flatten([x.second for x in finished]).sum().item(),
+            ),
             common,
-            _total(x.distance for x in finished),
+            self._flatten([x.distance for x in finished]).sum().item(),
             max((x.change.amax().item() for x in finished if x.change.numel()), default=0.0),
             self.largest,
             max(x.depth for x in finished) - 1,
-            max(self.width, self.pair.output_count),
+            max(self.width, *[part.numel() for part in common]),
         )
-
-
-def _total(values: Any) -> float:
-    return float(sum(value.sum() for value in values))
 
 
 def _inverse(value: Tensor) -> Tensor:

@@ -95,8 +95,9 @@ def agreement(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two networks: its lifted graph, its tensors, and its leaves in order."""
+    """One of the two networks: as captured, its lifted graph, its tensors, and leaves in order."""
 
+    captured: Captured
     module: fx.GraphModule
     tensors: Mapping[str, Tensor]
     nodes: list[fx.Node]
@@ -125,6 +126,7 @@ class Side:
             buffer: Tensor = getattr(self.module, str(node.target))
             device = next((t.device for t in self.tensors.values()), buffer.device)
             return buffer.to(device)
+        args: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._evaluate)
         if node.target is ops.folded_weight:
             return in_double(*args)
@@ -141,17 +143,15 @@ class Pair:
     """Two sets of weights for one lifted graph.
 
     Attributes:
-        captured: the first model as it was captured.
         lifted: its lifted graph at full resolution; leaves are numbered in ``meta["leaf"]``, and
             the slopes of a ``ops.slope`` node count as one.
-        first: tensors of the first model, by placeholder.
+        ours: the first network.
+        theirs: the second one; its leaves correspond to those of the first.
         architecture: what differs although it is no part of theta, by name: slopes, clamp bounds,
             fixed coefficients.
     """
 
-    captured: Captured
     lifted: fx.GraphModule
-    first: dict[str, Tensor]
     ours: Side
     theirs: Side
     architecture: list[str] = field(default_factory=list)
@@ -164,7 +164,7 @@ class Pair:
                 self.architecture += [n for n in self.names(node) if n not in self.architecture]
 
     def names(self, leaf: fx.Node) -> list[str]:
-        """Names of the tensors that a leaf is computed from; a literal is named by its operation."""
+        """Names of the tensors that a leaf is computed from, or of the operation of a literal."""
         found: list[str] = []
         stack, seen = [leaf], set()
         while stack:
@@ -173,16 +173,10 @@ class Pair:
                 continue
             seen.add(node)
             if node.op == "placeholder":
-                found.append(self.captured.tensors[str(node.target)])
+                found.append(self.ours.captured.tensors[str(node.target)])
             stack += node.all_input_nodes
         origin = leaf.meta.get("origin")
         return sorted(found) or [f"a number in {module_path(origin) if origin else leaf.name}"]
-
-    @property
-    def output_count(self) -> int:
-        """Number of output neurons, d_out."""
-        (total,) = [n for n in self.lifted.graph.nodes if n.target is ops.total]
-        return sum(node.meta["val"].numel() for node in arguments(total)[0])
 
     def coordinates(self) -> list[tuple[int, str]]:
         """Leaves that are part of theta, with the names of their coordinates."""
@@ -208,7 +202,7 @@ class PairInterpretation(Interpretation):
     def outcome(self) -> Any:
         """What the graph's last operation returns."""
         with torch.no_grad():
-            return self.run(self.pair.first)
+            return self.run(self.pair.ours.tensors)
 
     def folded_weight(self, weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
         # Evaluated for each network where it is read, see Side.
@@ -249,22 +243,24 @@ def make_pair(
     tensors = _detached(ours.captured.live())
     mark_static(ours.lifted.graph)
     leaves = _number_leaves(ours.lifted.graph)
-    mine = Side(ours.lifted, tensors, leaves)
+    mine = Side(ours.captured, ours.lifted, tensors, leaves)
     if isinstance(other, (nn.Module, ExportedProgram)):
         theirs = build(other, input_shape, example_inputs, until=until, reduced=False)
         mark_static(theirs.lifted.graph)
         _check_other(theirs.captured.tensors, theirs.captured.live())
         same = _match(ours.lifted, theirs.lifted)
         matched = [same.get(leaf, leaf) for leaf in leaves]
-        side = Side(theirs.lifted, _detached(theirs.captured.live()), matched)
+        live = _detached(theirs.captured.live())
+        side = Side(theirs.captured, theirs.lifted, live, matched)
     elif isinstance(other, Mapping):
-        side = Side(ours.lifted, _from_state(ours.captured, ours.lifted, other), leaves)
+        state = _from_state(ours.captured, ours.lifted, other)
+        side = Side(ours.captured, ours.lifted, state, leaves)
     else:
         raise TypeError(
             f"other is a {type(other).__name__}: pass a model of the same architecture, or a state "
             "dict with the model's own names"
         )
-    return Pair(ours.captured, ours.lifted, tensors, mine, side)
+    return Pair(ours.lifted, mine, side)
 
 
 def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

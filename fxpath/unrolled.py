@@ -1,9 +1,9 @@
 # ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
 """Interpretations of a pair neuron by neuron, with the edges laid out one by one.
 
-They run on :func:`by_value`, the graph that keeps one value for each class of equal positions: what
-belongs to a neuron (its normalized weights, its ratio between two networks) is the same for all
-neurons of a class.  There, pooling and every other parameter-free map is an ``ops.mix``.
+They run on a :class:`Network`: at full resolution, or by value, with one neuron for each class of
+equal ones, since what belongs to a neuron (its normalized weights, its ratio between two networks)
+is the same for all neurons of a class.
 """
 
 from __future__ import annotations
@@ -18,19 +18,69 @@ from torch import Tensor, fx
 from fxpath import edges, ops
 from fxpath.edges import Unrolled
 from fxpath.pairs import Pair, PairInterpretation
+from fxpath.passes.classes import Classes
 from fxpath.passes.reduce import reduce
 from fxpath.schema import arguments
 
-__all__ = ["Neurons", "Part", "Pending", "Signed", "by_value"]
+__all__ = ["Network", "Neurons", "Part", "Pending", "Signed"]
 
 aten = torch.ops.aten
 
 Map = Callable[[Tensor], Tensor]
 
 
-def by_value(module: fx.GraphModule) -> fx.GraphModule:
-    """A lifted graph reduced to one value for each class of equal positions."""
-    return reduce(module, 1.0, choose=lambda classes: dict.fromkeys(classes.reachable, False))
+@dataclass(frozen=True)
+class Network:
+    """A lifted graph to walk, and how its outputs are laid out.
+
+    Attributes:
+        module: the graph.
+        expansions: for each output, axes that hold one value for each class of equal positions,
+            with the class of each position.
+    """
+
+    module: fx.GraphModule
+    expansions: list[list[tuple[int, Tensor]]]
+
+    @classmethod
+    def by_value(cls, lifted: fx.GraphModule) -> Network:
+        """One value for each class of equal positions."""
+        found: list[Classes] = []
+
+        def choose(classes: Classes) -> dict[fx.Node, bool]:
+            found.append(classes)
+            return dict.fromkeys(classes.reachable, False)
+
+        module = reduce(lifted, 1.0, choose)
+        full, total = _total(lifted), _total(module)
+        expansions = []
+        outputs: list[fx.Node] = list(arguments(total)[0])
+        for i, output in enumerate(arguments(full)[0]):
+            partitions = enumerate(found[0].reachable[output])
+            merged = [(dim, torch.tensor(p.of)) for dim, p in partitions if not p.is_trivial]
+            # The reduction sums equal outputs before it adds them up; here they stay apart.
+            for _ in merged:
+                outputs[i] = arguments(outputs[i])[0]
+            expansions.append(merged)
+        total.args = (outputs,)
+        module.graph.eliminate_dead_code()
+        return cls(module, expansions)
+
+    @classmethod
+    def whole(cls, lifted: fx.GraphModule) -> Network:
+        """Full resolution."""
+        return cls(lifted, [[] for _ in arguments(_total(lifted))[0]])
+
+    def flatten(self, output: int, value: Tensor) -> Tensor:
+        """What belongs to the neurons of one output, in their order."""
+        for dim, of in self.expansions[output]:
+            value = value.index_select(dim, of.to(value.device))
+        return value.flatten()
+
+
+def _total(module: fx.GraphModule) -> fx.Node:
+    (node,) = [n for n in module.graph.nodes if n.target is ops.total]
+    return node
 
 
 @dataclass(frozen=True)
@@ -48,7 +98,7 @@ class Signed:
 
 @dataclass(frozen=True)
 class Part:
-    """Paths that are told apart: what the inputs hold (``None``: ones), and whether biases count."""
+    """Some paths: what the inputs hold (``None``: ones), and whether those from biases count."""
 
     inputs: Sequence[Tensor] | None = None
     biases: bool = True
@@ -75,12 +125,13 @@ class Pending(Generic[S]):
 class Neurons(PairInterpretation, Generic[S]):
     """Walks the graph neuron by neuron; subclasses say what a neuron makes of its edges."""
 
-    def __init__(self, module: fx.GraphModule, pair: Pair, parts: Sequence[Part]) -> None:
-        """Interpret ``module``, a graph by value, for some sets of paths."""
-        super().__init__(module, pair)
+    def __init__(self, network: Network, pair: Pair, parts: Sequence[Part]) -> None:
+        """Walk ``network`` for some sets of paths."""
+        super().__init__(network.module, pair)
+        self.network = network
         self.parts = parts
         self._given = [None if p.inputs is None else iter(p.inputs) for p in parts]
-        self._final = _final(module.graph)
+        self._final = _final(network.module.graph)
 
     # -- to be said by a subclass -----------------------------------------------------------------
 
@@ -190,7 +241,8 @@ class Neurons(PairInterpretation, Generic[S]):
         """Edges of weight 1 from each of several tensors."""
         shape = tuple(self.node.meta["val"].shape)
         unrolled = edges.identity(shape)
-        return Pending([(unrolled, v, None) for v in values], lambda x, side: sum(x[1:], x[0]), shape)
+        terms: list[tuple[Unrolled, S, Signed | None]] = [(unrolled, v, None) for v in values]
+        return Pending(terms, lambda x, side: sum(x[1:], x[0]), shape)
 
     def mix(self, x: Any, dim: int, matrix: Tensor) -> Any:
         if isinstance(x, Signed):  # one entry of a bias for each class
@@ -207,14 +259,24 @@ class Neurons(PairInterpretation, Generic[S]):
         unrolled = edges.linear(self._shape(0), tuple(matrix.shape), dim)
         return self._weigh(x, weight, unrolled, lambda a, w: ops.mix(a, dim, w))
 
+    def along(self, x: S, dim: int, index: Tensor, weight: Tensor) -> S:
+        size = self._shape(0)[dim]
+        matrix = weight.new_zeros(index.shape[0], size).scatter_add(1, index, weight)
+        return self.mix(x, dim, matrix)
+
+    def pool(self, x: S, dim: int, index: Tensor, weight: Tensor) -> S:
+        return self.along(x, dim, index, weight)
+
     def move(self, target: Callable[..., Tensor], *args: Any) -> Any:
         if isinstance(args[0], Signed):
             return args[0].map(lambda value: target(value, *args[1:]))
         if isinstance(args[0], (list, tuple)):
             return self.joined(list(args[0]), lambda pieces: target(pieces, *args[1:]))
-        return self.through(
-            args[0], lambda v: target(v, *args[1:]), lambda v: target(v, *args[1:])
-        )
+        return self.through(args[0], lambda v: target(v, *args[1:]), lambda v: target(v, *args[1:]))
+
+    def _flatten(self, outputs: list[Tensor]) -> Tensor:
+        """What belongs to each output neuron, one after the other."""
+        return torch.cat([self.network.flatten(i, y) for i, y in enumerate(outputs)])
 
     # -- what is known of the graph ---------------------------------------------------------------
 
@@ -241,4 +303,4 @@ def _passes(node: fx.Node) -> bool:
         factor = arguments(node)[1]
         return isinstance(factor, fx.Node) and factor.target is ops.coefficient
     vocabulary = getattr(ops, getattr(node.target, "__name__", ""), None) is node.target
-    return node.target in (ops.mix, ops.slope) or not vocabulary
+    return node.target in (ops.mix, ops.along, ops.pool, ops.slope) or not vocabulary
