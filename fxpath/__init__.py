@@ -13,8 +13,10 @@ definitions and equations in docstrings are the paper's.
 from fxpath import criteria
 from fxpath.analysis import Analysis, LayerRow
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
+from fxpath.bounds import Bound, lipschitz_bound
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.lifting import Path, PathLifting, path_lifting
+from fxpath.metric import PathMetric, path_metric
 from fxpath.program import PathProgram
 from fxpath.symmetry import (
     ChannelGroup,
@@ -29,12 +31,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "Bound",
     "ChannelGroup",
     "ChannelGroups",
     "LayerRow",
     "Member",
     "Path",
     "PathLifting",
+    "PathMetric",
     "PathProgram",
     "Problem",
     "SupportReport",
@@ -44,9 +48,11 @@ __all__ = [
     "check",
     "compile",
     "criteria",
+    "lipschitz_bound",
     "normalize",
     "path_lifting",
     "path_magnitude",
+    "path_metric",
     "path_norm",
     "path_norms",
     "rescale",

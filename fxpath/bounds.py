@@ -1,0 +1,318 @@
+"""Certified bounds of ||R_theta(x) - R_theta'(x)|| for two sets of weights."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from fxpath import ops
+from fxpath.capture import Model
+from fxpath.difference import Difference, Excess
+from fxpath.domination import Dominated, Domination
+from fxpath.inductive import Inductive
+from fxpath.modes import plain_mode
+from fxpath.normalized import Distance, Normalized
+from fxpath.pairs import Other, Pair, agreement, make_pair
+from fxpath.passes.links import static
+from fxpath.passes.reduce import reduce
+from fxpath.rivals import find_layered, largest_difference, realization
+from fxpath.sizes import multiply_adds
+from fxpath.unrolled import Network, Part
+
+__all__ = ["Bound", "lipschitz_bound"]
+
+#: Bounds by name, and whether they stay the same when either network is rescaled.
+INEQUALITIES = {
+    "theorem_b1": True,
+    "any_pair": False,
+    "any_pair_normalized": True,
+    "inductive": False,
+}
+
+#: Multiply-adds at full resolution up to which a batch is fed itself to what runs edge by edge.
+EDGES = 1 << 29
+
+
+class Bound:
+    """A bound of ``||R_theta(x) - R_theta'(x)||``, with what it was chosen from.
+
+    Numbers are float64.  A bound can be attained: compare up to rounding, a relative 1e-9 or so.
+
+    Attributes:
+        norm: exponent of the norm of the output, 1, 2 or inf.
+        radius: inputs are bounded by ``||x||_inf <= radius``; for a given batch, its largest entry.
+        bounds: all bounds that hold for this pair, by name, in the given norm; see
+            :func:`lipschitz_bound`.
+        inequality: name of the smallest.
+        value: the smallest itself.
+        per_output: its bound for each output neuron, 1-d, in the order of the outputs; for a given
+            batch the largest over the samples, entry by entry, while ``value`` is the largest norm.
+        invariant: whether the chosen inequality gives the same when either network is rescaled.
+    """
+
+    def __init__(self, pair: Pair, samples: list[list[Tensor]] | None, radius: float, norm: float):
+        """Bounds are made by :func:`fxpath.lipschitz_bound`."""
+        self._pair = pair
+        self._samples = samples
+        self.norm = norm
+        self.radius = radius
+        found = _all_bounds(pair, samples, radius)
+        values = {
+            name: [torch.linalg.vector_norm(y, norm) for y in per] for name, per in found.items()
+        }
+        self.bounds = {name: max(v.item() for v in per) for name, per in values.items()}
+        # Where two are equal up to rounding, the one that no rescaling changes is named.
+        least = min(self.bounds.values()) * (1 + 1e-12)
+        self.inequality = min(
+            (name for name, value in self.bounds.items() if value <= least),
+            key=lambda name: not INEQUALITIES[name],
+        )
+        self.value = self.bounds[self.inequality]
+        self.per_output = torch.stack(found[self.inequality]).amax(0)
+        self.invariant = INEQUALITIES[self.inequality]
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"Bound({self.value:.6g}, inequality={self.inequality!r}, norm={self.norm:g})"
+
+    @property
+    def log10(self) -> float:
+        """Decimal logarithm of ``value``; -inf if it is 0."""
+        return math.log10(self.value) if self.value > 0 else -math.inf
+
+    @functools.cached_property
+    def lipschitz_in_x(self) -> float:
+        """``||Phi^I(theta)||_1`` of the model: ``x -> R_theta(x)`` is so Lipschitz, l^inf to l^1.
+
+        Paths that start at a bias do not count.
+        """
+        graph = reduce(self._pair.lifted)
+        outputs = Difference(graph, self._pair, biases=False).outcome()
+        return float(sum(y.first.sum() for y in outputs))
+
+    @functools.cached_property
+    def largest_difference(self) -> float:
+        """The largest difference that a search finds, in the given norm; the same in every call.
+
+        Random inputs of the given radius and projected gradient ascent from them; for a given batch
+        the largest difference on it.
+        """
+        if self._samples is None:
+            shapes = [tuple(n.meta["val"].shape) for n in _inputs(self._pair)]
+            with torch.enable_grad():
+                return largest_difference(self._pair, shapes, self.radius, self.norm)
+        ours, theirs = realization(self._pair.ours), realization(self._pair.theirs)
+        with torch.no_grad():
+            gaps = [ours(sample) - theirs(sample) for sample in self._samples]
+        return max(torch.linalg.vector_norm(gap, self.norm).item() for gap in gaps)
+
+    def table(self) -> str:
+        """All bounds beside each other, the non-invariant ones (2), (9), (29) where they apply.
+
+        The last row is the largest difference that a search finds, see ``largest_difference``.
+        (2), (9) and (29) bound the l^1 norm of the output, and so any other.
+        """
+        found = self.largest_difference
+        rows = [
+            (name, "yes" if INEQUALITIES[name] else "no", value)
+            for name, value in sorted(self.bounds.items(), key=lambda item: item[1])
+        ]
+        layered = find_layered(self._pair)
+        if layered is not None:
+            rows += [(name, "no", value) for name, value in layered.bounds(self.radius).items()]
+        table = [
+            (name, invariant, value, value / found if found else math.inf)
+            for name, invariant, value in rows
+        ]
+        table.append(("largest difference found", "", found, 1.0 if found else math.nan))
+        return tabulate(table, headers=["inequality", "invariant", "bound", "bound / found"])
+
+
+@plain_mode()
+def lipschitz_bound(
+    model: Model,
+    other: Other,
+    input_shape: Any = None,
+    *,
+    x: Tensor | Sequence[Tensor] | None = None,
+    radius: float = 1.0,
+    norm: float = 1,
+    example_inputs: tuple[Any, ...] | None = None,
+    until: str | None = None,
+) -> Bound:
+    """How far the functions of two sets of weights can be apart, certified.
+
+    Bounds ``||R_theta(x) - R_theta'(x)||`` for every input with ``||x||_inf <= radius``, or for a
+    given batch, by the smallest of
+
+    - ``"theorem_b1"``: ``||x||_inf ||dPhi^I||_1 + ||dPhi^H||_1`` for each output, with paths from
+      inputs and paths from biases apart; where signs agree and one network dominates the other on
+      all paths, so that both norms are exact (7);
+    - ``"any_pair"``, ``"any_pair_normalized"``: the same through the common part m of both networks
+      (the smaller entry where signs agree, else 0), for any signs, on the effective parameters as
+      they are, or on N(theta) and N(theta');
+    - ``"inductive"``: from neuron to neuron, with max-pooling as a maximum instead of a sum; also
+      for networks that differ in learned slopes, clamp bounds and coefficients.
+
+    The second and the last change when one network is rescaled.
+
+    Args:
+        model: as for :func:`analyze`.
+        other: a model of the same architecture, or a state dict with the model's own names.
+        input_shape: as for :func:`analyze`.
+        x: a batch of inputs (a list of tensors for several inputs): bounds the difference on these
+            inputs instead of a ball.  |x| itself is fed then (Lemma B.3), where one sample takes no
+            more than 2^29 multiply-adds; beyond, ``"any_pair_normalized"`` and a ``"theorem_b1"``
+            that holds after rescaling take the largest entry of |x|.
+        radius: bound of ``||x||_inf`` otherwise.
+        norm: of the outputs: 1, 2 or ``math.inf``.
+        example_inputs: as for :func:`analyze`.
+        until: as for :func:`analyze`.
+
+    Returns:
+        A :class:`~fxpath.Bound`; ``float(bound)`` is the bound.
+
+    Raises:
+        UnsupportedModelError: as :func:`analyze`.
+        TypeError: if ``other`` is neither a model nor a state dict.
+        ValueError: for another architecture, missing or unknown keys, other shapes, NaN, a
+            ``radius`` below 0, another ``norm``, or an ``x`` of another shape.
+        FloatingPointError: if a neuron's path-norm is not within 1e-270 ... 1e300.
+
+    Example:
+        >>> import torch, fxpath
+        >>> model, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        >>> bound = fxpath.lipschitz_bound(model, other, radius=3.0)
+        >>> x = torch.rand(100, 2) * 6 - 3
+        >>> bool(((model(x) - other(x)).abs() <= float(bound) * (1 + 1e-5)).all())
+        True
+    """
+    if not 0 <= radius < math.inf:
+        raise ValueError(f"radius={radius}: the bound of |x| must be a finite number >= 0")
+    if norm not in (1, 2, math.inf):
+        raise ValueError(f"norm={norm}: pass 1, 2 or math.inf")
+    pair = make_pair(model, other, input_shape, example_inputs, until)
+    samples = None if x is None else _samples(pair, x)
+    if samples is not None:
+        radius = max((t.abs().amax().item() for s in samples for t in s if t.numel()), default=0.0)
+    with torch.no_grad():
+        return Bound(pair, samples, float(radius), float(norm))
+
+
+def _inputs(pair: Pair) -> list[Any]:
+    return [n for n in pair.lifted.graph.nodes if n.target is ops.source]
+
+
+def _samples(pair: Pair, x: Tensor | Sequence[Tensor]) -> list[list[Tensor]]:
+    """One list of inputs, in the shape that was captured, for each sample of a batch."""
+    given = [x] if isinstance(x, Tensor) else list(x)
+    shapes = [tuple(node.meta["val"].shape) for node in _inputs(pair)]
+    if len(given) != len(shapes):
+        raise ValueError(f"x has {len(given)} tensors, the model reads {len(shapes)} inputs")
+    found = [t.detach().to(torch.float64) for t in given]
+    if not all(bool(torch.isfinite(t).all()) for t in found):
+        raise ValueError("x has NaN or infinite entries")
+    if all(tuple(t.shape) == shape for t, shape in zip(found, shapes, strict=True)):
+        return [found]
+    batch = {t.shape[0] if t.dim() else 0 for t in found}
+    batched = all(
+        shape[:1] == (1,) and tuple(t.shape[1:]) == shape[1:]
+        for t, shape in zip(found, shapes, strict=True)
+    )
+    if not batched or len(batch) != 1 or batch == {0}:
+        expected = ", ".join(f"(batch, {', '.join(map(str, shape[1:]))})" for shape in shapes)
+        raise ValueError(
+            f"x has shapes {[tuple(t.shape) for t in found]}; the model reads {expected}"
+        )
+    return [[t[i : i + 1] for t in found] for i in range(batch.pop())]
+
+
+# -- the inequalities ------------------------------------------------------------------------------
+
+
+def _all_bounds(
+    pair: Pair, samples: list[list[Tensor]] | None, radius: float
+) -> dict[str, list[Tensor]]:
+    """For each inequality that holds, and each sample, bounds of the output neurons in a row."""
+    device = next((t.device for t in pair.ours.tensors.values()), torch.device("cpu"))
+    full = [
+        torch.full(tuple(n.meta["val"].shape), radius, dtype=torch.float64, device=device)
+        for n in _inputs(pair)
+    ]
+    fed = [full] if samples is None else samples
+    found = {"inductive": [_row(Inductive(pair.lifted, pair, x).outcome()) for x in fed]}
+    if pair.architecture:
+        return found
+    outcome = [Difference(pair.lifted, pair, x, biases=False).outcome() for x in fed]
+    nothing = [torch.zeros_like(x) for x in full]
+    constant = Difference(pair.lifted, pair, nothing).outcome()
+    found["any_pair"] = [_row(y) + _row(constant) for y in outcome]
+    signs_agree = all(bool(agreement(*pair.values(leaf)).all()) for leaf, _ in pair.coordinates())
+    # All paths were seen, those from inputs and those from biases.
+    ends = [y for each in (*outcome, constant) for y in each]
+    if signs_agree and (
+        all(y.excess is None for y in ends) or all(y.other_excess is None for y in ends)
+    ):
+        # Both norms are exact, so that the bound through m is Theorem B.1 and no other m is better.
+        found["theorem_b1"] = found["any_pair"]
+        return found
+    network, parts, total = _parts(pair, samples, radius)
+    if signs_agree:
+        for swap in (False, True):
+            dominated: Dominated = Domination(network, pair, swap=swap).outcome()
+            if dominated.holds:
+                carried: Dominated = Domination(network, pair, parts, swap).outcome()
+                found["theorem_b1"] = total(carried.gap)
+                return found
+    distance: Distance = Normalized(network, pair, parts).outcome()
+    found["any_pair_normalized"] = total(distance.common)
+    return found
+
+
+def _row(outputs: list[Excess]) -> Tensor:
+    return torch.cat([y.gap().flatten() for y in outputs])
+
+
+def _parts(
+    pair: Pair, samples: list[list[Tensor]] | None, radius: float
+) -> tuple[Network, list[Part], Callable[[list[Tensor]], list[Tensor]]]:
+    """Which paths to tell apart edge by edge, on which graph, and how they add up to bounds."""
+    nothing = [torch.zeros(tuple(n.meta["val"].shape), dtype=torch.float64) for n in _inputs(pair)]
+    if samples is not None and _edges(pair) <= EDGES:
+        parts = [Part(sample, biases=False) for sample in samples]
+        network = Network.whole(pair.lifted)
+        return (
+            network,
+            [*parts, Part(nothing)],
+            lambda found: [part + found[-1] for part in found[:-1]],
+        )
+    network = Network.by_value(pair.lifted)
+    few = [
+        torch.zeros(tuple(n.meta["val"].shape), dtype=torch.float64)
+        for n in network.module.graph.nodes
+        if n.target is ops.source
+    ]
+    sizes = (
+        [radius]
+        if samples is None
+        else [max(t.abs().amax().item() for t in sample) for sample in samples]
+    )
+    return (
+        network,
+        [Part(biases=False), Part(few)],
+        lambda found: [size * found[0] + found[1] for size in sizes],
+    )
+
+
+def _edges(pair: Pair) -> int:
+    """Multiply-adds of a sample at full resolution."""
+    active = [n for n in pair.lifted.graph.nodes if n.op == "call_function" and not static(n)]
+    return sum(multiply_adds(node) for node in active if node.target is not ops.total)

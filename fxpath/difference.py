@@ -1,0 +1,230 @@
+# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
+"""The carried difference: path-norms of two networks, and how far both exceed their common part.
+
+With m the entry of smaller size where signs agree and 0 elsewhere, |Phi(theta)| >= |Phi(m)| on
+every path, with equal signs, so that by (7) the path-norm of theta exceeds that of m by exactly
+``||Phi(theta) - Phi(m)||_1``.  The excess is carried from neuron to neuron instead of being
+subtracted at the end (no cancellation; all terms are non-negative):
+
+    excess_v = sum_u (|theta_uv| - |m_uv|) h_u + |m_uv| excess_u,    h_v = sum_u |theta_uv| h_u.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath import ops
+from fxpath.pairs import Pair, PairInterpretation, Weights
+
+__all__ = ["Difference", "Excess", "check_range"]
+
+Map = Callable[[Tensor], Tensor]
+
+#: Lifted values outside of this range are refused: float64 ends not far beyond.
+SMALLEST, LARGEST = 1e-270, 1e300
+
+
+@dataclass(frozen=True)
+class Excess:
+    """Activations of :class:`Difference`: lifted values of theta and theta', and their excess.
+
+    The same object where both networks are alike; ``None`` for an excess that is zero everywhere.
+    """
+
+    first: Tensor
+    second: Tensor
+    excess: Tensor | None = None
+    other_excess: Tensor | None = None
+
+    def map(self, function: Map) -> Excess:
+        """Apply a linear map with non-negative coefficients, the same for both networks."""
+        first = function(self.first)
+        return Excess(
+            first,
+            first if self.second is self.first else function(self.second),
+            None if self.excess is None else function(self.excess),
+            None if self.other_excess is None else function(self.other_excess),
+        )
+
+    def gap(self) -> Tensor:
+        """Upper bound of |Phi(theta) - Phi(theta')|, summed over the paths that end at a neuron."""
+        return _plus(self.excess, self.other_excess, self.first)
+
+
+def _plus(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
+    if a is None:
+        return torch.zeros_like(like) if b is None else b
+    return a if b is None else a + b
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    found = [term for term in terms if term is not None]
+    return sum(found[1:], found[0]) if found else None
+
+
+class Difference(PairInterpretation):
+    """Carries :class:`Excess` through a lifted graph, or through its reduction."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        pair: Pair,
+        inputs: Sequence[Tensor] | None = None,
+        biases: bool = True,
+    ) -> None:
+        """Interpret ``module``.
+
+        Args:
+            module: the lifted graph of the pair, or its reduction.
+            pair: the two networks.
+            inputs: what the sources hold, in their order; ones if not given.
+            biases: whether paths that start at a bias (Phi^H) count.
+        """
+        super().__init__(module, pair)
+        self.inputs = None if inputs is None else iter(inputs)
+        self.biases = biases
+
+    def is_activation(self, value: Any) -> bool:
+        return isinstance(value, (Excess, Weights))
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def coordinate(self, value: Tensor, name: str) -> Weights:
+        return Weights.of(*self.other(self.node))
+
+    def coefficient(self, value: Tensor) -> Weights:
+        return Weights.equal(value.to(self.dtype).abs())
+
+    # -- activations ------------------------------------------------------------------------------
+
+    def source(self, shape: Sequence[int]) -> Excess:
+        if self.inputs is not None:
+            given = next(self.inputs).to(self.dtype).abs()
+            return Excess(given, given)
+        ones = torch.ones(tuple(shape), dtype=self.dtype, device=self.device)
+        return Excess(ones, ones)
+
+    def constant(self, bias: Weights) -> Excess:
+        start = Excess(bias.first, bias.second, bias.excess, bias.other_excess)
+        return start if self.biases else start.map(torch.zeros_like)
+
+    def _weigh(self, x: Excess, w: Weights, run: Callable[[Tensor, Tensor], Tensor]) -> Excess:
+        """One weighted sum; ``run`` multiplies activations with weights."""
+        first = run(x.first, w.first)
+        alike = x.second is x.first and w.second is w.first
+        carried = None if x.excess is None else run(x.excess, w.common)
+        other = None if x.other_excess is None else run(x.other_excess, w.common)
+        fresh = None if w.excess is None else run(x.first, w.excess)
+        other_fresh = None if w.other_excess is None else run(x.second, w.other_excess)
+        second = first if alike else run(x.second, w.second)
+        y = Excess(first, second, _sum(carried, fresh), _sum(other, other_fresh))
+        check_range(y.first, y.second)
+        return y
+
+    def conv(self, x: Excess, weight: Weights, *spec: Any) -> Excess:
+        return self._weigh(x, weight, lambda a, w: ops.conv(a, w, *spec))
+
+    def linear(self, x: Excess, weight: Weights) -> Excess:
+        return self._weigh(x, weight, ops.linear)
+
+    def matmul(self, x: Excess, weight: Weights, weight_first: bool) -> Excess:
+        return self._weigh(x, weight, lambda a, w: ops.matmul(a, w, weight_first))
+
+    def einsum(self, x: Excess, weight: Weights, equation: str) -> Excess:
+        return self._weigh(x, weight, lambda a, w: ops.einsum(a, w, equation))
+
+    def scale(self, x: Excess | Weights, weight: Weights) -> Excess | Weights:
+        if isinstance(x, Weights):  # a coefficient in front of a weight
+            return x.map(lambda value: value * weight.first)
+        return self._weigh(x, weight, torch.mul)
+
+    def shift(self, x: Excess, bias: Weights) -> Excess:
+        if not self.biases:
+            return x
+        return self.add(x, Excess(bias.first, bias.second, bias.excess, bias.other_excess))
+
+    def slope(self, x: Excess, a: Tensor | float) -> Excess:
+        return x.map(lambda value: ops.slope(value, a))
+
+    def along(self, x: Excess, dim: int, index: Tensor, weight: Tensor) -> Excess:
+        return x.map(lambda value: ops.along(value, dim, index, weight))
+
+    def pool(self, x: Excess, dim: int, index: Tensor, weight: Tensor) -> Excess:
+        return self.along(x, dim, index, weight)
+
+    def mix(self, x: Excess | Weights, dim: int, matrix: Tensor) -> Excess | Weights:
+        return x.map(lambda value: ops.mix(value, dim, matrix))
+
+    def add(self, x: Excess, y: Excess) -> Excess:
+        first = x.first + y.first
+        alike = x.second is x.first and y.second is y.first
+        return Excess(
+            first,
+            first if alike else x.second + y.second,
+            _broadcast(_sum(x.excess, y.excess), first),
+            _broadcast(_sum(x.other_excess, y.other_excess), first),
+        )
+
+    def maximum(self, x: Excess, y: Excess) -> Excess:
+        return self.add(x, y)
+
+    def clamp(self, x: Excess, lo: float, hi: float) -> Excess:
+        if not self.biases:
+            return x
+        bounds = torch.full((), abs(lo) + abs(hi), dtype=self.dtype, device=self.device)
+        return self.shift(x, Weights.equal(bounds))
+
+    def move(self, target: Callable[..., Tensor], *args: Any) -> Excess | Weights:
+        if isinstance(args[0], (Excess, Weights)):
+            return args[0].map(lambda value: target(value, *args[1:]))
+        pieces: list[Excess] = list(args[0])
+
+        def joined(part: Callable[[Excess], Tensor | None]) -> Tensor | None:
+            parts = [part(piece) for piece in pieces]
+            if all(p is None for p in parts):
+                return None
+            filled = [
+                torch.zeros_like(piece.first) if p is None else p
+                for p, piece in zip(parts, pieces, strict=True)
+            ]
+            return target(filled, *args[1:])
+
+        first = target([piece.first for piece in pieces], *args[1:])
+        alike = all(piece.second is piece.first for piece in pieces)
+        second = first if alike else target([piece.second for piece in pieces], *args[1:])
+        return Excess(first, second, joined(lambda p: p.excess), joined(lambda p: p.other_excess))
+
+    def total(self, outputs: list[Excess]) -> list[Excess]:
+        """The output neurons."""
+        for y in outputs:
+            check_range(y.first, y.second)
+        return outputs
+
+
+def _broadcast(value: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if value is None else value.expand_as(like)
+
+
+def check_range(*values: Tensor) -> None:
+    """Refuse lifted values that float64 can't hold well.
+
+    Raises:
+        FloatingPointError: if an entry is not 0 and not within 1e-270 ... 1e300.
+    """
+    for value in values:
+        if not value.numel():
+            continue
+        largest = value.amax().item()
+        smallest = torch.where(value > 0, value, math.inf).amin().item()
+        if not largest <= LARGEST or smallest < SMALLEST:
+            raise FloatingPointError(
+                "a neuron's path-norm lies outside of 1e-270 ... 1e300, so that float64 does not "
+                "hold the distance of the two networks: rescale their neurons, which changes "
+                "neither function"
+            )

@@ -1,0 +1,113 @@
+# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
+"""The inductive bound: how far the values of each neuron can be apart, layer by layer.
+
+With h_v >= |v(theta, x)|, h'_v likewise for theta', and gap_v >= |v(theta, x) - v(theta', x)|,
+
+    gap_v = sum_u (|theta_uv| - |m_uv|) h_u + (|theta'_uv| - |m_uv|) h'_u + |m_uv| gap_u,
+
+which is the recursion of :mod:`fxpath.difference`.  But bounds on values of neurons, unlike sums
+over paths, let pooling take the largest entry of a window, and a clamp cut off.  They also cover
+other slopes and coefficients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath.difference import Difference, Excess
+from fxpath.pairs import Pair, Weights
+from fxpath.schema import arguments, bind
+
+__all__ = ["Inductive"]
+
+aten = torch.ops.aten
+
+
+class Inductive(Difference):
+    """Bounds values and their difference; at full resolution, fed with |x| or its largest size."""
+
+    def __init__(self, module: fx.GraphModule, pair: Pair, inputs: Sequence[Tensor]) -> None:
+        """See :class:`~fxpath.difference.Difference`."""
+        super().__init__(module, pair, inputs)
+
+    def coefficient(self, value: Tensor) -> Weights:
+        return Weights.of(*self.other(self.node))
+
+    def _nonlinear(
+        self, x: Excess, bound: Callable[[Tensor], Tensor], gap: Callable[[Tensor], Tensor]
+    ) -> Excess:
+        first = bound(x.first)
+        second = first if x.second is x.first else bound(x.second)
+        return Excess(first, second, gap(x.gap()))
+
+    def slope(self, x: Excess, a: Tensor | float) -> Excess:
+        node = arguments(self.node)[1]
+        if not isinstance(node, fx.Node):
+            return super().slope(x, a)
+        ours, theirs = self.other(node)
+        if torch.equal(ours, theirs):
+            return super().slope(x, ours)
+        between = (ours - theirs).abs()
+        one, two = ours.abs().clamp(min=1), theirs.abs().clamp(min=1)
+        # The slope changes at the value of the one network, or at that of the other.
+        gap = torch.minimum(one * x.gap() + between * x.second, two * x.gap() + between * x.first)
+        return Excess(x.first * one, x.second * two, gap)
+
+    def pool(self, x: Excess, dim: int, index: Tensor, weight: Tensor) -> Excess:
+        used = (weight > 0).flatten()
+
+        def largest(value: Tensor) -> Tensor:
+            picked = value.movedim(dim, -1).index_select(-1, index.flatten()) * used
+            return picked.unflatten(-1, tuple(index.shape)).amax(-1).movedim(-1, dim)
+
+        return self._nonlinear(x, largest, largest)
+
+    def maximum(self, x: Excess, y: Excess) -> Excess:
+        first = torch.maximum(x.first, y.first)
+        alike = x.second is x.first and y.second is y.first
+        second = first if alike else torch.maximum(x.second, y.second)
+        return Excess(first, second, torch.maximum(x.gap(), y.gap()))
+
+    def clamp(self, x: Excess, lo: float, hi: float) -> Excess:
+        low, high = _bounds(self.node)
+        if low is not None and high is not None:
+            low = min(low, high)  # where the bounds cross, torch returns the upper one
+            nearest, farthest = max(low, -high, 0.0), max(abs(low), abs(high))
+            width = high - low
+        else:
+            nearest = max(abs(lo), abs(hi)) if low is high else max(low or 0.0, -(high or 0.0), 0.0)
+            farthest = width = math.inf
+        return self._nonlinear(
+            x,
+            lambda value: value.clamp(min=nearest, max=farthest),
+            lambda value: value.clamp(max=width),
+        )
+
+
+def _bounds(node: fx.Node) -> tuple[float | None, float | None]:
+    """Both numbers that a clamp cuts off at, ``None`` for a side that it leaves open."""
+    origin = node.meta["origin"]
+    bound: dict[str, Any] = bind(origin)
+    name = origin.target
+    if name is aten.relu6.default:
+        return 0.0, 6.0
+    if name is aten.hardtanh.default:
+        pair = bound["min_val"], bound["max_val"]
+    elif name in (aten.clamp.default, aten.clip.default):
+        pair = bound["min"], bound["max"]
+    elif name is aten.clamp_min.default:
+        pair = bound["min"], None
+    elif name is aten.clamp_max.default:
+        pair = None, bound["max"]
+    else:
+        return None, None
+    low, high = (
+        float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+        for value in pair
+    )
+    return low, high

@@ -1,0 +1,276 @@
+"""The l^1 path-metric ||Phi(theta) - Phi(theta')||_1: exact, or between two bounds."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from fxpath.analysis import Analysis
+from fxpath.capture import Model
+from fxpath.difference import Difference
+from fxpath.domination import Dominated, Domination
+from fxpath.modes import plain_mode
+from fxpath.normalized import Distance, Normalized
+from fxpath.pairs import Other, Pair, agreement, make_pair
+from fxpath.passes.reduce import reduce
+from fxpath.program import PathProgram
+from fxpath.unrolled import Network, Part
+
+__all__ = ["PathMetric", "path_metric"]
+
+#: Upper bounds by name, and whether they stay the same when either network is rescaled.
+UPPER_BOUNDS = {"m": False, "m_normalized": True, "theorem_f2": True, "lemma_3_3": True}
+
+
+class PathMetric:
+    """The distance ``||Phi(theta) - Phi(theta')||_1`` of two sets of weights.
+
+    Numbers are float64; what is exact or a bound is so up to rounding, a relative 1e-12 or so.
+
+    Attributes:
+        path_norm: ``||Phi(theta)||_1`` of the model.
+        other_path_norm: ``||Phi(theta')||_1`` of the other one.
+        signs_agree: whether ``theta_i * theta'_i >= 0`` for all effective parameters.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        """Metrics are made by :func:`fxpath.path_metric`."""
+        self._pair = pair
+        outputs = Difference(reduce(pair.lifted), pair).outcome()
+        self.path_norm = _total([y.first for y in outputs])
+        self.other_path_norm = _total([y.second for y in outputs])
+        self._excess = _total([y.excess for y in outputs])
+        self._other_excess = _total([y.other_excess for y in outputs])
+        self._entrywise = any(
+            all(part is None for part in parts)
+            for parts in ([y.excess for y in outputs], [y.other_excess for y in outputs])
+        )
+        self.signs_agree = all(
+            bool(agreement(*pair.values(leaf)).all()) for leaf, _ in pair.coordinates()
+        )
+
+    @functools.cached_property
+    def _network(self) -> Network:
+        return Network.by_value(self._pair.lifted)
+
+    @functools.cached_property
+    def _domination(self) -> Dominated:
+        for swap in (False, True):
+            found: Dominated = Domination(self._network, self._pair, swap=swap).outcome()
+            if found.holds:
+                result: Dominated = Domination(self._network, self._pair, [Part()], swap).outcome()
+                return result
+        return found
+
+    @functools.cached_property
+    def _distance(self) -> Distance:
+        found: Distance = Normalized(self._network, self._pair).outcome()
+        return found
+
+    # -- what holds -------------------------------------------------------------------------------
+
+    @property
+    def dominated(self) -> bool:
+        """Whether ``|Phi(theta)| >= |Phi(theta')|`` on every path, or the other way round.
+
+        True at once where ``|theta| >= |theta'|`` entry by entry; otherwise a max-plus pass over
+        all edges decides, so that rescaling either network changes nothing.
+        """
+        return self._entrywise or self._domination.holds
+
+    @property
+    def exact(self) -> bool:
+        """Whether (7) holds, so that the metric is known: signs agree, and one dominates."""
+        return self.signs_agree and self.dominated
+
+    @functools.cached_property
+    def value(self) -> float | None:
+        """The metric by (7), where it is exact, carried without cancellation; else ``None``."""
+        if not self.exact:
+            return None
+        if self._entrywise:
+            return self._excess + self._other_excess
+        return float(sum(gap.sum() for gap in self._domination.gap))
+
+    # -- bounds -----------------------------------------------------------------------------------
+
+    @property
+    def lower(self) -> float:
+        """The metric where it is exact, else the lower bound (6), ``| ||Phi|| - ||Phi'|| |``."""
+        if self.value is not None:
+            return self.value
+        return min(abs(self._excess - self._other_excess), self.upper, self._excess_sum)
+
+    @functools.cached_property
+    def upper(self) -> float:
+        """The metric where it is exact, else the smallest upper bound that no rescaling changes."""
+        if self.value is not None:
+            return self.value
+        return min(self.bound(name) for name, invariant in UPPER_BOUNDS.items() if invariant)
+
+    def bound(self, name: str) -> float:
+        """One of the upper bounds, valid for any signs.
+
+        Args:
+            name: ``"m"`` or ``"m_normalized"``: through the common part m, which has the smaller of
+                two entries where their signs agree and 0 elsewhere, as
+                ``(||Phi|| - ||Phi(m)||) + (||Phi'|| - ||Phi(m)||)``, on the effective parameters as
+                they are (changes when a network is rescaled) or on N(theta) and N(theta');
+                ``"theorem_f2"``: (23); ``"lemma_3_3"``: (8), with neurons' biases counted in W.
+
+        Raises:
+            KeyError: for another name.
+        """
+        if name not in UPPER_BOUNDS:
+            raise KeyError(f"{name!r} is no upper bound; there are {', '.join(UPPER_BOUNDS)}")
+        if name == "m":
+            return self._excess_sum
+        if name == "m_normalized":
+            return self._distance.through_common
+        return self._distance.theorem_f2 if name == "theorem_f2" else self._distance.lemma_3_3
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """All upper bounds by name, see :meth:`bound`."""
+        return {name: self.bound(name) for name in UPPER_BOUNDS}
+
+    @property
+    def _excess_sum(self) -> float:
+        return self._excess + self._other_excess
+
+    @property
+    def relative(self) -> float:
+        """``upper`` over the model's path-norm: the metric itself where it is exact."""
+        return self.upper / self.path_norm if self.path_norm else math.inf * (self.upper > 0)
+
+    @property
+    def log10_value(self) -> float | None:
+        """Decimal logarithm of ``value``; -inf if it is 0."""
+        return None if self.value is None else _log10(self.value)
+
+    @property
+    def log10_lower(self) -> float:
+        """Decimal logarithm of ``lower``; -inf if it is 0."""
+        return _log10(self.lower)
+
+    @property
+    def log10_upper(self) -> float:
+        """Decimal logarithm of ``upper``; -inf if it is 0."""
+        return _log10(self.upper)
+
+    @functools.cached_property
+    def path_magnitude_sum(self) -> float | None:
+        """Sum of Path-Mag (10) over the entries that became zero: an upper bound by (13).
+
+        ``None`` unless the other network is the model with some effective parameters set to zero.
+        """
+        masks: dict[str, Tensor] = {}
+        for leaf, name in self._pair.coordinates():
+            first, second = self._pair.values(leaf)
+            if not bool(((second == 0) | (second == first)).all()):
+                return None
+            pruned = (second == 0) & (first != 0)
+            masks[name] = masks[name] | pruned if name in masks else pruned
+        program = PathProgram(self._pair.ours.captured, self._pair.lifted, torch.float64, 1.0)
+        analysis = Analysis(program)
+        return float(sum(analysis.path_magnitude(name)[mask].sum() for name, mask in masks.items()))
+
+    # -- reports ----------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data; this evaluates all bounds."""
+        return {
+            "path_norm": self.path_norm,
+            "other_path_norm": self.other_path_norm,
+            "signs_agree": self.signs_agree,
+            "dominated": self.dominated,
+            "exact": self.exact,
+            "value": self.value,
+            "lower": self.lower,
+            "upper": self.upper,
+            "relative": self.relative,
+            "path_magnitude_sum": self.path_magnitude_sum,
+            "bounds": self.bounds,
+        }
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, Any]] = [
+            ("path-norm", self.path_norm),
+            ("path-norm of the other", self.other_path_norm),
+            ("signs agree", self.signs_agree),
+            ("one dominates", self.dominated),
+        ]
+        if self.value is not None:
+            rows.append(("path-metric, exact (7)", self.value))
+        else:
+            rows += [("path-metric, at least (6)", self.lower), ("at most", self.upper)]
+        rows.append(("relative to the path-norm", self.relative))
+        return tabulate([[name, str(v) if isinstance(v, bool) else v] for name, v in rows])
+
+
+@plain_mode()
+def path_metric(
+    model: Model,
+    other: Other,
+    input_shape: Any = None,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    until: str | None = None,
+) -> PathMetric:
+    """The l^1 path-metric between a model and other weights for it.
+
+    ``||Phi(theta) - Phi(theta')||_1`` does not change when neurons of either network are rescaled,
+    and bounds how far the two functions are apart (Theorem 3.1).  It is exact where one network's
+    paths dominate the other's with agreeing signs (pruning, rounding towards zero; (7)), otherwise
+    it lies between ``lower`` and ``upper``.
+
+    Args:
+        model: as for :func:`analyze`.
+        other: a model of the same architecture, or a state dict with the model's own names.  A
+            model's weights may be held in another way (pruned, parametrized, batch norms fused).
+        input_shape: as for :func:`analyze`.
+        example_inputs: as for :func:`analyze`.
+        until: as for :func:`analyze`.
+
+    Returns:
+        A :class:`~fxpath.PathMetric`.
+
+    Raises:
+        UnsupportedModelError: as :func:`analyze`.
+        TypeError: if ``other`` is neither a model nor a state dict.
+        ValueError: for another architecture (slopes and clamp bounds are part of it), missing or
+            unknown keys, other shapes, NaN.
+        FloatingPointError: if a neuron's path-norm is not within 1e-270 ... 1e300.
+
+    Example:
+        >>> import copy, torch, fxpath
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> pruned = copy.deepcopy(model)
+        >>> pruned[0].weight.data[0, 0] = 0
+        >>> metric = fxpath.path_metric(model, pruned)
+        >>> magnitude = fxpath.path_magnitude(model)["0.weight"][0, 0]
+        >>> metric.exact, abs(metric.value - magnitude.item()) < 1e-6
+        (True, True)
+    """
+    pair = make_pair(model, other, input_shape, example_inputs, until)
+    if pair.architecture:
+        raise ValueError(
+            f"{', '.join(pair.architecture)} differ: slopes, clamp bounds and fixed coefficients "
+            "are architecture, and a path-metric compares weights and biases of one architecture; "
+            "fxpath.lipschitz_bound covers such a pair"
+        )
+    return PathMetric(pair)
+
+
+def _total(parts: list[Tensor | None]) -> float:
+    return float(sum(part.sum() for part in parts if part is not None))
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if value > 0 else -math.inf

@@ -1,0 +1,356 @@
+# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
+"""N(theta) and N(theta'), read off one lifted pass, and what bounds their distance.
+
+Algorithm 1 of Gonon et al. (2024) rescales neurons until the incoming weights of each hidden one,
+bias included, have l^1 norm 1.  With h_v the lifted value of neuron v, the normalized weight of an
+edge u -> v is theta_uv h_u / h_v, and b_v / h_v the bias (0 / 0 = 0): the part of the path mass of
+v that comes in there.  Output neurons keep theta_uv h_u and b_v.  Both networks are normalized, so
+nothing here changes when either is rescaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpath import ops
+from fxpath.difference import check_range
+from fxpath.pairs import Pair, agreement
+from fxpath.unrolled import Map, Network, Neurons, Part, Pending, Signed
+
+__all__ = ["Distance", "Normalized"]
+
+#: Bias paths are told apart by a part of their own; this one has all of them.
+ALL = (Part(),)
+
+
+@dataclass(frozen=True)
+class State:
+    """Activations of :class:`Normalized`, all of one shape but for the numbers at the end.
+
+    Attributes:
+        first: h_v of theta.
+        second: h_v of theta'; the same object as long as nothing differs.
+        mass: for each part, the path mass of theta that it has at v.
+        other_mass: the same for theta'.
+        excess: for each part, the mass by which N(theta) exceeds the common part m; relative to h_v
+            at hidden neurons.
+        other_excess: the same for theta'.
+        change: largest sum over the hidden neurons of a path that ends at v of the l^1 distance of
+            their normalized incoming weights, see (23).
+        distance: at output neurons, l^1 distance of their incoming weights.
+        final: whether these are output neurons.
+        depth: number of edges of the longest path.
+    """
+
+    first: Tensor
+    second: Tensor
+    mass: list[Tensor]
+    other_mass: list[Tensor]
+    excess: list[Tensor]
+    other_excess: list[Tensor]
+    change: Tensor
+    distance: Tensor
+    final: bool
+    depth: int
+
+    @property
+    def clean(self) -> bool:
+        """Whether both networks are the same up to here."""
+        return self.second is self.first
+
+
+@dataclass(frozen=True)
+class Distance:
+    """What :class:`Normalized` found.
+
+    Attributes:
+        norms: ||Phi(theta)||_1 and ||Phi(theta')||_1.
+        common: for each part and each output neuron, flattened: bound of the change of all paths,
+            through m on the normalized parameters.
+        distance: sum over output neurons of the l^1 distance of their incoming weights (23).
+        change: maximum over paths in (23).
+        largest: ||N(theta) - N(theta')||_inf.
+        depth: L of Lemma F.3, one less than the length of the longest path.
+        width: W, with the bias counted: the larger of the number of outputs and
+            max_v |ant(v)| + 1.
+    """
+
+    norms: tuple[float, float]
+    common: list[Tensor]
+    distance: float
+    change: float
+    largest: float
+    depth: int
+    width: int
+
+    @property
+    def through_common(self) -> float:
+        """||Phi(theta) - Phi(theta')||_1 through m on the normalized parameters."""
+        return float(sum(part.sum() for part in self.common))
+
+    @property
+    def theorem_f2(self) -> float:
+        """Right-hand side of (23), Theorem F.2, with q = 1."""
+        return self.distance + min(self.norms) * self.change
+
+    @property
+    def lemma_3_3(self) -> float:
+        """Right-hand side of (8), Lemma 3.3, with W large enough for neurons with a bias."""
+        w, lw = self.width**2, self.depth * self.width
+        return (w + min(self.norms) * lw) * self.largest
+
+
+class Normalized(Neurons[State]):
+    """Compares N(theta) with N(theta') neuron by neuron."""
+
+    def __init__(self, network: Network, pair: Pair, parts: Sequence[Part] = ALL) -> None:
+        """See :class:`~fxpath.unrolled.Neurons`."""
+        super().__init__(network, pair, parts)
+        self.largest = 0.0
+        self.width = 0
+
+    # -- neurons ----------------------------------------------------------------------------------
+
+    def begin(self, values: list[Tensor], ones: Tensor) -> State:
+        zeros = torch.zeros_like(ones)
+        nothing = [zeros] * len(values)
+        return State(ones, ones, values, values, nothing, nothing, zeros, zeros, False, 0)
+
+    def settle(self, pending: Pending[State], bias: Signed | None, final: bool) -> State:
+        sources = [x for _, x, _ in pending.terms]
+        weights = [w for _, _, w in pending.terms if w is not None]
+        alike = all(x.clean for x in sources) and all(
+            w.second is w.first or torch.equal(w.first, w.second)
+            for w in (*weights, *([] if bias is None else [bias]))
+        )
+
+        def summed(values: list[Tensor], side: int, biases: bool = True) -> Tensor:
+            total = pending.run(values, side)
+            if bias is not None and biases:
+                total = total + (bias.first, bias.second)[side].abs()
+            return total
+
+        first = summed([x.first for x in sources], 0)
+        second = first if alike else summed([x.second for x in sources], 1)
+        check_range(first, second)
+
+        def masses(values: list[list[Tensor]], norm: Tensor, side: int) -> list[Tensor]:
+            return [
+                norm if part == Part() else summed([v[k] for v in values], side, part.biases)
+                for k, part in enumerate(self.parts)
+            ]
+
+        mass = masses([x.mass for x in sources], first, 0)
+        other_mass = mass if alike else masses([x.other_mass for x in sources], second, 1)
+        self._count(pending, bias)
+        found = _Sums(first, second, final, len(self.parts))
+        for unrolled, x, weight in pending.terms:
+            found.edges(unrolled, x, weight, alike)
+        if bias is not None:
+            found.bias(bias, [part.biases for part in self.parts])
+        self.largest = max(self.largest, found.largest)
+        zeros = torch.zeros_like(first)
+        return State(
+            first,
+            second,
+            mass,
+            other_mass,
+            found.excess,
+            found.other_excess,
+            found.change if final else found.change + found.distance,
+            found.distance if final else zeros,
+            final,
+            1 + max((x.depth for x in sources), default=0),
+        )
+
+    def _count(self, pending: Pending[State], bias: Signed | None) -> None:
+        antecedents = sum(unrolled.fan_in for unrolled, _, _ in pending.terms)
+        # A clamp's two bounds are neurons of their own.
+        constants = 2 if bias is not None and bias.fixed else 0
+        self.width = max(self.width, antecedents + constants + 1)
+
+    def through(self, x: State, function: Map, scaled: Map) -> State:
+        lists = (x.mass, x.other_mass)
+        mass, other_mass = ([scaled(v) for v in values] for values in lists)
+        inner = scaled if x.final else function
+        first = scaled(x.first)
+        return State(
+            first,
+            first if x.clean else scaled(x.second),
+            mass,
+            other_mass,
+            [inner(v) for v in x.excess],
+            [inner(v) for v in x.other_excess],
+            function(x.change),
+            inner(x.distance),
+            x.final,
+            x.depth,
+        )
+
+    def gather(self, x: State, matrix: Tensor, dim: int) -> State:
+        x = self._finished(x)
+        pattern = (matrix != 0).to(self.dtype)
+
+        def summed(value: Tensor) -> Tensor:
+            return ops.mix(value, dim, matrix)
+
+        # A path through any of the summed neurons counts: the largest, entry by entry of a row.
+        spread = x.change.movedim(dim, -1)[..., None, :] * pattern
+        moved = self.through(x, summed, summed)
+        return replace(moved, change=spread.amax(-1).movedim(-1, dim))
+
+    def joined(self, pieces: list[State], function: Callable[[list[Tensor]], Tensor]) -> State:
+        if any(p.final for p in pieces):
+            pieces = [self._finished(p) for p in pieces]
+        parts = range(len(self.parts))
+
+        def lists(get: Callable[[State], list[Tensor]]) -> list[Tensor]:
+            return [function([get(p)[k] for p in pieces]) for k in parts]
+
+        first = function([p.first for p in pieces])
+        return State(
+            first,
+            first if all(p.clean for p in pieces) else function([p.second for p in pieces]),
+            lists(lambda p: p.mass),
+            lists(lambda p: p.other_mass),
+            lists(lambda p: p.excess),
+            lists(lambda p: p.other_excess),
+            function([p.change for p in pieces]),
+            function([p.distance for p in pieces]),
+            pieces[0].final,
+            max(p.depth for p in pieces),
+        )
+
+    # -- outputs ----------------------------------------------------------------------------------
+
+    def _finished(self, x: State) -> State:
+        """Output neurons; a hidden neuron that is one, too, is copied by an identity neuron."""
+        if x.final:
+            return x
+        low = torch.minimum(x.first, x.second)
+        over, under = x.first - low, x.second - low
+        distance = over + under
+        if distance.numel():
+            self.largest = max(self.largest, distance.amax().item())
+        shares, others = _shares(x.first, x.mass), _shares(x.second, x.other_mass)
+        return State(
+            x.first,
+            x.second,
+            x.mass,
+            x.other_mass,
+            [over * s + low * e for s, e in zip(shares, x.excess, strict=True)],
+            [under * s + low * e for s, e in zip(others, x.other_excess, strict=True)],
+            x.change,
+            distance,
+            True,
+            x.depth + 1,
+        )
+
+    def total(self, outputs: list[State]) -> Distance:
+        finished = [self._finished(x) for x in outputs]
+        common = [
+            self._flatten([x.excess[k] + x.other_excess[k] for x in finished])
+            for k in range(len(self.parts))
+        ]
+        return Distance(
+            (
+                self._flatten([x.first for x in finished]).sum().item(),
+                self._flatten([x.second for x in finished]).sum().item(),
+            ),
+            common,
+            self._flatten([x.distance for x in finished]).sum().item(),
+            max((x.change.amax().item() for x in finished if x.change.numel()), default=0.0),
+            self.largest,
+            max(x.depth for x in finished) - 1,
+            max(self.width, *[part.numel() for part in common]),
+        )
+
+
+def _inverse(value: Tensor) -> Tensor:
+    """1 / value, with 1 / 0 = 0."""
+    return torch.where(value > 0, 1 / value, 0.0)
+
+
+def _shares(norm: Tensor, mass: list[Tensor]) -> list[Tensor]:
+    inverse = _inverse(norm)
+    return [m * inverse for m in mass]
+
+
+class _Sums:
+    """Sums over the edges that end at each of some neurons."""
+
+    def __init__(self, first: Tensor, second: Tensor, final: bool, parts: int) -> None:
+        self.first, self.second = first, second
+        one = torch.ones_like(first)
+        self.inverse = one if final else _inverse(first)
+        self.other_inverse = one if final else _inverse(second)
+        self.excess = [torch.zeros_like(first) for _ in range(parts)]
+        self.other_excess = [torch.zeros_like(first) for _ in range(parts)]
+        self.distance = torch.zeros_like(first)
+        self.change = torch.zeros_like(first)
+        self.largest = 0.0
+
+    def edges(self, unrolled: Any, x: State, weight: Signed | None, alike: bool) -> None:
+        """Add the edges of one weighted sum; ``alike`` ones differ in nothing."""
+        shape = unrolled.shape
+        change = unrolled.split(self.change).clone()
+        for read, _ in unrolled.pieces:
+            change = torch.maximum(change, read(x.change, 0.0).amax(2))
+        self.change = unrolled.join(change.expand(shape))
+        if alike:
+            return
+        one = torch.ones(1, dtype=self.first.dtype, device=self.first.device)
+        a, b = (one, one) if weight is None else (weight.first, weight.second)
+        agree = agreement(a, b).to(a.dtype)
+        a, b = a.abs(), b.abs()
+        scale, other_scale = unrolled.split(self.inverse), unrolled.split(self.other_inverse)
+        parts = range(len(self.excess))
+        shares, others = _shares(x.first, x.mass), _shares(x.second, x.other_mass)
+        distance = torch.zeros(shape, dtype=a.dtype, device=a.device)
+        excess = [torch.zeros_like(distance) for _ in parts]
+        other_excess = [torch.zeros_like(distance) for _ in parts]
+        for block in unrolled.blocks():
+            out = block.out
+            over = block.weigh(a) * block.read(x.first, 0.0) * scale[:, out, None]
+            under = block.weigh(b) * block.read(x.second, 0.0) * other_scale[:, out, None]
+            low = torch.minimum(over, under) * block.weigh(agree)
+            over, under = over - low, under - low
+            gap = over + under
+            self.largest = max(self.largest, gap.amax().item() if gap.numel() else 0.0)
+            distance[:, out] += gap.sum(2)
+            for k in parts:
+                excess[k][:, out] += _dot(over, block.read(shares[k], 0.0)) + _dot(
+                    low, block.read(x.excess[k], 0.0)
+                )
+                other_excess[k][:, out] += _dot(under, block.read(others[k], 0.0)) + _dot(
+                    low, block.read(x.other_excess[k], 0.0)
+                )
+        self.distance = self.distance + unrolled.join(distance)
+        for k in parts:
+            self.excess[k] = self.excess[k] + unrolled.join(excess[k])
+            self.other_excess[k] = self.other_excess[k] + unrolled.join(other_excess[k])
+
+    def bias(self, bias: Signed, counted: list[bool]) -> None:
+        """Add the biases; ``counted`` says in which parts."""
+        agree = agreement(bias.first, bias.second).to(self.first.dtype)
+        over, under = bias.first.abs() * self.inverse, bias.second.abs() * self.other_inverse
+        low = torch.minimum(over, under) * agree
+        over, under = over - low, under - low
+        gap = over + under
+        if gap.numel():
+            self.largest = max(self.largest, gap.amax().item())
+        self.distance = self.distance + gap
+        for k, counts in enumerate(counted):
+            if counts:
+                self.excess[k] = self.excess[k] + over
+                self.other_excess[k] = self.other_excess[k] + under
+
+
+def _dot(edges: Tensor, values: Tensor) -> Tensor:
+    """Sum over the incoming edges of ``edges * values``: ``[groups, out, positions]``."""
+    return (edges * values).sum(2)

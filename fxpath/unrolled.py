@@ -1,0 +1,306 @@
+# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
+"""Interpretations of a pair neuron by neuron, with the edges laid out one by one.
+
+They run on a :class:`Network`: at full resolution, or by value, with one neuron for each class of
+equal ones, since what belongs to a neuron (its normalized weights, its ratio between two networks)
+is the same for all neurons of a class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from fxpath import edges, ops
+from fxpath.edges import Unrolled
+from fxpath.pairs import Pair, PairInterpretation
+from fxpath.passes.classes import Classes
+from fxpath.passes.reduce import reduce
+from fxpath.schema import arguments
+
+__all__ = ["Network", "Neurons", "Part", "Pending", "Signed"]
+
+aten = torch.ops.aten
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A lifted graph to walk, and how its outputs are laid out.
+
+    Attributes:
+        module: the graph.
+        expansions: for each output, axes that hold one value for each class of equal positions,
+            with the class of each position.
+    """
+
+    module: fx.GraphModule
+    expansions: list[list[tuple[int, Tensor]]]
+
+    @classmethod
+    def by_value(cls, lifted: fx.GraphModule) -> Network:
+        """One value for each class of equal positions."""
+        found: list[Classes] = []
+
+        def choose(classes: Classes) -> dict[fx.Node, bool]:
+            found.append(classes)
+            return dict.fromkeys(classes.reachable, False)
+
+        module = reduce(lifted, 1.0, choose)
+        full, total = _total(lifted), _total(module)
+        expansions = []
+        outputs: list[fx.Node] = list(arguments(total)[0])
+        for i, output in enumerate(arguments(full)[0]):
+            partitions = enumerate(found[0].reachable[output])
+            merged = [(dim, torch.tensor(p.of)) for dim, p in partitions if not p.is_trivial]
+            # The reduction sums equal outputs before it adds them up; here they stay apart.
+            for _ in merged:
+                outputs[i] = arguments(outputs[i])[0]
+            expansions.append(merged)
+        total.args = (outputs,)
+        module.graph.eliminate_dead_code()
+        return cls(module, expansions)
+
+    @classmethod
+    def whole(cls, lifted: fx.GraphModule) -> Network:
+        """Full resolution."""
+        return cls(lifted, [[] for _ in arguments(_total(lifted))[0]])
+
+    def flatten(self, output: int, value: Tensor) -> Tensor:
+        """What belongs to the neurons of one output, in their order."""
+        for dim, of in self.expansions[output]:
+            value = value.index_select(dim, of.to(value.device))
+        return value.flatten()
+
+
+def _total(module: fx.GraphModule) -> fx.Node:
+    (node,) = [n for n in module.graph.nodes if n.target is ops.total]
+    return node
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Effective parameters of both networks, with their signs; ``fixed`` ones are architecture."""
+
+    first: Tensor
+    second: Tensor
+    fixed: bool = False
+
+    def map(self, function: Map) -> Signed:
+        """Apply the same map to both."""
+        return Signed(function(self.first), function(self.second), self.fixed)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some paths: what the inputs hold (``None``: ones), and whether those from biases count."""
+
+    inputs: Sequence[Tensor] | None = None
+    biases: bool = True
+
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Pending(Generic[S]):
+    """Neurons whose edges are known and whose biases come next.
+
+    Attributes:
+        terms: edges, what they read, and their weights (``None``: 1).
+        run: the weighted sum itself, for activations and absolute weights of one network.
+        shape: shape of the result.
+    """
+
+    terms: list[tuple[Unrolled, S, Signed | None]]
+    run: Callable[[list[Tensor], int], Tensor]
+    shape: tuple[int, ...]
+
+
+class Neurons(PairInterpretation, Generic[S]):
+    """Walks the graph neuron by neuron; subclasses say what a neuron makes of its edges."""
+
+    def __init__(self, network: Network, pair: Pair, parts: Sequence[Part]) -> None:
+        """Walk ``network`` for some sets of paths."""
+        super().__init__(network.module, pair)
+        self.network = network
+        self.parts = parts
+        self._given = [None if p.inputs is None else iter(p.inputs) for p in parts]
+        self._final = _final(network.module.graph)
+
+    # -- to be said by a subclass -----------------------------------------------------------------
+
+    def begin(self, values: list[Tensor], ones: Tensor) -> S:
+        """Input neurons: what each part feeds, and ones of the same shape."""
+        raise NotImplementedError
+
+    def settle(self, pending: Pending[S], bias: Signed | None, final: bool) -> S:
+        """New neurons; ``final`` ones are outputs of the network."""
+        raise NotImplementedError
+
+    def through(self, x: S, function: Map, scaled: Map) -> S:
+        """A selection of neurons; ``scaled`` also has the coefficients of the selecting edges."""
+        raise NotImplementedError
+
+    def gather(self, x: S, matrix: Tensor, dim: int) -> S:
+        """Fixed weighted sums of output neurons."""
+        raise NotImplementedError
+
+    def joined(self, pieces: list[S], function: Callable[[list[Tensor]], Tensor]) -> S:
+        """Neurons of several tensors side by side."""
+        raise NotImplementedError
+
+    # -- the vocabulary ---------------------------------------------------------------------------
+
+    def is_activation(self, value: Any) -> bool:
+        return not isinstance(value, (Tensor, int, float, bool, str, type(None)))
+
+    def coordinate(self, value: Tensor, name: str) -> Signed:
+        return Signed(*self.other(self.node))
+
+    def coefficient(self, value: Tensor) -> Signed:
+        value = value.to(self.dtype).abs()
+        return Signed(value, value, fixed=True)
+
+    def source(self, shape: Sequence[int]) -> S:
+        ones = torch.ones(tuple(shape), dtype=self.dtype, device=self.device)
+        values = [
+            ones if given is None else next(given).to(self.dtype).abs() for given in self._given
+        ]
+        return self.begin(values, ones)
+
+    def constant(self, bias: Signed) -> S:
+        shape = tuple(bias.first.shape)
+        zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return self.settle(Pending([], lambda x, side: zeros, shape), bias, self._is_final())
+
+    def _weigh(
+        self, x: S, weight: Signed, unrolled: Unrolled, run: Callable[[Tensor, Tensor], Tensor]
+    ) -> Any:
+        sizes = [weight.first.abs()]
+        sizes.append(sizes[0] if weight.second is weight.first else weight.second.abs())
+        pending: Pending[S] = Pending(
+            [(unrolled, x, weight)],
+            lambda values, side: run(values[0], sizes[side]),
+            tuple(self.node.meta["val"].shape),
+        )
+        if all(user.target is ops.shift for user in self.node.users):
+            return pending
+        return self.settle(pending, None, self._is_final())
+
+    def conv(self, x: S, weight: Signed, *spec: Any) -> Any:
+        shapes = (self._shape(0), self._shape(1), tuple(self.node.meta["val"].shape))
+        unrolled = edges.convolution(*shapes, *spec)
+        return self._weigh(x, weight, unrolled, lambda a, w: ops.conv(a, w, *spec))
+
+    def linear(self, x: S, weight: Signed) -> Any:
+        unrolled = edges.linear(self._shape(0), self._shape(1))
+        return self._weigh(x, weight, unrolled, ops.linear)
+
+    def matmul(self, x: S, weight: Signed, weight_first: bool) -> Any:
+        unrolled = edges.matmul(self._shape(0), self._shape(1), weight_first)
+        return self._weigh(x, weight, unrolled, lambda a, w: ops.matmul(a, w, weight_first))
+
+    def einsum(self, x: S, weight: Signed, equation: str) -> Any:
+        unrolled = edges.einsum(equation, self._shape(0), self._shape(1))
+        return self._weigh(x, weight, unrolled, lambda a, w: ops.einsum(a, w, equation))
+
+    def scale(self, x: Any, weight: Signed) -> Any:
+        if isinstance(x, Signed):  # a coefficient in front of a weight
+            return x.map(lambda value: value * weight.first)
+        shape = tuple(self.node.meta["val"].shape)
+        if weight.fixed:
+            return self.through(x, lambda v: v.expand(shape), lambda v: v * weight.first)
+        return self._weigh(x, weight, edges.pointwise(shape), torch.mul)
+
+    def slope(self, x: S, a: Tensor | float) -> S:
+        return self.through(x, lambda v: v, lambda v: ops.slope(v, a))
+
+    def shift(self, x: Any, bias: Signed) -> S:
+        if isinstance(x, Pending) and x.shape != tuple(self.node.meta["val"].shape):
+            x = self.settle(x, None, False)  # the bias makes more neurons of them
+        pending = x if isinstance(x, Pending) else self._copies([x])
+        return self.settle(pending, bias, self._is_final())
+
+    def clamp(self, x: S, lo: float, hi: float) -> S:
+        bounds = torch.full((), abs(lo) + abs(hi), dtype=self.dtype, device=self.device)
+        return self.settle(self._copies([x]), Signed(bounds, bounds, True), self._is_final())
+
+    def add(self, x: S, y: S) -> S:
+        return self.settle(self._copies([x, y]), None, self._is_final())
+
+    def maximum(self, x: S, y: S) -> S:
+        return self.add(x, y)
+
+    def _copies(self, values: list[S]) -> Pending[S]:
+        """Edges of weight 1 from each of several tensors."""
+        shape = tuple(self.node.meta["val"].shape)
+        unrolled = edges.identity(shape)
+        terms: list[tuple[Unrolled, S, Signed | None]] = [(unrolled, v, None) for v in values]
+        return Pending(terms, lambda x, side: sum(x[1:], x[0]), shape)
+
+    def mix(self, x: Any, dim: int, matrix: Tensor) -> Any:
+        if isinstance(x, Signed):  # one entry of a bias for each class
+            return x.map(lambda value: ops.mix(value, dim, matrix))
+        if self._is_final():
+            return self.gather(x, matrix, dim)
+        if int((matrix != 0).sum(1).max()) <= 1:
+            pattern = (matrix != 0).to(self.dtype)
+            return self.through(
+                x, lambda v: ops.mix(v, dim, pattern), lambda v: ops.mix(v, dim, matrix)
+            )
+        matrix = matrix.to(self.dtype)
+        weight = Signed(matrix, matrix, fixed=True)
+        unrolled = edges.linear(self._shape(0), tuple(matrix.shape), dim)
+        return self._weigh(x, weight, unrolled, lambda a, w: ops.mix(a, dim, w))
+
+    def along(self, x: S, dim: int, index: Tensor, weight: Tensor) -> S:
+        size = self._shape(0)[dim]
+        matrix = weight.new_zeros(index.shape[0], size).scatter_add(1, index, weight)
+        return self.mix(x, dim, matrix)
+
+    def pool(self, x: S, dim: int, index: Tensor, weight: Tensor) -> S:
+        return self.along(x, dim, index, weight)
+
+    def move(self, target: Callable[..., Tensor], *args: Any) -> Any:
+        if isinstance(args[0], Signed):
+            return args[0].map(lambda value: target(value, *args[1:]))
+        if isinstance(args[0], (list, tuple)):
+            return self.joined(list(args[0]), lambda pieces: target(pieces, *args[1:]))
+        return self.through(args[0], lambda v: target(v, *args[1:]), lambda v: target(v, *args[1:]))
+
+    def _flatten(self, outputs: list[Tensor]) -> Tensor:
+        """What belongs to each output neuron, one after the other."""
+        return torch.cat([self.network.flatten(i, y) for i, y in enumerate(outputs)])
+
+    # -- what is known of the graph ---------------------------------------------------------------
+
+    def _shape(self, index: int) -> tuple[int, ...]:
+        return tuple(arguments(self.node)[index].meta["val"].shape)
+
+    def _is_final(self) -> bool:
+        return self.node in self._final
+
+
+def _final(graph: fx.Graph) -> set[fx.Node]:
+    """Tensors of output neurons: read by the sum over outputs alone, but for what passes on."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        users = list(node.users)
+        if users and all(u.target is ops.total or (u in found and _passes(u)) for u in users):
+            found.add(node)
+    return found
+
+
+def _passes(node: fx.Node) -> bool:
+    """Whether an operation has no parameters and reads nothing else than what it passes on."""
+    if node.target is ops.scale:
+        factor = arguments(node)[1]
+        return isinstance(factor, fx.Node) and factor.target is ops.coefficient
+    vocabulary = getattr(ops, getattr(node.target, "__name__", ""), None) is node.target
+    return node.target in (ops.mix, ops.along, ops.pool, ops.slope) or not vocabulary
