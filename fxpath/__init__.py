@@ -18,6 +18,7 @@ from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.lifting import Path, PathLifting, path_lifting
 from fxpath.metric import PathMetric, path_metric
 from fxpath.program import PathProgram
+from fxpath.quantization import Quantized, quantize
 from fxpath.symmetry import (
     ChannelGroup,
     ChannelGroups,
@@ -41,6 +42,7 @@ __all__ = [
     "PathMetric",
     "PathProgram",
     "Problem",
+    "Quantized",
     "SupportReport",
     "UnsupportedModelError",
     "analyze",
@@ -55,5 +57,6 @@ __all__ = [
     "path_metric",
     "path_norm",
     "path_norms",
+    "quantize",
     "rescale",
 ]
