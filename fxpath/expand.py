@@ -141,7 +141,7 @@ class _Expansion:
 
     def weight(self, node: Any, user: fx.Node, suffix: str) -> tuple[Tensor, Tensor]:
         """Values, and codes of the entries of theta that they are; both float64, of one shape."""
-        value = torch.as_tensor(self.value(node)).double()
+        value = _double(self.value(node))
         return value, self._code(node, user, suffix, value)
 
     def _code(self, node: Any, user: fx.Node, suffix: str, value: Tensor) -> Tensor:
@@ -249,8 +249,8 @@ class _Expansion:
         count = math.prod(shape)
         edges = []
         for ids, weight, code in terms:
-            spread = [torch.as_tensor(v).expand(shape).reshape(-1) for v in (ids, weight, code)]
-            edges.append((spread[0], torch.arange(count), spread[1].double(), spread[2].long()))
+            spread = [_double(v).expand(shape).reshape(-1) for v in (ids, weight, code)]
+            edges.append((spread[0].long(), torch.arange(count), spread[1], spread[2].long()))
         source, end, weights, codes = (torch.cat(parts) for parts in zip(*edges, strict=True))
         present = (weights != 0) | (codes > 0)
         picked = (source[present], end[present], weights[present], codes[present])
@@ -295,7 +295,7 @@ class _Expansion:
     def _slope(self, node: fx.Node, args: dict[str, Any]) -> Tensor:
         ids = self.env[args["self"]]
         given = args["weight" if "weight" in args else "negative_slope"]
-        slopes = torch.as_tensor(self.value(given)).double()
+        slopes = _double(self.value(given))
         if slopes.numel() > 1:
             slopes = slopes.reshape(-1, *[1] * (ids.dim() - 2))
         most = slopes.abs().clamp(min=1)
@@ -336,6 +336,11 @@ class _Expansion:
         shape = (node.meta["val"][0] if paired else node.meta["val"]).shape
         y = self.dag.add("max", node.name, shape, edges)
         return [y, None] if paired else y
+
+
+def _double(value: Any) -> Tensor:
+    """A tensor or a number in float64, without passing through float32."""
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def _bind(node: fx.Node) -> dict[str, Any]:

@@ -92,13 +92,13 @@ class Everything(nn.Module):
         self.offset = nn.Parameter(torch.tensor([0.5, -1.0]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.norm(torch.relu(self.first(x))) / 2
+        y = self.norm(torch.relu(self.first(x))) / 3
         y = self.slopes(y.reshape(-1, 2, 2) - self.offset[:, None])
-        z = torch.nn.functional.hardtanh(self.second(y), -0.75, 0.5)
-        z = torch.cat([z, 1.5 * torch.nn.functional.relu6(y).flip(2)], 2).transpose(1, 2)
-        z = torch.nn.functional.leaky_relu(z, -1.5).abs().permute(0, 2, 1)
+        z = torch.nn.functional.hardtanh(self.second(y), -0.7, 0.4)
+        z = torch.cat([z, 1.7 * torch.nn.functional.relu6(y).flip(2)], 2).transpose(1, 2)
+        z = torch.nn.functional.leaky_relu(z, -1.3).abs().permute(0, 2, 1)
         z = torch.maximum(self.transposed(z), -z.sum(1, keepdim=True).repeat(1, 1, 2)[..., :10])
-        return torch.nn.functional.pad(z, (1, 1), value=0.25).amax(2), z.clamp(min=0.1).mean(2)
+        return torch.nn.functional.pad(z, (1, 1), value=0.3).amax(2), z.clamp(min=0.1).mean(2)
 
 
 def everything() -> Everything:
@@ -108,7 +108,7 @@ def everything() -> Everything:
             parameter.normal_()
         model.norm.running_mean.normal_()
         model.norm.running_var.uniform_(0.5, 2)
-        model.slopes.weight.copy_(torch.tensor([0.25, -1.75]))
+        model.slopes.weight.copy_(torch.tensor([0.3, -1.7]))
     return model
 
 
