@@ -14,7 +14,7 @@ from torch import Tensor
 from fxpath import ops
 from fxpath.capture import Model
 from fxpath.difference import Difference, Excess
-from fxpath.domination import Dominated, Domination
+from fxpath.domination import ROUNDING, find_domination
 from fxpath.inductive import Inductive
 from fxpath.modes import plain_mode
 from fxpath.normalized import Distance, Normalized
@@ -266,15 +266,20 @@ def _all_bounds(
         return found
     network, parts, total = _parts(pair, samples, radius)
     if signs_agree:
-        for swap in (False, True):
-            dominated: Dominated = Domination(network, pair, swap=swap).outcome()
-            if dominated.holds:
-                carried: Dominated = Domination(network, pair, parts, swap).outcome()
-                found["theorem_b1"] = total(carried.gap)
-                return found
+        excluded = [_larger(ends, swap) for swap in (True, False)]
+        dominated = find_domination(network, pair, parts, excluded)
+        if dominated.holds:
+            found["theorem_b1"] = total(dominated.gap)
+            return found
     distance: Distance = Normalized(network, pair, parts).outcome()
     found["any_pair_normalized"] = total(distance.common)
     return found
+
+
+def _larger(outputs: list[Excess], swap: bool) -> bool:
+    """Whether an output has more path mass in theta (``swap``: in theta'), so that one exceeds."""
+    sides = [(y.second, y.first) if swap else (y.first, y.second) for y in outputs]
+    return any(bool((a > b * (1 + ROUNDING)).any()) for a, b in sides)
 
 
 def _row(outputs: list[Excess]) -> Tensor:
