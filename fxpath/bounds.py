@@ -18,7 +18,7 @@ from fxpath.domination import ROUNDING, find_domination
 from fxpath.inductive import Inductive
 from fxpath.modes import plain_mode
 from fxpath.normalized import Distance, Normalized
-from fxpath.pairs import Other, Pair, agreement, make_pair
+from fxpath.pairs import Other, Pair, make_pair
 from fxpath.passes.links import static
 from fxpath.passes.reduce import reduce
 from fxpath.rivals import find_layered, largest_difference, realization
@@ -253,9 +253,10 @@ def _all_bounds(
         return found
     outcome = [Difference(pair.lifted, pair, x, biases=False).outcome() for x in fed]
     nothing = [torch.zeros_like(x) for x in full]
-    constant = Difference(pair.lifted, pair, nothing).outcome()
+    biases = Difference(pair.lifted, pair, nothing)
+    constant = biases.outcome()
+    signs_agree = biases.signs_agree
     found["any_pair"] = [_row(y) + _row(constant) for y in outcome]
-    signs_agree = all(bool(agreement(*pair.values(leaf)).all()) for leaf, _ in pair.coordinates())
     # All paths were seen, those from inputs and those from biases.
     ends = [y for each in (*outcome, constant) for y in each]
     if signs_agree and (

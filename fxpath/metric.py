@@ -16,7 +16,7 @@ from fxpath.difference import Difference
 from fxpath.domination import ROUNDING, Dominated, find_domination
 from fxpath.modes import plain_mode
 from fxpath.normalized import Distance, Normalized
-from fxpath.pairs import Other, Pair, agreement, make_pair
+from fxpath.pairs import Other, Pair, make_pair
 from fxpath.passes.reduce import reduce
 from fxpath.program import PathProgram
 from fxpath.unrolled import Network, Part
@@ -41,7 +41,9 @@ class PathMetric:
     def __init__(self, pair: Pair) -> None:
         """Metrics are made by :func:`fxpath.path_metric`."""
         self._pair = pair
-        outputs = Difference(reduce(pair.lifted), pair).outcome()
+        difference = Difference(reduce(pair.lifted), pair)
+        outputs = difference.outcome()
+        self.signs_agree = difference.signs_agree
         self.path_norm = _total([y.first for y in outputs])
         self.other_path_norm = _total([y.second for y in outputs])
         self._excess = _total([y.excess for y in outputs])
@@ -58,9 +60,6 @@ class PathMetric:
                 [(y.first, y.second) for y in outputs],
             )
         ]
-        self.signs_agree = all(
-            bool(agreement(*pair.values(leaf)).all()) for leaf, _ in pair.coordinates()
-        )
 
     @functools.cached_property
     def _network(self) -> Network:
