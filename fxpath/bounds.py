@@ -14,11 +14,11 @@ from torch import Tensor
 from fxpath import ops
 from fxpath.capture import Model
 from fxpath.difference import Difference, Excess
-from fxpath.domination import Dominated, Domination
+from fxpath.domination import ROUNDING, find_domination
 from fxpath.inductive import Inductive
 from fxpath.modes import plain_mode
 from fxpath.normalized import Distance, Normalized
-from fxpath.pairs import Other, Pair, agreement, make_pair
+from fxpath.pairs import Other, Pair, make_pair
 from fxpath.passes.links import static
 from fxpath.passes.reduce import reduce
 from fxpath.rivals import find_layered, largest_difference, realization
@@ -253,9 +253,10 @@ def _all_bounds(
         return found
     outcome = [Difference(pair.lifted, pair, x, biases=False).outcome() for x in fed]
     nothing = [torch.zeros_like(x) for x in full]
-    constant = Difference(pair.lifted, pair, nothing).outcome()
+    biases = Difference(pair.lifted, pair, nothing)
+    constant = biases.outcome()
+    signs_agree = biases.signs_agree
     found["any_pair"] = [_row(y) + _row(constant) for y in outcome]
-    signs_agree = all(bool(agreement(*pair.values(leaf)).all()) for leaf, _ in pair.coordinates())
     # All paths were seen, those from inputs and those from biases.
     ends = [y for each in (*outcome, constant) for y in each]
     if signs_agree and (
@@ -266,15 +267,20 @@ def _all_bounds(
         return found
     network, parts, total = _parts(pair, samples, radius)
     if signs_agree:
-        for swap in (False, True):
-            dominated: Dominated = Domination(network, pair, swap=swap).outcome()
-            if dominated.holds:
-                carried: Dominated = Domination(network, pair, parts, swap).outcome()
-                found["theorem_b1"] = total(carried.gap)
-                return found
+        excluded = [_larger(ends, swap) for swap in (True, False)]
+        dominated = find_domination(network, pair, parts, excluded)
+        if dominated.holds:
+            found["theorem_b1"] = total(dominated.gap)
+            return found
     distance: Distance = Normalized(network, pair, parts).outcome()
     found["any_pair_normalized"] = total(distance.common)
     return found
+
+
+def _larger(outputs: list[Excess], swap: bool) -> bool:
+    """Whether an output has more path mass in theta (``swap``: in theta'), so that one exceeds."""
+    sides = [(y.second, y.first) if swap else (y.first, y.second) for y in outputs]
+    return any(bool((a > b * (1 + ROUNDING)).any()) for a, b in sides)
 
 
 def _row(outputs: list[Excess]) -> Tensor:

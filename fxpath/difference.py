@@ -85,10 +85,13 @@ class Difference(PairInterpretation):
             pair: the two networks.
             inputs: what the sources hold, in their order; ones if not given.
             biases: whether paths that start at a bias (Phi^H) count.
+
+        After a run, ``signs_agree`` tells whether theta * theta' >= 0 at every leaf.
         """
         super().__init__(module, pair)
         self.inputs = None if inputs is None else iter(inputs)
         self.biases = biases
+        self.signs_agree = True
 
     def is_activation(self, value: Any) -> bool:
         return isinstance(value, (Excess, Weights))
@@ -96,7 +99,9 @@ class Difference(PairInterpretation):
     # -- weights ----------------------------------------------------------------------------------
 
     def coordinate(self, value: Tensor, name: str) -> Weights:
-        return Weights.of(*self.other(self.node))
+        weights = Weights.of(*self.other(self.node))
+        self.signs_agree = self.signs_agree and weights.signs_agree
+        return weights
 
     def coefficient(self, value: Tensor) -> Weights:
         return Weights.equal(value.to(self.dtype).abs())

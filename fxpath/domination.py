@@ -22,7 +22,7 @@ from fxpath import ops
 from fxpath.pairs import Pair
 from fxpath.unrolled import Map, Network, Neurons, Part, Pending, Signed
 
-__all__ = ["Domination", "Dominated"]
+__all__ = ["ROUNDING", "Dominated", "Domination", "find_domination"]
 
 #: What rounding may add to mu per edge of a path.
 ROUNDING = 1e-12
@@ -84,14 +84,20 @@ class Domination(Neurons[State]):
         ratio = like - math.inf
         for unrolled, x, weight in pending.terms:
             logs = None if weight is None else _log_ratio(weight)
+            endless = logs is not None and bool(
+                (logs == math.inf).any() | (x.ratio == math.inf).any()
+            )
             best = unrolled.split(ratio).clone()
             for block in unrolled.blocks():
                 ratios = block.read(x.ratio, -math.inf)
                 if logs is not None:
                     steps = block.weigh(logs)
-                    # No path of theta' comes through: whatever theta is there, nothing exceeds it.
-                    none = (ratios == -math.inf) | (steps == -math.inf)
-                    ratios = torch.where(none, -math.inf, ratios + steps)
+                    if endless:
+                        # No path of theta' comes through: whatever theta is, nothing exceeds it.
+                        none = (ratios == -math.inf) | (steps == -math.inf)
+                        ratios = torch.where(none, -math.inf, ratios + steps)
+                    else:
+                        ratios = ratios + steps
                 best[:, block.out] = torch.maximum(best[:, block.out], ratios.amax(2))
             ratio = unrolled.join(best)
         if bias is not None:
@@ -186,6 +192,24 @@ class Domination(Neurons[State]):
         parts = range(len(self.parts)) if holds else range(0)
         ends = [self._at_outputs(x) for x in outputs] if holds else []
         return Dominated(holds, [self._flatten([x.excess[k] for x in ends]) for k in parts])
+
+
+def find_domination(
+    network: Network, pair: Pair, parts: Sequence[Part], excluded: Sequence[bool]
+) -> Dominated:
+    """Whether either network dominates the other, and by how much.
+
+    Args:
+        network: the graph to walk.
+        pair: the two networks.
+        parts: the paths to tell apart.
+        excluded: for theta and for theta', whether it is known not to dominate.
+    """
+    for swap, hopeless in enumerate(excluded):
+        if not hopeless and Domination(network, pair, swap=bool(swap)).outcome().holds:
+            found: Dominated = Domination(network, pair, parts, bool(swap)).outcome()
+            return found
+    return Dominated(False, [])
 
 
 _HUGE = 1e100

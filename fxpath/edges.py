@@ -31,8 +31,8 @@ __all__ = [
     "pointwise",
 ]
 
-#: Entries of one block: 2 MiB of float64.
-BLOCK = 1 << 18
+#: Entries of one block: half a MiB of float64.
+BLOCK = 1 << 16
 
 Map = Callable[[Tensor], Tensor]
 #: Activations, and what stands at positions outside of them (padding) -> one entry for each edge.
@@ -78,9 +78,25 @@ class Unrolled:
         groups, out, positions = self.shape
         per_channel = max(1, groups * positions * self.fan_in // max(1, len(self.pieces)))
         step = max(1, BLOCK // per_channel)
-        for (read, weigh), start in itertools.product(self.pieces, range(0, out, step)):
-            channels = slice(start, min(start + step, out))
-            yield Block(channels, read, functools.partial(_weighed, weigh, channels))
+        for read, weigh in self.pieces:
+            once = _Once(read)
+            for start in range(0, out, step):
+                channels = slice(start, min(start + step, out))
+                yield Block(channels, once, functools.partial(_weighed, weigh, channels))
+
+
+class _Once:
+    """Lays activations out for one kernel tap, once for all output channels."""
+
+    def __init__(self, read: Read) -> None:
+        self.read = read
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor, fill: float) -> Tensor:
+        if id(x) not in self.known:
+            # The tensor is kept, too, so that no other one gets its identity.
+            self.known[id(x)] = x, self.read(x, fill).contiguous()
+        return self.known[id(x)][1]
 
 
 def _weighed(weigh: Map, channels: slice, weight: Tensor) -> Tensor:

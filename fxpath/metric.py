@@ -13,10 +13,10 @@ from torch import Tensor
 from fxpath.analysis import Analysis
 from fxpath.capture import Model
 from fxpath.difference import Difference
-from fxpath.domination import Dominated, Domination
+from fxpath.domination import ROUNDING, Dominated, find_domination
 from fxpath.modes import plain_mode
 from fxpath.normalized import Distance, Normalized
-from fxpath.pairs import Other, Pair, agreement, make_pair
+from fxpath.pairs import Other, Pair, make_pair
 from fxpath.passes.reduce import reduce
 from fxpath.program import PathProgram
 from fxpath.unrolled import Network, Part
@@ -41,7 +41,9 @@ class PathMetric:
     def __init__(self, pair: Pair) -> None:
         """Metrics are made by :func:`fxpath.path_metric`."""
         self._pair = pair
-        outputs = Difference(reduce(pair.lifted), pair).outcome()
+        difference = Difference(reduce(pair.lifted), pair)
+        outputs = difference.outcome()
+        self.signs_agree = difference.signs_agree
         self.path_norm = _total([y.first for y in outputs])
         self.other_path_norm = _total([y.second for y in outputs])
         self._excess = _total([y.excess for y in outputs])
@@ -50,9 +52,14 @@ class PathMetric:
             all(part is None for part in parts)
             for parts in ([y.excess for y in outputs], [y.other_excess for y in outputs])
         )
-        self.signs_agree = all(
-            bool(agreement(*pair.values(leaf)).all()) for leaf, _ in pair.coordinates()
-        )
+        # Where an output's path-norm is larger in the one network, the other does not dominate.
+        self._larger = [
+            any(bool((a > b * (1 + ROUNDING)).any()) for a, b in sides)
+            for sides in (
+                [(y.second, y.first) for y in outputs],
+                [(y.first, y.second) for y in outputs],
+            )
+        ]
 
     @functools.cached_property
     def _network(self) -> Network:
@@ -60,12 +67,7 @@ class PathMetric:
 
     @functools.cached_property
     def _domination(self) -> Dominated:
-        for swap in (False, True):
-            found: Dominated = Domination(self._network, self._pair, swap=swap).outcome()
-            if found.holds:
-                result: Dominated = Domination(self._network, self._pair, [Part()], swap).outcome()
-                return result
-        return found
+        return find_domination(self._network, self._pair, [Part()], self._larger)
 
     @functools.cached_property
     def _distance(self) -> Distance:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxpath import ops
 from fxpath.difference import check_range
+from fxpath.edges import Unrolled
 from fxpath.pairs import Pair, agreement
 from fxpath.unrolled import Map, Network, Neurons, Part, Pending, Signed
 
@@ -37,9 +37,8 @@ class State:
         second: h_v of theta'; the same object as long as nothing differs.
         mass: for each part, the path mass of theta that it has at v.
         other_mass: the same for theta'.
-        excess: for each part, the mass by which N(theta) exceeds the common part m; relative to h_v
-            at hidden neurons.
-        other_excess: the same for theta'.
+        excess: for each part, the mass by which N(theta) and N(theta') exceed their common part m,
+            added up; at hidden neurons relative to h_v and h'_v.
         change: largest sum over the hidden neurons of a path that ends at v of the l^1 distance of
             their normalized incoming weights, see (23).
         distance: at output neurons, l^1 distance of their incoming weights.
@@ -52,7 +51,6 @@ class State:
     mass: list[Tensor]
     other_mass: list[Tensor]
     excess: list[Tensor]
-    other_excess: list[Tensor]
     change: Tensor
     distance: Tensor
     final: bool
@@ -119,7 +117,7 @@ class Normalized(Neurons[State]):
     def begin(self, values: list[Tensor], ones: Tensor) -> State:
         zeros = torch.zeros_like(ones)
         nothing = [zeros] * len(values)
-        return State(ones, ones, values, values, nothing, nothing, zeros, zeros, False, 0)
+        return State(ones, ones, values, values, nothing, zeros, zeros, False, 0)
 
     def settle(self, pending: Pending[State], bias: Signed | None, final: bool) -> State:
         sources = [x for _, x, _ in pending.terms]
@@ -148,11 +146,13 @@ class Normalized(Neurons[State]):
         mass = masses([x.mass for x in sources], first, 0)
         other_mass = mass if alike else masses([x.other_mass for x in sources], second, 1)
         self._count(pending, bias)
-        found = _Sums(first, second, final, len(self.parts))
+        found = _Sums(first, second, final, self.parts)
         for unrolled, x, weight in pending.terms:
-            found.edges(unrolled, x, weight, alike)
-        if bias is not None:
-            found.bias(bias, [part.biases for part in self.parts])
+            found.passes(unrolled, x)
+            if not alike:
+                found.edges(unrolled, x, weight)
+        if bias is not None and not alike:
+            found.bias(bias)
         self.largest = max(self.largest, found.largest)
         zeros = torch.zeros_like(first)
         return State(
@@ -161,7 +161,6 @@ class Normalized(Neurons[State]):
             mass,
             other_mass,
             found.excess,
-            found.other_excess,
             found.change if final else found.change + found.distance,
             found.distance if final else zeros,
             final,
@@ -185,7 +184,6 @@ class Normalized(Neurons[State]):
             mass,
             other_mass,
             [inner(v) for v in x.excess],
-            [inner(v) for v in x.other_excess],
             function(x.change),
             inner(x.distance),
             x.final,
@@ -219,7 +217,6 @@ class Normalized(Neurons[State]):
             lists(lambda p: p.mass),
             lists(lambda p: p.other_mass),
             lists(lambda p: p.excess),
-            lists(lambda p: p.other_excess),
             function([p.change for p in pieces]),
             function([p.distance for p in pieces]),
             pieces[0].final,
@@ -243,8 +240,10 @@ class Normalized(Neurons[State]):
             x.second,
             x.mass,
             x.other_mass,
-            [over * s + low * e for s, e in zip(shares, x.excess, strict=True)],
-            [under * s + low * e for s, e in zip(others, x.other_excess, strict=True)],
+            [
+                over * s + under * t + low * e
+                for s, t, e in zip(shares, others, x.excess, strict=True)
+            ],
             x.change,
             distance,
             True,
@@ -253,10 +252,7 @@ class Normalized(Neurons[State]):
 
     def total(self, outputs: list[State]) -> Distance:
         finished = [self._finished(x) for x in outputs]
-        common = [
-            self._flatten([x.excess[k] + x.other_excess[k] for x in finished])
-            for k in range(len(self.parts))
-        ]
+        common = [self._flatten([x.excess[k] for x in finished]) for k in range(len(self.parts))]
         return Distance(
             (
                 self._flatten([x.first for x in finished]).sum().item(),
@@ -284,73 +280,72 @@ def _shares(norm: Tensor, mass: list[Tensor]) -> list[Tensor]:
 class _Sums:
     """Sums over the edges that end at each of some neurons."""
 
-    def __init__(self, first: Tensor, second: Tensor, final: bool, parts: int) -> None:
-        self.first, self.second = first, second
-        one = torch.ones_like(first)
-        self.inverse = one if final else _inverse(first)
-        self.other_inverse = one if final else _inverse(second)
-        self.excess = [torch.zeros_like(first) for _ in range(parts)]
-        self.other_excess = [torch.zeros_like(first) for _ in range(parts)]
+    def __init__(self, first: Tensor, second: Tensor, final: bool, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        # Everything is summed in units of theta's own path mass at v (or, where that is 0, of
+        # theta'), into which path mass of theta' has to be brought.
+        one, dead = torch.ones_like(first), first == 0
+        inverse, other = (one, one) if final else (_inverse(first), _inverse(second))
+        self.inverse = torch.where(dead, other, inverse)
+        self.exchange = one if final else torch.where(dead, 1.0, first * other)
+        self.excess = [torch.zeros_like(first) for _ in parts]
         self.distance = torch.zeros_like(first)
         self.change = torch.zeros_like(first)
         self.largest = 0.0
 
-    def edges(self, unrolled: Any, x: State, weight: Signed | None, alike: bool) -> None:
-        """Add the edges of one weighted sum; ``alike`` ones differ in nothing."""
-        shape = unrolled.shape
+    def passes(self, unrolled: Unrolled, x: State) -> None:
+        """Paths that come in through a weighted sum."""
         change = unrolled.split(self.change).clone()
         for read, _ in unrolled.pieces:
             change = torch.maximum(change, read(x.change, 0.0).amax(2))
-        self.change = unrolled.join(change.expand(shape))
-        if alike:
-            return
-        one = torch.ones(1, dtype=self.first.dtype, device=self.first.device)
+        self.change = unrolled.join(change.expand(unrolled.shape))
+
+    def edges(self, unrolled: Unrolled, x: State, weight: Signed | None) -> None:
+        """Add the edges of one weighted sum."""
+        one = torch.ones(1, dtype=x.first.dtype, device=x.first.device)
         a, b = (one, one) if weight is None else (weight.first, weight.second)
-        agree = agreement(a, b).to(a.dtype)
+        agree = agreement(a, b)
+        signs = None if bool(agree.all()) else agree.to(a.dtype)
         a, b = a.abs(), b.abs()
-        scale, other_scale = unrolled.split(self.inverse), unrolled.split(self.other_inverse)
-        parts = range(len(self.excess))
+        inverse, exchange = unrolled.split(self.inverse), unrolled.split(self.exchange)
+        distance = torch.zeros(unrolled.shape, dtype=a.dtype, device=a.device)
+        excess = [torch.zeros_like(distance) for _ in self.parts]
         shares, others = _shares(x.first, x.mass), _shares(x.second, x.other_mass)
-        distance = torch.zeros(shape, dtype=a.dtype, device=a.device)
-        excess = [torch.zeros_like(distance) for _ in parts]
-        other_excess = [torch.zeros_like(distance) for _ in parts]
         for block in unrolled.blocks():
             out = block.out
-            over = block.weigh(a) * block.read(x.first, 0.0) * scale[:, out, None]
-            under = block.weigh(b) * block.read(x.second, 0.0) * other_scale[:, out, None]
-            low = torch.minimum(over, under) * block.weigh(agree)
-            over, under = over - low, under - low
+            over = block.weigh(a) * block.read(x.first, 0.0)
+            under = block.weigh(b) * block.read(x.second, 0.0)
+            under = under.mul_(exchange[:, out, None])
+            low = torch.minimum(over, under)
+            if signs is not None:
+                low = low.mul_(block.weigh(signs))
+            over, under = over.sub_(low), under.sub_(low)
             gap = over + under
-            self.largest = max(self.largest, gap.amax().item() if gap.numel() else 0.0)
             distance[:, out] += gap.sum(2)
-            for k in parts:
-                excess[k][:, out] += _dot(over, block.read(shares[k], 0.0)) + _dot(
-                    low, block.read(x.excess[k], 0.0)
-                )
-                other_excess[k][:, out] += _dot(under, block.read(others[k], 0.0)) + _dot(
-                    low, block.read(x.other_excess[k], 0.0)
-                )
-        self.distance = self.distance + unrolled.join(distance)
-        for k in parts:
-            self.excess[k] = self.excess[k] + unrolled.join(excess[k])
-            self.other_excess[k] = self.other_excess[k] + unrolled.join(other_excess[k])
+            if gap.numel():
+                largest = (gap.amax(2) * inverse[:, out]).amax().item()
+                self.largest = max(self.largest, largest)
+            for k, part in enumerate(self.parts):
+                if part != Part():  # the part of all paths has everything that comes in
+                    gap = torch.addcmul(
+                        over * block.read(shares[k], 0.0), under, block.read(others[k], 0.0)
+                    )
+                    excess[k][:, out] += gap.sum(2)
+                if not x.clean:
+                    excess[k][:, out] += (low * block.read(x.excess[k], 0.0)).sum(2)
+        self.distance = self.distance + unrolled.join(distance * inverse)
+        for k, part in enumerate(self.parts):
+            total = excess[k] + distance if part == Part() else excess[k]
+            self.excess[k] = self.excess[k] + unrolled.join(total * inverse)
 
-    def bias(self, bias: Signed, counted: list[bool]) -> None:
-        """Add the biases; ``counted`` says in which parts."""
-        agree = agreement(bias.first, bias.second).to(self.first.dtype)
-        over, under = bias.first.abs() * self.inverse, bias.second.abs() * self.other_inverse
-        low = torch.minimum(over, under) * agree
-        over, under = over - low, under - low
-        gap = over + under
+    def bias(self, bias: Signed) -> None:
+        """Add the biases."""
+        over, under = bias.first.abs(), bias.second.abs() * self.exchange
+        low = torch.minimum(over, under) * agreement(bias.first, bias.second)
+        gap = ((over - low) + (under - low)) * self.inverse
         if gap.numel():
             self.largest = max(self.largest, gap.amax().item())
         self.distance = self.distance + gap
-        for k, counts in enumerate(counted):
-            if counts:
-                self.excess[k] = self.excess[k] + over
-                self.other_excess[k] = self.other_excess[k] + under
-
-
-def _dot(edges: Tensor, values: Tensor) -> Tensor:
-    """Sum over the incoming edges of ``edges * values``: ``[groups, out, positions]``."""
-    return (edges * values).sum(2)
+        for k, part in enumerate(self.parts):
+            if part.biases:
+                self.excess[k] = self.excess[k] + gap

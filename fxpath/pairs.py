@@ -41,6 +41,7 @@ class Weights:
         common: ``|m|``: min(|theta|, |theta'|) where theta * theta' >= 0, else 0.
         excess: ``|theta| - |m|``, formed entry by entry; ``None`` if it is zero everywhere.
         other_excess: ``|theta'| - |m|``, likewise.
+        signs_agree: whether theta * theta' >= 0 everywhere.
     """
 
     first: Tensor
@@ -48,6 +49,7 @@ class Weights:
     common: Tensor
     excess: Tensor | None = None
     other_excess: Tensor | None = None
+    signs_agree: bool = True
 
     @classmethod
     def equal(cls, value: Tensor) -> Weights:
@@ -57,18 +59,15 @@ class Weights:
     @classmethod
     def of(cls, first: Tensor, second: Tensor) -> Weights:
         """Compare two arrays of effective parameters."""
-        if torch.equal(first, second):
+        if first is second or torch.equal(first, second):
             return cls.equal(first.abs())
+        opposite = ~agreement(first, second)
         a, b = first.abs(), second.abs()
-        common = torch.minimum(a, b).mul_(agreement(first, second))
-        excess, other_excess = a - common, b - common
-        return cls(
-            a,
-            b,
-            common,
-            excess if bool(excess.any()) else None,
-            other_excess if bool(other_excess.any()) else None,
-        )
+        common = torch.minimum(a, b)
+        agree = not bool(opposite.any())
+        if not agree:
+            common.masked_fill_(opposite, 0.0)
+        return cls(a, b, common, _excess(a, common), _excess(b, common), agree)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         """Apply a linear map with non-negative coefficients to every part."""
@@ -85,12 +84,18 @@ class Weights:
             once(self.common),
             None if self.excess is None else once(self.excess),
             None if self.other_excess is None else once(self.other_excess),
+            self.signs_agree,
         )
+
+
+def _excess(value: Tensor, common: Tensor) -> Tensor | None:
+    excess = value - common
+    return excess if bool(excess.any()) else None
 
 
 def agreement(first: Tensor, second: Tensor) -> Tensor:
     """Where theta * theta' >= 0, without forming a product that could underflow."""
-    return first.sign() * second.sign() >= 0
+    return ~(((first > 0) & (second < 0)) | ((first < 0) & (second > 0)))
 
 
 @dataclass(frozen=True)
@@ -106,12 +111,18 @@ class Side:
         """The numbers that a leaf reads, with their signs, in float64."""
         node = self.nodes[leaf]
         value = self._evaluate(node).detach().to(torch.float64)
-        if not bool(torch.isfinite(value).all()):
+        # The sum is finite where all entries are, and needs no memory; it may overflow otherwise.
+        if not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
             raise ValueError(
                 f"{self._name(node)}: the effective value is NaN or infinite: look for a running "
                 "variance below 0 or a division by 0"
             )
         return value
+
+    def raw(self, leaf: int) -> Tensor | None:
+        """The model's own tensor, where a leaf reads one as it is."""
+        read = arguments(self.nodes[leaf])[0]
+        return self.tensors[str(read.target)] if read.op == "placeholder" else None
 
     @staticmethod
     def _name(node: fx.Node) -> str:
@@ -187,8 +198,12 @@ class Pair:
         ]
 
     def values(self, leaf: int) -> tuple[Tensor, Tensor]:
-        """Effective parameters of both networks at a leaf, float64."""
-        return self.ours.value(leaf), self.theirs.value(leaf)
+        """Effective parameters of both networks at a leaf, float64; one object if equal."""
+        first = self.ours.value(leaf)
+        raw = self.ours.raw(leaf), self.theirs.raw(leaf)
+        if raw[0] is not None and raw[1] is not None and torch.equal(raw[0], raw[1]):
+            return first, first
+        return first, self.theirs.value(leaf)
 
 
 class PairInterpretation(Interpretation):
