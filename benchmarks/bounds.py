@@ -25,7 +25,7 @@ import fxpath
 from benchmarks.timing import options, write_json
 from fxpath import criteria
 from fxpath.pairs import make_pair
-from fxpath.rivals import find_layered
+from fxpath.rivals import find_layered, largest_difference
 
 __all__ = ["CHANGES", "MODELS", "main", "measure", "prepare", "table"]
 
@@ -68,11 +68,12 @@ def resnet18() -> nn.Module:
     return model
 
 
-#: Name -> constructor, input shape, epochs of training.
-MODELS: dict[str, tuple[Callable[[], nn.Module], Shape, int]] = {
-    "mlp": (mlp, (1, 8, 8), 40),
-    "lenet": (lenet, (1, 28, 28), 8),
-    "resnet18": (resnet18, (3, 32, 32), 3),
+#: Name -> constructor, input shape, epochs of training, and of the search for a large difference
+#: the number of starts and of steps.
+MODELS: dict[str, tuple[Callable[[], nn.Module], Shape, int, tuple[int, int]]] = {
+    "mlp": (mlp, (1, 8, 8), 40, (32, 40)),
+    "lenet": (lenet, (1, 28, 28), 8, (32, 40)),
+    "resnet18": (resnet18, (3, 32, 32), 3, (8, 15)),
 }
 
 
@@ -106,7 +107,7 @@ def prepare(name: str, weights: str) -> tuple[nn.Module, float]:
     Returns:
         The network in eval mode, float32, and its accuracy on the last quarter of the digits.
     """
-    make, shape, epochs = MODELS[name]
+    make, shape, epochs, _ = MODELS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make()
@@ -141,16 +142,15 @@ def _train(model: nn.Module, images: Tensor, classes: Tensor, epochs: int) -> No
 # -- changes ---------------------------------------------------------------------------------------
 
 
-def _pruned(amount: int | float) -> Callable[[nn.Module, Shape], nn.Module]:
-    """The weights of smallest size set to zero: a number of them, or a fraction."""
+def _pruned(amount: float) -> Callable[[nn.Module, Shape], nn.Module]:
+    """The weights of smallest size set to zero: a fraction of all; the largest one for 1."""
 
     def change(model: nn.Module, shape: Shape) -> nn.Module:
         scores = criteria.magnitude(model)
         flat = torch.cat([score.flatten() for score in scores.values()])
-        count = amount if isinstance(amount, int) else round(amount * len(flat))
-        # One weight alone: a middling one, as the smallest of all changes next to nothing.
+        # One weight alone: the largest, as the smallest of all changes next to nothing.
         order = flat.argsort()
-        chosen = order[len(order) // 2, None] if amount == 1 else order[:count]
+        chosen = order[-1:] if amount == 1 else order[: round(amount * len(flat))]
         mask = torch.zeros(len(flat), dtype=torch.bool)
         mask[chosen] = True
         other = copy.deepcopy(model)
@@ -202,16 +202,14 @@ def measure(
         model: the network.
         changes: names among ``CHANGES``.
     """
-    shape = MODELS[name][1]
+    _, shape, _, search = MODELS[name]
     for change in changes:
         other = CHANGES[change](model, shape)
-        pair = model, other
         rescaled = fxpath.rescale(model, shape, seed=1), fxpath.rescale(other, shape, seed=2)
-        found = math.nan
-        for first, second in (pair, rescaled):
-            bound = fxpath.lipschitz_bound(first, second, shape, norm=1)
-            if first is model:  # rescaling leaves the functions as they are
-                found = bound.largest_difference
+        # Rescaling leaves the functions as they are, so one search is enough.
+        found = largest_difference(make_pair(model, other, shape), [(1, *shape)], 1.0, 1, *search)
+        for first, second in ((model, other), rescaled):
+            bound = fxpath.lipschitz_bound(first, second, shape)
             metric = fxpath.path_metric(first, second, shape)
             layered = find_layered(make_pair(first, second, shape))
             yield {
