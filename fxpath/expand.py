@@ -74,7 +74,7 @@ class _Expansion:
 
     def __init__(self, captured: Captured) -> None:
         self.captured, self.dag = captured, Dag()
-        self.live = captured.live()
+        self.live = {key: tensor.detach().cpu() for key, tensor in captured.live().items()}
         self.env: dict[fx.Node, Any] = {}
         self.known: dict[fx.Node, Any] = {}
 
@@ -131,7 +131,7 @@ class _Expansion:
             return node
         if node not in self.known:
             if node.op == "placeholder":
-                self.known[node] = self.live[node.name].detach()
+                self.known[node] = self.live[node.name]
             else:
                 args, kwargs = fx.map_arg((arguments(node), node.kwargs), self.value)
                 if node.target is ops.folded_weight:

@@ -43,7 +43,7 @@ class Labelling(Interpretation):
         self.carried: dict[str, Carried] = {}
         self.rigid: list[Tensor] = []
         self.blocked: list[str] = []
-        live = captured.live()
+        live = {key: tensor.detach().cpu() for key, tensor in captured.live().items()}
         self._names = {id(tensor): captured.tensors[key] for key, tensor in live.items()}
         self._pinned: set[str] = set()
         self._norms: list[Norm] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -185,7 +186,7 @@ def path_lifting(
     first, edges, outputs = _enumerate(dag)
     phi = torch.where(first < dag.inputs, 1.0, dag.bias[first])
     phi = phi * torch.cat([dag.weight, dag.weight.new_ones(1)])[edges].prod(1)
-    flat = torch.cat([each.detach().double().reshape(-1) for each in xs]) if xs else None
+    flat = torch.cat([each.detach().double().cpu().reshape(-1) for each in xs]) if xs else None
     activity = None
     if flat is not None:
         if len(flat) != dag.inputs:
@@ -205,13 +206,14 @@ class _Count(PathNorm):
 
 def _count(module: fx.GraphModule, live: Mapping[str, Tensor]) -> int:
     total: Total = _Count(reduce(module, 0), torch.float64, 0).run(live)
-    return round(total.mantissa.item() * 2 ** int(total.exponent))
+    return round(Fraction(total.mantissa.item()) * Fraction(2) ** int(total.exponent))
 
 
 def _check_count(count: int, limit: int) -> None:
     if count > limit:
+        number = f"{count:,}" if count < 10**15 else f"about 10^{len(str(count)) - 1}"
         raise ValueError(
-            f"the network has {count:,} paths, more than limit={limit:,}: take a smaller one, or "
+            f"the network has {number} paths, more than limit={limit:,}: take a smaller one, or "
             "fxpath.path_norm, which does not list them"
         )
 

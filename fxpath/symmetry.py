@@ -54,6 +54,8 @@ class Member:
 class ChannelGroup:
     """Channels with one common factor.
 
+    Learned slopes of a PReLU are architecture and no members, though each belongs to a channel.
+
     Attributes:
         members: everything that reads or makes them.
         rescalable: false where a clamp (as in ReLU6) or a constant reads them, or a tensor that is
@@ -229,7 +231,11 @@ def normalize(
     found = _open(captured, lifted)
     largest = torch.zeros(len(found) + 1, dtype=torch.float64)
     _Norms(lifted, found._activations, largest).run(
-        *(live[node.target].double() for node in lifted.graph.nodes if node.op == "placeholder")
+        *(
+            live[node.target].double().cpu()
+            for node in lifted.graph.nodes
+            if node.op == "placeholder"
+        )
     )
     largest = largest[:-1]
     if not bool(largest.isfinite().all()):
