@@ -14,9 +14,10 @@ from fxpath.analysis import Analysis
 from fxpath.capture import Model
 from fxpath.difference import Difference
 from fxpath.domination import ROUNDING, Dominated, find_domination
+from fxpath.matching import Other, make_pair
 from fxpath.modes import plain_mode
 from fxpath.normalized import Distance, Normalized
-from fxpath.pairs import Other, Pair, make_pair
+from fxpath.pairs import Pair
 from fxpath.passes.reduce import reduce
 from fxpath.program import PathProgram
 from fxpath.unrolled import Network, Part
