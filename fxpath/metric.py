@@ -107,7 +107,9 @@ class PathMetric:
         """The metric where it is exact, else the lower bound (6), ``| ||Phi|| - ||Phi'|| |``."""
         if self.value is not None:
             return self.value
-        return min(abs(self._excess - self._other_excess), self.upper, self._excess_sum)
+        # Both excesses carry rounding errors, which their difference must not take for a distance.
+        rounding = 1e-13 * self._excess_sum
+        return max(0.0, abs(self._excess - self._other_excess) - rounding)
 
     @functools.cached_property
     def upper(self) -> float:
