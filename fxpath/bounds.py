@@ -16,9 +16,10 @@ from fxpath.capture import Model
 from fxpath.difference import Difference, Excess
 from fxpath.domination import ROUNDING, find_domination
 from fxpath.inductive import Inductive
+from fxpath.matching import Other, make_pair
 from fxpath.modes import plain_mode
 from fxpath.normalized import Distance, Normalized
-from fxpath.pairs import Other, Pair, make_pair
+from fxpath.pairs import Pair
 from fxpath.passes.links import static
 from fxpath.passes.reduce import reduce
 from fxpath.rivals import find_layered, largest_difference, realization

@@ -14,9 +14,10 @@ from fxpath.analysis import Analysis
 from fxpath.capture import Model
 from fxpath.difference import Difference
 from fxpath.domination import ROUNDING, Dominated, find_domination
+from fxpath.matching import Other, make_pair
 from fxpath.modes import plain_mode
 from fxpath.normalized import Distance, Normalized
-from fxpath.pairs import Other, Pair, make_pair
+from fxpath.pairs import Pair
 from fxpath.passes.reduce import reduce
 from fxpath.program import PathProgram
 from fxpath.unrolled import Network, Part
@@ -106,7 +107,9 @@ class PathMetric:
         """The metric where it is exact, else the lower bound (6), ``| ||Phi|| - ||Phi'|| |``."""
         if self.value is not None:
             return self.value
-        return min(abs(self._excess - self._other_excess), self.upper, self._excess_sum)
+        # Both excesses carry rounding errors, which their difference must not take for a distance.
+        rounding = 1e-13 * self._excess_sum
+        return max(0.0, abs(self._excess - self._other_excess) - rounding)
 
     @functools.cached_property
     def upper(self) -> float:

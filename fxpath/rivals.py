@@ -152,11 +152,18 @@ def realization(side: Side) -> Callable[[Sequence[Tensor]], Tensor]:
         for name, value in side.tensors.items()
     }
 
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    read = [n for n in placeholders if n.users and n.name not in tensors]
+
     def run(inputs: Sequence[Tensor]) -> Tensor:
-        given = iter(inputs)
-        placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-        arguments_ = [tensors[n.name] if n.name in tensors else next(given) for n in placeholders]
-        outputs = _Double(graph).run(*arguments_)
+        if len(inputs) != len(read):
+            raise ValueError(
+                f"{len(inputs)} inputs carry values, but the network reads {len(read)}: one of them "
+                "serves for its shape alone; leave it out of the model's arguments"
+            )
+        given = dict(zip(read, inputs, strict=True))
+        values = [tensors[n.name] if n.name in tensors else given.get(n) for n in placeholders]
+        outputs = _Double(graph).run(*values)
         return torch.cat([y.flatten() for y in outputs if y.is_floating_point()])
 
     return run
