@@ -28,11 +28,17 @@ def outputs(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return torch.cat([each.flatten() for each in y]) if isinstance(y, tuple) else y
 
 
-def assert_same(model: nn.Module, other: nn.Module, shape: tuple[int, ...]) -> None:
+def assert_same(
+    model: nn.Module, other: nn.Module, shape: tuple[int, ...], scores: bool = True
+) -> None:
     """One function, one path-norm, one Path-Mag."""
     expected = outputs(model, shape)
     scale = expected.abs().max().item()
     torch.testing.assert_close(outputs(other, shape), expected, rtol=0, atol=1e-10 * scale)
+    if not scores:
+        norms = [fxpath.path_norm(each, shape) for each in (model, other)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-10)
+        return
     before, after = fxpath.analyze(model, shape), fxpath.analyze(other, shape)
     assert after.log10_path_norm == pytest.approx(before.log10_path_norm, rel=1e-10)
     for name, share in before.scores.items():
@@ -72,8 +78,9 @@ def test_real_models_keep_their_function(name: str) -> None:
     assert sum(not group.rescalable for group in groups.groups) == RIGID.get(name, 0)
     assert groups.blocked == ()
     rescaled, normalized = fxpath.rescale(model, shape), fxpath.normalize(model, shape)
-    assert_same(model, rescaled, shape)
-    assert_same(model, normalized, shape)
+    small = name in ("resnet18", "squeezenet1_1")  # gradients of the others take long
+    assert_same(model, rescaled, shape, scores=small)
+    assert_same(model, normalized, shape, scores=small)
     # Of a model and its rescaled copy the normalized ones are equal, digit by digit.
     assert not changed(normalized, fxpath.normalize(rescaled, shape))
     convolutions = {n for n, p in model.named_parameters() if p.dim() == 4}
