@@ -44,6 +44,7 @@ class Settle(Function):
         ctx.save_for_backward(scale, *values)
         ctx.masses, ctx.weight, ctx.dim = masses, weight, dim
         ctx.mark_non_differentiable(scale)
+        ctx.set_materialize_grads(False)
         return settled, scale
 
     @staticmethod
@@ -65,6 +66,7 @@ class Sum(Function):
         mantissa, scale = run.total(values, scales)
         ctx.save_for_backward(scale, *values)
         ctx.mark_non_differentiable(scale)
+        ctx.set_materialize_grads(False)
         return mantissa, scale
 
     @staticmethod
@@ -83,7 +85,7 @@ class Mix(Function):
         """See :func:`fxpath.ops.mix`."""
         ctx.save_for_backward(matrix)
         ctx.dim = dim
-        mixed: Tensor = run.mix(x, dim, matrix)
+        mixed: Tensor = run.mix(x, dim, matrix, False)
         return mixed
 
     @staticmethod
@@ -91,7 +93,7 @@ class Mix(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """The transposed map."""
         (matrix,) = ctx.saved_tensors
-        return run.mix(grad, ctx.dim, matrix.T), None, None
+        return run.mix(grad, ctx.dim, matrix, True), None, None
 
 
 class Scaled(Function):
@@ -121,12 +123,18 @@ class Dense(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, x: Tensor, weight: Tensor, out: Tensor | None, q: float
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor | None,
+        q: float,
+        generated: bool,
     ) -> Tensor:
         """``x @ (|weight| ** q).T``; ``anchor`` makes it part of what is differentiated."""
         ctx.save_for_backward(x)
         ctx.weight, ctx.out, ctx.q = weight, out, q
-        y: Tensor = run.dense(x, weight, q)
+        y: Tensor = run.dense(x, weight, q, generated)
         return y
 
     @staticmethod
@@ -136,7 +144,7 @@ class Dense(Function):
         (x,) = ctx.saved_tensors
         needed = ctx.needs_input_grad[1]
         gx = run.dense_backward(grad, x, ctx.weight, ctx.out, ctx.q, needed)
-        return None, gx if needed else None, None, None, None
+        return None, gx if needed else None, None, None, None, None
 
 
 class Window(Function):

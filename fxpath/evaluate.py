@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxpath import adjoints, ops
@@ -15,6 +18,11 @@ from fxpath.interpret import PathNorm, Total
 from fxpath.schema import arguments, target
 
 __all__ = ["Compiled", "Run", "coordinates", "evaluate", "score_shapes"]
+
+#: For the whole graph Inductor has nothing to generate: every step is an operator of its own.  On
+#: ResNet-18 its wrapper ran slower, after 20 s of compiling instead of 3.  What profits from
+#: generated code, a sweep over a large weight, asks for it itself (:mod:`fxpath.kernels`).
+BACKEND = "eager"
 
 
 @dataclass
@@ -51,14 +59,13 @@ def evaluate(
 def _share(norm: PathNorm, total: Total, scores: Mapping[str, Tensor]) -> None:
     """Leaf * d log / d leaf (14), summed over the uses of a coordinate."""
     leaves = [leaf for _, leaf in norm.leaves]
+    grads: Sequence[Tensor | None] = [None] * len(leaves)
     if total.mantissa.requires_grad:
         seed = adjoints.run.inverse(total.mantissa.detach())
         # What is streamed writes its scores while this runs.
         _, *grads = torch.autograd.grad(
             total.mantissa, [norm.anchor, *leaves], seed, allow_unused=True
         )
-    else:
-        grads = [None] * len(leaves)
     written: set[str] = set()
     with torch.no_grad():
         for (name, leaf), grad in zip(norm.leaves, grads, strict=True):
@@ -103,24 +110,40 @@ def _value(module: fx.GraphModule, node: fx.Node, tensors: Mapping[str, Tensor])
     return found
 
 
+def _can_generate() -> bool:
+    """Whether Inductor finds a C++ compiler; one line says so if not."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        warnings.warn(
+            "no C++ compiler found, so nothing is generated and large linear layers run eagerly: "
+            "install g++ or clang, or set CXX",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 class Compiled:
     """The same run through ``torch.compile``: traced once into one flat graph, then compiled."""
 
     def __init__(self, module: fx.GraphModule, dtype: torch.dtype, q: float) -> None:
         """Nothing is compiled before the first call."""
         self._norm = PathNorm(module, dtype, q)
+        self._norm.generated = _can_generate()
         self._compiled: dict[bool, Callable[..., Any]] = {}
 
-    def __call__(
-        self, tensors: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None
-    ) -> Run:
+    def __call__(self, tensors: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None) -> Run:
         """Run; the shares of path mass (14) are written into ``scores``."""
         values = [tensor.detach() for tensor in tensors.values()]
         buffers = [] if scores is None else list(scores.values())
         if (scores is None) not in self._compiled:
             names = None if scores is None else list(scores)
             traced = self._trace(list(tensors), values, names, buffers)
-            self._compiled[scores is None] = torch.compile(traced, fullgraph=True, dynamic=False)
+            self._compiled[scores is None] = torch.compile(
+                traced, fullgraph=True, dynamic=False, backend=BACKEND
+            )
         mantissa, scale, smallest, *mass = self._compiled[scores is None](*values, *buffers)
         return Run(Total(mantissa, scale), smallest, mass[0] if mass else None)
 
@@ -138,4 +161,21 @@ class Compiled:
             found = [run.total.mantissa, run.total.scale, run.smallest]
             return found if run.mass is None else [*found, run.mass]
 
-        return make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, *buffers)
+        return _tidy(
+            make_fx(flat, _allow_non_fake_inputs=True, tracing_mode="fake")(*values, *buffers)
+        )
+
+
+def _tidy(traced: fx.GraphModule) -> fx.GraphModule:
+    """Leave nothing to generate code for, and nothing that only autograd needed."""
+    aten = torch.ops.aten
+    for node in traced.graph.nodes:
+        if node.target in (aten.alias.default, aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.add.Tensor and len(node.all_input_nodes) == 2:
+            a, b = (n.meta["val"] for n in node.all_input_nodes)
+            if a.shape == b.shape and a.dtype == b.dtype and not node.kwargs:
+                node.target = adjoints.run.sum_of.default
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced

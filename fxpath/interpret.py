@@ -139,8 +139,8 @@ class Watch:
     """What a run saw of its own range, to tell whether a number format sufficed.
 
     A sum of products loses at most its number of terms times the format's smallest number t to
-    underflow.  Without gradients this is harmless where the smallest entry of every tensor
-    (kept in ``scales``) is far above t.  With gradients it is harmless where t times the sum of the gradient
+    underflow.  Without gradients this is harmless where the smallest entry of every tensor (kept in
+    ``scales``) is far above t.  With gradients it is harmless where t times the sum of the gradient
     (``masses``), which is the part of the path-norm that may be lost, is far below 1: small or zero
     entries that nothing blows up again do not count.
     """
@@ -158,7 +158,12 @@ class PathNorm(Interpretation):
     - with ``scores``: entries of theta are leaves, and what becomes of ``scores`` once the total is
       differentiated are the shares (14): see :meth:`leaves`;
     - neither: the norm alone.
+
+    Attributes:
+        generated: whether large linear layers may run through generated code.
     """
+
+    generated = False
 
     def run(
         self,
@@ -176,7 +181,8 @@ class PathNorm(Interpretation):
         self.live, self.scores = live, scores
         self.watch = Watch()
         self.leaves: list[tuple[str, Tensor]] = []
-        self.anchor = torch.zeros((), requires_grad=scores is not None)
+        self.anchor = adjoints.run.filled([], 0.0, self.dtype, torch.device("cpu"))
+        self.anchor.requires_grad_(scores is not None)
         self._zero = torch.zeros(1, dtype=torch.float64)
         self._streamed = set() if live else _streamable(self.module.graph)
         self._settling = _settling(self.module.graph)
@@ -290,7 +296,8 @@ class PathNorm(Interpretation):
     def linear(self, x: Scaled, weight: Tensor | Streamed) -> Scaled:
         if isinstance(weight, Streamed):
             y = adjoints.Dense.apply(
-                self.anchor, x.mantissa, weight.value, self._scores_of(weight), self.q
+                *(self.anchor, x.mantissa, weight.value, self._scores_of(weight)),
+                *(self.q, self.generated),
             )
         else:
             y = ops.linear(x.mantissa, weight)
@@ -362,7 +369,9 @@ class PathNorm(Interpretation):
         if not self.live:
             return Total(*adjoints.Sum.apply(scales, *mantissas))
         _, scale = adjoints.run.total([m.detach() for m in mantissas], scales)
-        sums = [m.double().sum().cpu() * float(f) for m, f in zip(mantissas, scale[2:], strict=True)]
+        sums = [
+            m.double().sum().cpu() * float(f) for m, f in zip(mantissas, scale[2:], strict=True)
+        ]
         return Total(sum(sums[1:], sums[0]), scale)
 
 

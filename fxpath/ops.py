@@ -122,9 +122,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight.to(x.dtype))
 
 
-def window(
-    x: Tensor, weight: Tensor, matrices: Sequence[Tensor | None], groups: int
-) -> Tensor:
+def window(x: Tensor, weight: Tensor, matrices: Sequence[Tensor | None], groups: int) -> Tensor:
     """Convolution whose taps read each axis of ``x`` through a matrix ``[taps, out, in]``.
 
     The matrices hold fixed coefficients, already raised to the exponent q.  ``None`` reads an axis

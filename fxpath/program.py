@@ -242,7 +242,7 @@ class PathProgram:
         }
 
     def _sparsity(self, live: Mapping[str, Tensor]) -> dict[str, float]:
-        """Fraction of zero entries of each coordinate array; of its first use, if there are more."""
+        """Fraction of zero entries of each coordinate array, at its first use."""
         found: dict[str, float] = {}
         for name, value in coordinates(self.lifted, live):
             zeros = 1 - int(torch.count_nonzero(value)) / max(1, value.numel())
