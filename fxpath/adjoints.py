@@ -36,13 +36,14 @@ class Settle(Function):
         masses: list[Tensor],
         scales: list[Tensor],
         weight: Tensor | None,
+        axis: int,
         dim: int | None,
         *values: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Result and scale: see :func:`fxpath.kernels.settle`."""
-        settled, scale = run.settle(values, scales, weight, dim)
+        settled, scale = run.settle(values, scales, weight, axis, dim)
         ctx.save_for_backward(scale, *values)
-        ctx.masses, ctx.weight, ctx.dim = masses, weight, dim
+        ctx.masses, ctx.spec = masses, (weight, axis, dim)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
         return settled, scale
@@ -52,9 +53,9 @@ class Settle(Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         """The same factors, the other way."""
         scale, *values = ctx.saved_tensors
-        *grads, mass = run.settle_backward(grad, scale, values, ctx.weight, ctx.dim)
+        *grads, mass = run.settle_backward(grad, scale, values, *ctx.spec)
         ctx.masses.append(mass)
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
 class Sum(Function):
@@ -144,7 +145,7 @@ class Dense(Function):
         (x,) = ctx.saved_tensors
         needed = ctx.needs_input_grad[1]
         gx = run.dense_backward(grad, x, ctx.weight, ctx.out, ctx.q, needed)
-        return None, gx if needed else None, None, None, None, None
+        return None, gx if needed else None, *(None,) * 4
 
 
 class Window(Function):
@@ -158,11 +159,12 @@ class Window(Function):
         weight: Tensor,
         out: Tensor | None,
         matrices: Sequence[Tensor | None],
+        extents: Sequence[int],
         groups: int,
         q: float,
     ) -> Tensor:
         """See :func:`fxpath.ops.window`, with ``|weight| ** q`` for the weight."""
-        y, columns = run.window(x, weight, matrices, groups, q)
+        y, columns = run.window(x, weight, matrices, extents, groups, q)
         ctx.save_for_backward(columns)
         ctx.weight, ctx.out = weight, out
         ctx.spec = (list(matrices), list(x.shape), groups, q)
@@ -176,4 +178,4 @@ class Window(Function):
         (columns,) = ctx.saved_tensors
         needed = ctx.needs_input_grad[1]
         gx = run.window_backward(grad, columns, ctx.weight, ctx.out, *ctx.spec, needed)
-        return None, gx if needed else None, None, None, None, None, None
+        return None, gx if needed else None, *(None,) * 6

@@ -144,7 +144,9 @@ class Compiled:
             self._compiled[scores is None] = torch.compile(
                 traced, fullgraph=True, dynamic=False, backend=BACKEND
             )
-        mantissa, scale, smallest, *mass = self._compiled[scores is None](*values, *buffers)
+        with torch.no_grad():
+            found = self._compiled[scores is None](*values, *buffers)
+        mantissa, scale, smallest, *mass = found
         return Run(Total(mantissa, scale), smallest, mass[0] if mass else None)
 
     def _trace(

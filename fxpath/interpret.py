@@ -185,7 +185,6 @@ class PathNorm(Interpretation):
         self.anchor.requires_grad_(scores is not None)
         self._zero = torch.zeros(1, dtype=torch.float64)
         self._streamed = set() if live else _streamable(self.module.graph)
-        self._settling = _settling(self.module.graph)
         return super().run(tensors)
 
     def is_activation(self, value: Any) -> bool:
@@ -234,23 +233,27 @@ class PathNorm(Interpretation):
     # -- activations ------------------------------------------------------------------------------
 
     def settle(
-        self, values: Sequence[Scaled], dim: int | None = None, weight: Tensor | None = None
+        self,
+        values: Sequence[Scaled],
+        dim: int | None = None,
+        weight: Tensor | None = None,
+        axis: int = 0,
     ) -> Scaled:
         """Bring values to a common scale, their largest entry into [0.5, 1), and add or join them.
 
-        ``weight``, a coefficient, is multiplied with the first one.
+        ``weight``, coefficients along ``axis``, is multiplied with the first one.
         """
         scales, mantissas = [v.scale for v in values], [v.mantissa for v in values]
         if self.live:
             if weight is not None:
-                mantissas[0] = mantissas[0] * weight
+                mantissas[0] = mantissas[0] * ops.beside(weight, mantissas[0], axis)
             detached = [m.detach() for m in mantissas]
-            _, scale = adjoints.run.settle(detached, scales, None, dim)
+            _, scale = adjoints.run.settle(detached, scales, None, 0, dim)
             terms = [m * float(f) for m, f in zip(mantissas, scale[2:], strict=True)]
             settled = sum(terms[1:], terms[0]) if dim is None else torch.cat(terms, dim)
         else:
             masses = self.watch.masses
-            settled, scale = adjoints.Settle.apply(masses, scales, weight, dim, *mantissas)
+            settled, scale = adjoints.Settle.apply(masses, scales, weight, axis, dim, *mantissas)
         self.watch.scales.append(scale)
         return Scaled(settled, scale)
 
@@ -264,7 +267,7 @@ class PathNorm(Interpretation):
     def _weighed(self, mantissa: Tensor, scale: Tensor) -> Scaled:
         """A new weighted sum; where only biases are added next, the scale is taken after them."""
         value = Scaled(mantissa, scale)
-        if all(user in self._settling for user in self.node.users):
+        if all(user.target in (ops.shift, ops.affine) for user in self.node.users):
             return value
         return self.settle([value])
 
@@ -279,15 +282,16 @@ class PathNorm(Interpretation):
         x: Scaled,
         weight: Tensor | Streamed,
         matrices: Sequence[Tensor | None],
+        extents: Sequence[int],
         groups: int,
     ) -> Scaled:
         if isinstance(weight, Streamed):
             y = adjoints.Window.apply(
                 *(self.anchor, x.mantissa, weight.value, self._scores_of(weight)),
-                *(matrices, groups, self.q),
+                *(matrices, extents, groups, self.q),
             )
         else:
-            y = ops.window(x.mantissa, weight, matrices, groups)
+            y = ops.window(x.mantissa, weight, matrices, extents, groups)
         return self._weighed(y, x.scale)
 
     def conv(self, x: Scaled, weight: Tensor, *spec: Any) -> Scaled:
@@ -323,8 +327,8 @@ class PathNorm(Interpretation):
     def shift(self, x: Scaled, bias: Tensor) -> Scaled:
         return self.settle([x, self._unscaled(bias)])
 
-    def affine(self, x: Scaled, weight: Tensor, bias: Tensor) -> Scaled:
-        return self.settle([x, self._unscaled(bias)], weight=weight)
+    def affine(self, x: Scaled, weight: Tensor, bias: Tensor, axis: int) -> Scaled:
+        return self.settle([x, self._unscaled(bias)], weight=weight, axis=axis)
 
     def slope(self, x: Scaled, a: Tensor | float) -> Scaled:
         if not isinstance(a, Tensor):
@@ -373,16 +377,6 @@ class PathNorm(Interpretation):
             m.double().sum().cpu() * float(f) for m, f in zip(mantissas, scale[2:], strict=True)
         ]
         return Total(sum(sums[1:], sums[0]), scale)
-
-
-def _settling(graph: fx.Graph) -> set[fx.Node]:
-    """Operations that take a scale themselves, of what they add a bias to: reshapes lead there."""
-    found: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        reshapes = node.target is torch.ops.aten.reshape.default and node.users
-        if node.target in (ops.shift, ops.affine) or (reshapes and found.issuperset(node.users)):
-            found.add(node)
-    return found
 
 
 def _streamable(graph: fx.Graph) -> set[fx.Node]:

@@ -122,15 +122,20 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight.to(x.dtype))
 
 
-def window(x: Tensor, weight: Tensor, matrices: Sequence[Tensor | None], groups: int) -> Tensor:
-    """Convolution whose taps read each axis of ``x`` through a matrix ``[taps, out, in]``.
+def window(
+    x: Tensor,
+    weight: Tensor,
+    matrices: Sequence[Tensor | None],
+    extents: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution whose taps read ``x`` through matrices ``[taps, out, in]``.
 
-    The matrices hold fixed coefficients, already raised to the exponent q.  ``None`` reads an axis
-    as it is, with one tap.
+    There is one for each spatial axis, or one for all positions together; ``extents`` are those of
+    the result.  The matrices hold fixed coefficients, already raised to the exponent q.  ``None``
+    reads an axis as it is, with one tap.
     """
-    columns_ = columns(x, matrices)
-    y = grouped(weight.to(x.dtype).reshape(len(weight), -1), columns_, groups)
-    extents = [n if m is None else m.shape[1] for n, m in zip(x.shape[2:], matrices, strict=True)]
+    y = grouped(weight.to(x.dtype).reshape(len(weight), -1), columns(x, matrices), groups)
     return y.reshape(len(weight), len(x), *extents).transpose(0, 1)
 
 
@@ -148,7 +153,8 @@ def columns(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
 
     Entries are ordered as in a kernel: channel, then taps axis by axis.
     """
-    batch, channels, *sizes = x.shape
+    batch, channels, *_ = x.shape
+    sizes = _positions(x.shape, matrices)
     y = x.transpose(0, 1).reshape(batch * channels, *sizes)
     shapes = [_tapped(n, m) for n, m in zip(sizes, matrices, strict=True)]
     for axis in reversed(range(len(sizes))):
@@ -164,7 +170,8 @@ def columns(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
 
 def uncolumns(grad: Tensor, shape: Sequence[int], matrices: Sequence[Tensor | None]) -> Tensor:
     """The transpose of :func:`columns`: from its result's shape back to ``shape``."""
-    batch, channels, *sizes = shape
+    batch, channels, *extents = shape
+    sizes = _positions(shape, matrices)
     shapes = [_tapped(n, m) for n, m in zip(sizes, matrices, strict=True)]
     split = grad.reshape(channels, *(k for k, _ in shapes), batch, *(o for _, o in shapes))
     order = [1 + len(sizes)]
@@ -175,7 +182,12 @@ def uncolumns(grad: Tensor, shape: Sequence[int], matrices: Sequence[Tensor | No
         matrix = matrices[axis]
         if matrix is not None:
             y = mix(y, 1 + axis, matrix.reshape(-1, sizes[axis]).to(grad.dtype).T)
-    return y.reshape(channels, batch, *sizes).transpose(0, 1)
+    return y.reshape(channels, batch, *extents).transpose(0, 1)
+
+
+def _positions(shape: Sequence[int], matrices: Sequence[Tensor | None]) -> list[int]:
+    """Spatial extents, all in one where one matrix reads all positions."""
+    return list(shape[2:]) if len(matrices) == len(shape) - 2 else [math.prod(shape[2:])]
 
 
 def _tapped(size: int, matrix: Tensor | None) -> tuple[int, int]:
@@ -209,9 +221,16 @@ def shift(x: Tensor, bias: Tensor) -> Tensor:
     return x + bias.to(x.dtype)
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """:func:`scale`, then :func:`shift`."""
-    return shift(scale(x, weight), bias)
+def affine(x: Tensor, weight: Tensor, bias: Tensor, axis: int) -> Tensor:
+    """:func:`scale` by a weight for each position along ``axis``, then :func:`shift`."""
+    return shift(scale(x, beside(weight, x, axis)), bias)
+
+
+def beside(weight: Tensor, x: Tensor, axis: int) -> Tensor:
+    """A 1-d weight shaped to broadcast along one axis of ``x``."""
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return weight.reshape(shape)
 
 
 def slope(x: Tensor, a: Tensor | float) -> Tensor:

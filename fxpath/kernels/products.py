@@ -19,6 +19,9 @@ __all__: list[str] = []
 #: Entries of a weight that are lifted and used at once: 4 MB of float32 stay in the cache.
 BLOCK = 1 << 20
 
+#: Entries from which on a sweep through generated code repays its compilation.
+LARGE = 1 << 23
+
 #: Columns below which a product is taken with its operands transposed, which BLAS does faster.
 NARROW = 16
 
@@ -143,7 +146,7 @@ def dense(x: Tensor, weight: Tensor, q: float, generated: bool) -> Tensor:
     """
     flat = x.reshape(-1, x.shape[-1])
     plain = q == 1 and weight.dtype == x.dtype and weight.is_contiguous()
-    if generated and plain and len(flat) == 1 and weight.numel() >= BLOCK:
+    if generated and plain and len(flat) == 1 and weight.numel() >= LARGE:
         return _generated_dot()(weight, flat[0]).reshape(*x.shape[:-1], -1)
     y = _forward(weight, flat.T, q)
     return y.T.reshape(*x.shape[:-1], weight.shape[0]).contiguous()
@@ -167,26 +170,31 @@ def dense_backward(
     return _backward(g.T, flat.T, weight, out, q, needed).T.reshape(x.shape).contiguous()
 
 
-def _outputs(x: Tensor, weight: Tensor, matrices: Sequence[Tensor | None]) -> list[int]:
-    extents = [n if m is None else m.shape[1] for n, m in zip(x.shape[2:], matrices, strict=True)]
-    return [x.shape[0], weight.shape[0], *extents]
-
-
 def _fake_window(
-    x: Tensor, weight: Tensor, matrices: Sequence[Tensor | None], groups: int, q: float
+    x: Tensor,
+    weight: Tensor,
+    matrices: Sequence[Tensor | None],
+    extents: Sequence[int],
+    groups: int,
+    q: float,
 ) -> tuple[Tensor, Tensor]:
-    shape = _outputs(x, weight, matrices)
-    taps = math.prod(weight.shape[2:])
-    columns = x.new_empty(x.shape[1] * taps, x.shape[0] * math.prod(shape[2:]))
-    return x.new_empty(shape), columns
+    reads = x.shape[1] * math.prod(weight.shape[2:])
+    columns = x.new_empty(reads, x.shape[0] * math.prod(extents))
+    return x.new_empty(x.shape[0], weight.shape[0], *extents), columns
 
 
 @operator(
-    "window(Tensor x, Tensor weight, Tensor?[] matrices, int groups, float q) -> (Tensor, Tensor)",
+    "window(Tensor x, Tensor weight, Tensor?[] matrices, int[] extents, int groups, float q)"
+    " -> (Tensor, Tensor)",
     _fake_window,
 )
 def window(
-    x: Tensor, weight: Tensor, matrices: Sequence[Tensor | None], groups: int, q: float
+    x: Tensor,
+    weight: Tensor,
+    matrices: Sequence[Tensor | None],
+    extents: Sequence[int],
+    groups: int,
+    q: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fxpath.ops.window`, with ``|weight| ** q`` for the weight; and the columns."""
     columns = ops.columns(x, matrices)
@@ -198,8 +206,7 @@ def window(
     else:
         lifted = lift_into(columns.new_empty(flat.shape), flat, q)
         y = ops.grouped(lifted, columns, groups)
-    _, outputs, *extents = _outputs(x, weight, matrices)
-    return y.reshape(outputs, len(x), *extents).transpose(0, 1).contiguous(), columns
+    return y.reshape(len(weight), len(x), *extents).transpose(0, 1).contiguous(), columns
 
 
 @operator(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxpath import ops
 from fxpath.kernels.operator import host, operator, scalar
 
 __all__ = ["least", "sum_to"]
@@ -26,7 +27,11 @@ LIMIT = {torch.float32: 120, torch.float64: 1000}
 
 
 def _fake_settle(
-    values: Sequence[Tensor], scales: Sequence[Tensor], weight: Tensor | None, dim: int | None
+    values: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    weight: Tensor | None,
+    axis: int,
+    dim: int | None,
 ) -> tuple[Tensor, Tensor]:
     shape = list(torch.broadcast_shapes(*(v.shape for v in values)) if dim is None else ())
     if dim is not None:
@@ -36,18 +41,24 @@ def _fake_settle(
 
 
 @operator(
-    "settle(Tensor[] values, Tensor[] scales, Tensor? weight, int? dim) -> (Tensor, Tensor)",
+    "settle(Tensor[] values, Tensor[] scales, Tensor? weight, int axis, int? dim)"
+    " -> (Tensor, Tensor)",
     _fake_settle,
 )
 def settle(
-    values: Sequence[Tensor], scales: Sequence[Tensor], weight: Tensor | None, dim: int | None
+    values: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    weight: Tensor | None,
+    axis: int,
+    dim: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Bring tensors to a common scale and add them (or join them along ``dim``).
 
     Args:
         values: mantissas.
         scales: for each of them a tensor that begins with its exponent.
-        weight: multiplied with the first of them, if given.
+        weight: 1-d, multiplied along ``axis`` with the first of them, if given.
+        axis: see ``weight``.
         dim: axis to join along.
 
     Returns:
@@ -64,7 +75,7 @@ def settle(
     if weight is None:
         terms = [_times(v, f) for v, f in zip(values, factors, strict=True)]
     else:
-        first = _times(weight, factors[0])
+        first = _times(ops.beside(weight, values[0], axis), factors[0])
         coarsest = max(coarsest, float(first.amax()) if first.numel() else 1.0)
         rest = zip(values[1:], factors[1:], strict=True)
         terms = [values[0] * first, *(_times(v, f) for v, f in rest)]
@@ -107,15 +118,16 @@ def _exponent(value: float, limit: int) -> int:
 
 
 @operator(
-    "settle_backward(Tensor grad, Tensor scale, Tensor[] values, Tensor? weight, int? dim)"
-    " -> Tensor[]",
-    lambda grad, scale, values, weight, dim: [*map(torch.empty_like, values), scalar()],
+    "settle_backward(Tensor grad, Tensor scale, Tensor[] values, Tensor? weight, int axis,"
+    " int? dim) -> Tensor[]",
+    lambda grad, scale, values, *_: [*map(torch.empty_like, values), scalar()],
 )
 def settle_backward(
     grad: Tensor,
     scale: Tensor,
     values: Sequence[Tensor],
     weight: Tensor | None,
+    axis: int,
     dim: int | None,
 ) -> list[Tensor]:
     """Gradients of the terms of :func:`settle`, and the largest of their sums."""
@@ -127,7 +139,7 @@ def settle_backward(
     # New tensors: an operator must not return the same one twice.
     pieces = [p * f for p, f in zip(pieces, factors, strict=True)]
     if weight is not None:
-        pieces[0].mul_(weight)
+        pieces[0].mul_(ops.beside(weight, grad, axis))
     mass = max((float(p.sum()) for p in pieces), default=0.0)
     return [*map(sum_to, pieces, values), host(mass)]
 

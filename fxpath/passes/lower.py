@@ -67,9 +67,6 @@ class _Lowering:
         for node in list(self.graph.nodes):
             if node.target is ops.folded_weight:
                 self._scale_outputs(node)
-        for node in list(self.graph.nodes):
-            if node.target is ops.scale:
-                self._affine(node)
         self.graph.eliminate_dead_code()
         self.graph.lint()
         return fx.GraphModule(self.root, self.graph)
@@ -130,17 +127,12 @@ class _Lowering:
             taps.append(read @ before[2 + axis] if 2 + axis in before else read)
         positions, reads = math.prod(extents(source)[2:]), math.prod((*out, *kernel))
         lead = math.prod(extents(source)[:2])
+        if len(taps) > 1 and _affordable(lead, positions, reads):
+            taps = [_product(taps)]
         with self.graph.inserting_before(node):
-            if len(taps) > 1 and _affordable(lead, positions, reads):
-                flat = self._reshape(source, (*extents(source)[:2], -1))
-                matrices = [self._taps_or_none(_product(taps))]
-                window = self._emit(ops.window, flat, weight, matrices, groups)
-                shaped = self._reshape(window, extents(node))
-            else:
-                matrices = [self._taps_or_none(each) for each in taps]
-                shaped = window = self._emit(ops.window, source, weight, matrices, groups)
-        self._replace(node, shaped)
-        window.meta["origin"] = node.meta.get("origin")
+            matrices = [self._taps_or_none(each) for each in taps]
+            window = self._emit(ops.window, source, weight, matrices, list(out), groups)
+        self._replace(node, window)
 
     def _taps_or_none(self, taps: Tensor) -> fx.Node | None:
         count, out, size = taps.shape
@@ -151,43 +143,24 @@ class _Lowering:
     # -- batch norms ------------------------------------------------------------------------------
 
     def _scale_outputs(self, folded: fx.Node) -> None:
-        """Multiply the outputs of the one layer that reads a folded weight, not the weight.
+        """Multiply the outputs of the one layer that reads a folded weight, with its bias.
 
         The shares of the weight are the same, as those of every factor of a product are.
         """
-        weight, factor, axis, _ = arguments(folded)
+        weight, factor, channels, _ = arguments(folded)
         coordinate = _only_user(folded, ops.coordinate)
         layer = _only_user(coordinate, ops.window, ops.conv, ops.linear)
-        if axis != 0 or coordinate is None or layer is None:
+        if channels != 0 or coordinate is None or layer is None:
             return
         coordinate.replace_input_with(folded, weight)
-        shape = [1] * len(extents(layer))
-        shape[-1 if layer.target is ops.linear else 1] = -1
-        with self.graph.inserting_after(layer):
-            fixed = self._emit(ops.coefficient, factor)
-        with self.graph.inserting_after(fixed):
-            shaped = self._reshape(fixed, shape)
-        with self.graph.inserting_after(shaped):
-            scaled = self._emit(ops.scale, layer, shaped)
-        layer.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-
-    def _affine(self, node: fx.Node) -> None:
-        """A product with coefficients and the bias after it become one step."""
-        x, weight = arguments(node)
-        shift = _only_user(node, ops.shift, aten.reshape.default)
-        shaped = None
-        if shift is not None and shift.target is aten.reshape.default:
-            # The coefficients go through the reshape that a window over all positions ends with.
-            shaped, shift = shift, _only_user(shift, ops.shift)
-        fixed = arguments(weight)[0] if weight.target is aten.reshape.default else None
-        if shift is None or getattr(fixed, "target", None) is not ops.coefficient:
+        axis = len(extents(layer)) - 1 if layer.target is ops.linear else 1
+        shift = _only_user(layer, ops.shift)
+        if shift is None:
             return
-        bias = arguments(shift)[1]
+        coordinate.replace_input_with(folded, weight)
         with self.graph.inserting_before(shift):
-            if shaped is not None:
-                spread = [*extents(weight)[:2], *[1] * (len(extents(shaped)) - 2)]
-                x, weight = self._reshape(x, extents(shaped)), self._reshape(weight, spread)
-            affine = self._emit(ops.affine, x, weight, bias)
+            fixed = self._emit(ops.coefficient, factor)
+            affine = self._emit(ops.affine, layer, fixed, arguments(shift)[1], axis)
         self._replace(shift, affine)
 
     # -- emitting ---------------------------------------------------------------------------------
