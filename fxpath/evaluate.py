@@ -1,23 +1,28 @@
-"""One run of a lifted graph: the norm, its range, and its gradient; eager or compiled."""
+"""One run of a lowered graph: the norm, its range, and the shares; eager or compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import is_fake
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxpath import adjoints, ops
 from fxpath.interpret import PathNorm, Total
+from fxpath.schema import arguments, target
 
-__all__ = ["Compiled", "Run", "evaluate"]
+__all__ = ["Compiled", "Run", "coordinates", "evaluate", "score_shapes"]
 
-
-#: Entries from which on a gradient's memory is worth being used again.
-LARGE = 1 << 16
+#: For the whole graph Inductor has nothing to generate: every step is an operator of its own.  On
+#: ResNet-18 its wrapper ran slower, after 20 s of compiling instead of 3.  What profits from
+#: generated code, a sweep over a large weight, asks for it itself (:mod:`fxpath.kernels`).
+BACKEND = "eager"
 
 
 @dataclass
@@ -26,72 +31,98 @@ class Run:
 
     Attributes:
         total: ||Phi||_q^q.
-        smallest: smallest ratio of a non-zero entry to the largest one of its tensor, 0-d float64.
-        zeros: entries that came out as zero, 0-d int64.
-        shares: share of path mass through each coordinate, by name.
-        leaves: |theta|^q as it was used, by name, one for each use.
+        smallest: smallest entry of any tensor, before scaling; 0-d float64.
+        mass: largest sum of a gradient of log ||Phi||_q^q; 0-d float64, ``None`` without scores.
     """
 
     total: Total
     smallest: Tensor
-    zeros: Tensor
-    shares: dict[str, Tensor]
-    leaves: dict[str, list[Tensor]]
-
-    def finite(self) -> bool:
-        """Whether every share is a number: a gradient through a dead neuron can overflow."""
-        return all(bool(share.sum().isfinite()) for share in self.shares.values())
+    mass: Tensor | None
 
 
 def evaluate(
-    module: fx.GraphModule,
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    q: float,
-    scores: bool,
+    norm: PathNorm, tensors: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None
 ) -> Run:
-    """Run a lifted graph eagerly, with shares if ``scores``."""
+    """Run a lowered graph; the shares of path mass (14) are written into ``scores``."""
     # Only the leaves are differentiated: nothing has to be recorded between them and the model.
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
-    return _evaluate(PathNorm(module, dtype, q, leaves=True), detached, scores)
+    with torch.set_grad_enabled(scores is not None):
+        total: Total = norm.run(detached, scores)
+        smallest = adjoints.run.least(norm.watch.scales)
+        if scores is None:
+            return Run(total, smallest, None)
+        _share(norm, total, scores)
+    found = Total(total.mantissa.detach(), total.scale)
+    return Run(found, smallest, adjoints.run.most(norm.watch.masses))
 
 
-def _evaluate(run: PathNorm, tensors: Mapping[str, Tensor], scores: bool) -> Run:
-    with torch.set_grad_enabled(scores):
-        total: Total = run.run(tensors)
-        log = total.log()
-        leaves = run.leaves or {}
-        shares = _shares(log, leaves) if scores else {}
-    detached = Total(total.mantissa.detach(), total.exponent)
-    return Run(detached, run.smallest(), run.zeros(), shares, leaves)
-
-
-def _shares(log: Tensor, leaves: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+def _share(norm: PathNorm, total: Total, scores: Mapping[str, Tensor]) -> None:
     """Leaf * d log / d leaf (14), summed over the uses of a coordinate."""
-    flat = [leaf for uses in leaves.values() for leaf in uses]
-    if not log.requires_grad:
-        return {name: torch.zeros_like(uses[0]) for name, uses in leaves.items()}
-    grads = iter(torch.autograd.grad(log, flat, allow_unused=True))
-    shares: dict[str, Tensor] = {}
-    written: set[int] = set()
-    for name, uses in leaves.items():
-        for leaf in uses:
-            grad = next(grads)
-            share = torch.zeros_like(leaf) if grad is None else _times(grad, leaf, written)
-            shares[name] = shares[name] + share if name in shares else share
-    return shares
+    leaves = [leaf for _, leaf in norm.leaves]
+    grads: Sequence[Tensor | None] = [None] * len(leaves)
+    if total.mantissa.requires_grad:
+        seed = adjoints.run.inverse(total.mantissa.detach())
+        # What is streamed writes its scores while this runs.
+        _, *grads = torch.autograd.grad(
+            total.mantissa, [norm.anchor, *leaves], seed, allow_unused=True
+        )
+    written: set[str] = set()
+    with torch.no_grad():
+        for (name, leaf), grad in zip(norm.leaves, grads, strict=True):
+            out = scores[name]
+            if name in written and grad is not None:
+                adjoints.run.plus_(out, leaf.detach(), grad)
+            elif name not in written:
+                # The first use has its leaf where its scores go.
+                if grad is None:
+                    adjoints.run.clear_(out)
+                else:
+                    adjoints.run.times_(out, grad)
+            written.add(name)
 
 
-def _times(grad: Tensor, leaf: Tensor, written: set[int]) -> Tensor:
-    """``grad * leaf``, in the gradient's own memory where that is large and nobody else's."""
-    # Autograd hands the same tensor to both terms of a sum; while tracing there is no memory.
-    if grad.numel() < LARGE or not grad.is_contiguous() or is_fake(grad):
-        return grad * leaf.detach()
-    address = grad.untyped_storage().data_ptr()
-    if address in written or grad.untyped_storage().nbytes() != grad.nbytes:
-        return grad * leaf.detach()
-    written.add(address)
-    return grad.mul_(leaf.detach())
+def score_shapes(module: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """Coordinate name -> shape."""
+    return {
+        str(arguments(node)[1]): tuple(node.meta["val"].shape)
+        for node in module.graph.nodes
+        if node.target is ops.coordinate
+    }
+
+
+def coordinates(
+    module: fx.GraphModule, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Entries of the effective parameter vector theta, one array after the other."""
+    for node in module.graph.nodes:
+        if node.target is ops.coordinate:
+            yield str(arguments(node)[1]), _value(module, arguments(node)[0], tensors)
+
+
+def _value(module: fx.GraphModule, node: fx.Node, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A value that is computed from the model's tensors alone."""
+    if node.op == "placeholder":
+        return tensors[str(node.target)].detach()
+    if node.op == "get_attr":
+        return module.get_buffer(str(node.target))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _value(module, n, tensors))
+    found: Tensor = target(node)(*args, **kwargs)
+    return found
+
+
+def _can_generate() -> bool:
+    """Whether Inductor finds a C++ compiler; one line says so if not."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        warnings.warn(
+            "no C++ compiler found, so nothing is generated and large linear layers run eagerly: "
+            "install g++ or clang, or set CXX",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 class Compiled:
@@ -99,32 +130,54 @@ class Compiled:
 
     def __init__(self, module: fx.GraphModule, dtype: torch.dtype, q: float) -> None:
         """Nothing is compiled before the first call."""
-        self._module, self._dtype, self._q = module, dtype, q
-        self._compiled: dict[bool, tuple[Callable[..., Any], list[str]]] = {}
+        self._norm = PathNorm(module, dtype, q)
+        self._norm.generated = _can_generate()
+        self._compiled: dict[bool, Callable[..., Any]] = {}
 
-    def __call__(self, tensors: Mapping[str, Tensor], scores: bool) -> Run:
-        """Run, with shares if ``scores``."""
+    def __call__(self, tensors: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None) -> Run:
+        """Run; the shares of path mass (14) are written into ``scores``."""
         values = [tensor.detach() for tensor in tensors.values()]
-        if scores not in self._compiled:
-            self._compiled[scores] = self._trace(list(tensors), values, scores)
-        function, names = self._compiled[scores]
-        mantissa, exponent, smallest, zeros, *shares = function(*values)
-        return Run(
-            Total(mantissa, exponent), smallest, zeros, dict(zip(names, shares, strict=True)), {}
-        )
+        buffers = [] if scores is None else list(scores.values())
+        if (scores is None) not in self._compiled:
+            names = None if scores is None else list(scores)
+            traced = self._trace(list(tensors), values, names, buffers)
+            self._compiled[scores is None] = torch.compile(
+                traced, fullgraph=True, dynamic=False, backend=BACKEND
+            )
+        with torch.no_grad():
+            found = self._compiled[scores is None](*values, *buffers)
+        mantissa, scale, smallest, *mass = found
+        return Run(Total(mantissa, scale), smallest, mass[0] if mass else None)
 
     def _trace(
-        self, keys: list[str], values: list[Tensor], scores: bool
-    ) -> tuple[Callable[..., Any], list[str]]:
-        names: list[str] = []
-        # Made before tracing, so that its constants are the graph's, in their final number format.
-        norm = PathNorm(self._module, self._dtype, self._q, leaves=True)
-
+        self,
+        keys: list[str],
+        values: list[Tensor],
+        names: list[str] | None,
+        buffers: list[Tensor],
+    ) -> fx.GraphModule:
         def flat(*arguments: Tensor) -> list[Tensor]:
-            run = _evaluate(norm, dict(zip(keys, arguments, strict=True)), scores)
-            names[:] = list(run.shares)
-            total = [run.total.mantissa, run.total.exponent]
-            return [*total, run.smallest, run.zeros, *run.shares.values()]
+            tensors = dict(zip(keys, arguments, strict=False))
+            scores = dict(zip(names, arguments[len(keys) :], strict=True)) if names else None
+            run = evaluate(self._norm, tensors, scores)
+            found = [run.total.mantissa, run.total.scale, run.smallest]
+            return found if run.mass is None else [*found, run.mass]
 
-        traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*values)
-        return torch.compile(traced, fullgraph=True, dynamic=False), names
+        return _tidy(
+            make_fx(flat, _allow_non_fake_inputs=True, tracing_mode="fake")(*values, *buffers)
+        )
+
+
+def _tidy(traced: fx.GraphModule) -> fx.GraphModule:
+    """Leave nothing to generate code for, and nothing that only autograd needed."""
+    aten = torch.ops.aten
+    for node in traced.graph.nodes:
+        if node.target in (aten.alias.default, aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.add.Tensor and len(node.all_input_nodes) == 2:
+            a, b = (n.meta["val"] for n in node.all_input_nodes)
+            if a.shape == b.shape and a.dtype == b.dtype and not node.kwargs:
+                node.target = adjoints.run.sum_of.default
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced

@@ -1,22 +1,24 @@
 """Interpretations of a lifted graph: what each of its operations does to a value.
 
 :class:`Interpretation` walks the graph and names what has to be said; :class:`PathNorm` says it for
-the path-norm with a running scale, :class:`Support` for the pattern of non-zero entries.
+the path-norm with a running scale.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
+from fxpath import adjoints, ops
+from fxpath.schema import arguments
 
-__all__ = ["Interpretation", "PathNorm", "Scaled", "Support", "Total", "power"]
+__all__ = ["Interpretation", "PathNorm", "Scaled", "Total", "Watch", "power"]
 
 
 def power(value: Tensor, q: float) -> Tensor:
@@ -102,51 +104,88 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 @dataclass(frozen=True)
 class Scaled:
-    """The tensor ``mantissa * 2 ** exponent``; ``exponent`` is a 0-d int32 tensor."""
+    """The tensor ``mantissa * 2 ** scale[0]``; scales are 1-d float64 tensors on the CPU."""
 
     mantissa: Tensor
-    exponent: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)
 class Total:
-    """``||Phi||_q^q = mantissa * 2 ** exponent``; 0-d tensors, float64 and int32."""
+    """``||Phi||_q^q = mantissa * 2 ** scale[0]``; float64 tensors on the CPU."""
 
     mantissa: Tensor
-    exponent: Tensor
+    scale: Tensor
 
     def log(self) -> Tensor:
         """Natural logarithm, 0-d float64; -inf with gradient 0 where the norm is 0."""
         # The logarithm of 0 is replaced before it is taken, so that its gradient is not NaN.
         empty = self.mantissa == 0
         log = torch.where(empty, torch.ones_like(self.mantissa), self.mantissa).log()
-        log = log + self.exponent.double() * math.log(2)
+        log = log + self.scale[0] * math.log(2)
         return torch.where(empty, torch.full_like(log, -math.inf), log)
 
 
-@dataclass
-class Range:
-    """What a run saw of its own range, to tell whether a number format sufficed."""
+@dataclass(frozen=True)
+class Streamed:
+    """Entries of theta that the one operation that reads them lifts block by block."""
 
-    smallest: list[Tensor] = field(default_factory=list)
-    zeros: list[Tensor] = field(default_factory=list)
+    value: Tensor
+    name: str
+
+
+@dataclass
+class Watch:
+    """What a run saw of its own range, to tell whether a number format sufficed.
+
+    A sum of products loses at most its number of terms times the format's smallest number t to
+    underflow.  Without gradients this is harmless where the smallest entry of every tensor (kept in
+    ``scales``) is far above t.  With gradients it is harmless where t times the sum of the gradient
+    (``masses``), which is the part of the path-norm that may be lost, is far below 1: small or zero
+    entries that nothing blows up again do not count.
+    """
+
+    scales: list[Tensor] = field(default_factory=list)
+    masses: list[Tensor] = field(default_factory=list)
 
 
 class PathNorm(Interpretation):
-    """log ||Phi(theta)||_q^q, with a running power-of-two scale in every tensor.
+    """||Phi(theta)||_q^q, with a running power-of-two scale in every tensor.
 
-    The scales are constants for differentiation.  With ``leaves`` the entries of theta are
-    collected as leaves of the autograd graph, so that ``leaf * grad(log norm, leaf)`` are the
-    shares (14).
+    The scales are constants for differentiation.  Three kinds of runs:
+
+    - ``live``: plain differentiable tensors all the way to the model's parameters;
+    - with ``scores``: entries of theta are leaves, and what becomes of ``scores`` once the total is
+      differentiated are the shares (14): see :meth:`leaves`;
+    - neither: the norm alone.
+
+    Attributes:
+        generated: whether large linear layers may run through generated code.
     """
 
-    def __init__(
-        self, module: fx.GraphModule, dtype: torch.dtype, q: float = 1.0, leaves: bool = False
-    ) -> None:
-        """See :class:`Interpretation`; ``leaves`` asks for leaves instead of live parameters."""
-        super().__init__(module, dtype, q)
-        self.leaves: dict[str, list[Tensor]] | None = {} if leaves else None
-        self.range = Range()
+    generated = False
+
+    def run(
+        self,
+        tensors: Mapping[str, Tensor],
+        scores: Mapping[str, Tensor] | None = None,
+        live: bool = False,
+    ) -> Any:
+        """Evaluate; see :class:`Interpretation`.
+
+        Args:
+            tensors: the model's tensors by the names of the graph's placeholders.
+            scores: for every coordinate of theta a tensor of this run's number format.
+            live: whether to keep the tensors' own autograd history.
+        """
+        self.live, self.scores = live, scores
+        self.watch = Watch()
+        self.leaves: list[tuple[str, Tensor]] = []
+        self.anchor = adjoints.run.filled([], 0.0, self.dtype, torch.device("cpu"))
+        self.anchor.requires_grad_(scores is not None)
+        self._zero = torch.zeros(1, dtype=torch.float64)
+        self._streamed = set() if live else _streamable(self.module.graph)
+        return super().run(tensors)
 
     def is_activation(self, value: Any) -> bool:
         return isinstance(value, Scaled)
@@ -155,154 +194,199 @@ class PathNorm(Interpretation):
 
     def power(self, value: Tensor) -> Tensor:
         """``|value| ** q`` in the number format of this run."""
-        return power(value.to(self.dtype), self.q)
+        if self.live:
+            return power(value.to(self.dtype), self.q)
+        lifted: Tensor = adjoints.run.lifted(value, self.dtype, self.q)
+        return lifted
+
+    def normalizer(self, gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
+        return (ops if self.live else adjoints.run).normalizer(gamma, var, eps)
+
+    def folded_bias(
+        self, bias: Tensor | None, factor: Tensor, beta: Tensor | None, mean: Tensor
+    ) -> Tensor:
+        return (ops if self.live else adjoints.run).folded_bias(bias, factor, beta, mean)
 
     def folded_weight(self, weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
         return ops.folded_weight(weight.to(self.dtype), factor, axis, groups)
 
-    def coordinate(self, value: Tensor, name: str) -> Tensor:
-        """Entries of theta."""
-        lifted = self.power(value)
-        if self.leaves is not None:
-            lifted = lifted.detach().requires_grad_()
-            self.leaves.setdefault(name, []).append(lifted)
-        return lifted
+    def coordinate(self, value: Tensor, name: str) -> Tensor | Streamed:
+        """Entries of theta: a leaf of its own for each use, or left to the operation that reads."""
+        if self.node in self._streamed:
+            return Streamed(value, name)
+        if self.scores is None:
+            return self.power(value)
+        if any(known == name for known, _ in self.leaves):
+            leaf = self.power(value)
+        else:
+            # The first use keeps its leaf where its scores will be.
+            adjoints.run.lift_(self.scores[name], value, self.q)
+            leaf = self.scores[name]
+        leaf = leaf.detach().requires_grad_()
+        self.leaves.append((name, leaf))
+        return leaf
 
     def coefficient(self, value: Tensor) -> Tensor:
-        """Architecture: no leaf."""
+        """Coefficients of the architecture."""
         return self.power(value)
 
     # -- activations ------------------------------------------------------------------------------
 
-    def rescale(self, mantissa: Tensor, exponent: Tensor) -> Scaled:
-        """Bring the largest entry of a new tensor into [0.5, 1), and note its range."""
-        values = mantissa.detach()
-        largest = values.amax()
-        occupied = torch.where(values > 0, values, torch.inf)
-        self.range.smallest.append((occupied.amin() / largest).double())
-        self.range.zeros.append((values <= 0).sum())
-        step = self._magnitude(largest)
-        return Scaled(mantissa * torch.exp2(-step.to(self.dtype)), exponent + step)
+    def settle(
+        self,
+        values: Sequence[Scaled],
+        dim: int | None = None,
+        weight: Tensor | None = None,
+        axis: int = 0,
+    ) -> Scaled:
+        """Bring values to a common scale, their largest entry into [0.5, 1), and add or join them.
 
-    def _magnitude(self, largest: Tensor) -> Tensor:
-        """Exponent of a number, as far as one power of two in this format can undo it."""
-        limit = 1000 if self.dtype == torch.float64 else 120
-        return torch.frexp(largest)[1].clamp(-limit, limit)
+        ``weight``, coefficients along ``axis``, is multiplied with the first one.
+        """
+        scales, mantissas = [v.scale for v in values], [v.mantissa for v in values]
+        if self.live:
+            if weight is not None:
+                mantissas[0] = mantissas[0] * ops.beside(weight, mantissas[0], axis)
+            detached = [m.detach() for m in mantissas]
+            _, scale = adjoints.run.settle(detached, scales, None, 0, dim)
+            terms = [m * float(f) for m, f in zip(mantissas, scale[2:], strict=True)]
+            settled = sum(terms[1:], terms[0]) if dim is None else torch.cat(terms, dim)
+        else:
+            masses = self.watch.masses
+            settled, scale = adjoints.Settle.apply(masses, scales, weight, axis, dim, *mantissas)
+        self.watch.scales.append(scale)
+        return Scaled(settled, scale)
 
-    def align(self, values: list[Scaled]) -> tuple[list[Tensor], Tensor]:
-        """Mantissas of several tensors at their largest common exponent; all-zero ones adapt."""
-        largest = [v.mantissa.detach().amax() for v in values]
-        tops = torch.stack(
-            [v.exponent + self._magnitude(a) for v, a in zip(values, largest, strict=True)]
-        )
-        occupied = torch.stack(largest) > 0
-        common = torch.where(occupied, tops, torch.full_like(tops, -(1 << 30))).amax()
-        common = torch.where(occupied.any(), common, torch.zeros_like(common))
-        exponents = torch.stack([v.exponent for v in values])
-        limit = 1000 if self.dtype == torch.float64 else 120
-        factors = torch.exp2((exponents - common).clamp(-2 * limit, limit).to(self.dtype))
-        return [v.mantissa * factors[i] for i, v in enumerate(values)], common
+    def _unscaled(self, value: Tensor) -> Scaled:
+        return Scaled(value, self._zero)
 
-    def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=torch.int32, device=self.device)
+    def _filled(self, shape: Sequence[int], value: float) -> Tensor:
+        filled: Tensor = adjoints.run.filled(list(shape), value, self.dtype, self.device)
+        return filled
 
-    def _weighed(self, mantissa: Tensor, exponent: Tensor) -> Scaled:
+    def _weighed(self, mantissa: Tensor, scale: Tensor) -> Scaled:
         """A new weighted sum; where only biases are added next, the scale is taken after them."""
-        if all(user.target is ops.shift for user in self.node.users):
-            return Scaled(mantissa, exponent)
-        return self.rescale(mantissa, exponent)
+        value = Scaled(mantissa, scale)
+        if all(user.target in (ops.shift, ops.affine) for user in self.node.users):
+            return value
+        return self.settle([value])
 
     def source(self, shape: list[int]) -> Scaled:
-        return Scaled(torch.ones(tuple(shape), dtype=self.dtype, device=self.device), self._zero())
+        return self._unscaled(self._filled(shape, 1.0))
 
     def constant(self, bias: Tensor) -> Scaled:
-        return self.rescale(bias, self._zero())
+        return self.settle([self._unscaled(bias)])
+
+    def window(
+        self,
+        x: Scaled,
+        weight: Tensor | Streamed,
+        matrices: Sequence[Tensor | None],
+        extents: Sequence[int],
+        groups: int,
+    ) -> Scaled:
+        if isinstance(weight, Streamed):
+            y = adjoints.Window.apply(
+                *(self.anchor, x.mantissa, weight.value, self._scores_of(weight)),
+                *(matrices, extents, groups, self.q),
+            )
+        else:
+            y = ops.window(x.mantissa, weight, matrices, extents, groups)
+        return self._weighed(y, x.scale)
 
     def conv(self, x: Scaled, weight: Tensor, *spec: Any) -> Scaled:
-        return self._weighed(ops.conv(x.mantissa, weight, *spec), x.exponent)
+        return self._weighed(ops.conv(x.mantissa, weight, *spec), x.scale)
 
-    def linear(self, x: Scaled, weight: Tensor) -> Scaled:
-        return self._weighed(ops.linear(x.mantissa, weight), x.exponent)
+    def linear(self, x: Scaled, weight: Tensor | Streamed) -> Scaled:
+        if isinstance(weight, Streamed):
+            y = adjoints.Dense.apply(
+                *(self.anchor, x.mantissa, weight.value, self._scores_of(weight)),
+                *(self.q, self.generated),
+            )
+        else:
+            y = ops.linear(x.mantissa, weight)
+        return self._weighed(y, x.scale)
+
+    def _scores_of(self, weight: Streamed) -> Tensor | None:
+        return None if self.scores is None else self.scores[weight.name]
 
     def matmul(self, x: Scaled, weight: Tensor, weight_first: bool) -> Scaled:
-        return self._weighed(ops.matmul(x.mantissa, weight, weight_first), x.exponent)
+        return self._weighed(ops.matmul(x.mantissa, weight, weight_first), x.scale)
 
     def einsum(self, x: Scaled, weight: Tensor, equation: str) -> Scaled:
-        return self._weighed(ops.einsum(x.mantissa, weight, equation), x.exponent)
+        return self._weighed(ops.einsum(x.mantissa, weight, equation), x.scale)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight if self.live else adjoints.Scaled.apply(x, weight)
 
     def scale(self, x: Scaled | Tensor, weight: Tensor) -> Scaled | Tensor:
         if isinstance(x, Tensor):  # a coefficient in front of a weight
-            return x * weight
-        return self._weighed(x.mantissa * weight, x.exponent)
+            return self._product(x, weight)
+        return self._weighed(self._product(x.mantissa, weight), x.scale)
 
     def shift(self, x: Scaled, bias: Tensor) -> Scaled:
-        return self.add(x, Scaled(bias, self._zero()))
+        return self.settle([x, self._unscaled(bias)])
+
+    def affine(self, x: Scaled, weight: Tensor, bias: Tensor, axis: int) -> Scaled:
+        return self.settle([x, self._unscaled(bias)], weight=weight, axis=axis)
 
     def slope(self, x: Scaled, a: Tensor | float) -> Scaled:
         if not isinstance(a, Tensor):
-            return Scaled(x.mantissa * max(1.0, abs(a)) ** self.q, x.exponent)
-        factor = a.to(self.dtype).abs().clamp(min=1) ** self.q
-        return self.rescale(x.mantissa * factor, x.exponent)
+            factor = max(1.0, abs(a)) ** self.q
+            return x if factor == 1 else Scaled(x.mantissa * factor, x.scale)
+        factors = a.to(self.dtype).abs().clamp(min=1) ** self.q
+        return self.settle([Scaled(x.mantissa * factors, x.scale)])
 
     def along(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
-        return Scaled(ops.along(x.mantissa, dim, index, power(weight, self.q)), x.exponent)
+        return Scaled(ops.along(x.mantissa, dim, index, power(weight, self.q)), x.scale)
 
     def pool(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
         return self.along(x, dim, index, weight)
 
     def mix(self, x: Scaled | Tensor, dim: int, matrix: Tensor) -> Scaled | Tensor:
-        if isinstance(x, Tensor):  # a bias
-            return ops.mix(x, dim, matrix)
-        return Scaled(ops.mix(x.mantissa, dim, matrix), x.exponent)
+        if isinstance(x, Scaled):
+            return Scaled(self._mixed(x.mantissa, dim, matrix), x.scale)
+        return self._mixed(x, dim, matrix)  # a bias
+
+    def _mixed(self, x: Tensor, dim: int, matrix: Tensor) -> Tensor:
+        return ops.mix(x, dim, matrix) if self.live else adjoints.Mix.apply(x, dim, matrix)
 
     def add(self, x: Scaled, y: Scaled) -> Scaled:
-        (a, b), exponent = self.align([x, y])
-        return self.rescale(a + b, exponent)
+        return self.settle([x, y])
 
     def maximum(self, x: Scaled, y: Scaled) -> Scaled:
         return self.add(x, y)
 
     def clamp(self, x: Scaled, lo: float, hi: float) -> Scaled:
         bounds = sum(float(b != 0) if self.q == 0 else abs(b) ** self.q for b in (lo, hi))
-        return self.shift(x, torch.full((), bounds, dtype=self.dtype, device=self.device))
+        return self.shift(x, self._filled([], float(bounds)))
 
     def move(self, target: Callable[..., Tensor], *args: Any) -> Scaled:
         if isinstance(args[0], Scaled):
-            return Scaled(target(args[0].mantissa, *args[1:]), args[0].exponent)
-        pieces, exponent = self.align(list(args[0]))
-        return self.rescale(target(pieces, *args[1:]), exponent)
+            return Scaled(target(args[0].mantissa, *args[1:]), args[0].scale)
+        pieces: list[Scaled] = list(args[0])
+        return self.settle(pieces, int(args[1]) % pieces[0].mantissa.dim())
 
     def total(self, outputs: list[Scaled]) -> Total:
         """The sum over all output neurons."""
-        sums = [self.rescale(x.mantissa.sum(), x.exponent) for x in outputs]
-        mantissas, exponent = self.align(sums)
-        return Total(torch.stack(mantissas).double().sum(), exponent)
-
-    # -- range ------------------------------------------------------------------------------------
-
-    def smallest(self) -> Tensor:
-        """Smallest ratio of a non-zero entry to the largest one in its tensor; 0-d float64."""
-        return torch.stack(self.range.smallest).amin()
-
-    def zeros(self) -> Tensor:
-        """Number of entries that came out as zero, over all tensors; 0-d int64."""
-        return torch.stack(self.range.zeros).sum()
+        mantissas, scales = [x.mantissa for x in outputs], [x.scale for x in outputs]
+        if not self.live:
+            return Total(*adjoints.Sum.apply(scales, *mantissas))
+        _, scale = adjoints.run.total([m.detach() for m in mantissas], scales)
+        sums = [
+            m.double().sum().cpu() * float(f) for m, f in zip(mantissas, scale[2:], strict=True)
+        ]
+        return Total(sum(sums[1:], sums[0]), scale)
 
 
-class Support(PathNorm):
-    """The pattern of non-zero entries: which neurons some non-zero path reaches.
-
-    Its count of zeros is the one that exact arithmetic has, so that a larger count in a run of
-    :class:`PathNorm` tells that something underflowed.
-    """
-
-    def power(self, value: Tensor) -> Tensor:
-        return (value != 0).to(self.dtype)
-
-    def rescale(self, mantissa: Tensor, exponent: Tensor) -> Scaled:
-        self.range.smallest.append(torch.ones((), dtype=torch.float64, device=self.device))
-        self.range.zeros.append((mantissa <= 0).sum())
-        return Scaled((mantissa > 0).to(self.dtype), self._zero())
-
-    def align(self, values: list[Scaled]) -> tuple[list[Tensor], Tensor]:
-        return [value.mantissa for value in values], self._zero()
+def _streamable(graph: fx.Graph) -> set[fx.Node]:
+    """Coordinates that one linear map or window alone reads, and that have their name alone."""
+    coordinates = [node for node in graph.nodes if node.target is ops.coordinate]
+    uses = Counter(arguments(node)[1] for node in coordinates)
+    return {
+        node
+        for node in coordinates
+        if len(node.users) == 1
+        and next(iter(node.users)).target in (ops.linear, ops.window)
+        and uses[arguments(node)[1]] == 1
+    }

@@ -12,6 +12,7 @@ lifted graph under their own name: they do the same to every kind of value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 __all__ = [
     "add",
+    "affine",
     "along",
     "clamp",
     "coefficient",
@@ -39,6 +41,7 @@ __all__ = [
     "slope",
     "source",
     "total",
+    "window",
 ]
 
 
@@ -119,6 +122,84 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight.to(x.dtype))
 
 
+def window(
+    x: Tensor,
+    weight: Tensor,
+    matrices: Sequence[Tensor | None],
+    extents: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution whose taps read ``x`` through matrices ``[taps, out, in]``.
+
+    There is one for each spatial axis, or one for all positions together; ``extents`` are those of
+    the result.  The matrices hold fixed coefficients, already raised to the exponent q.  ``None``
+    reads an axis as it is, with one tap.
+    """
+    y = grouped(weight.to(x.dtype).reshape(len(weight), -1), columns(x, matrices), groups)
+    return y.reshape(len(weight), len(x), *extents).transpose(0, 1)
+
+
+def grouped(weight: Tensor, columns_: Tensor, groups: int) -> Tensor:
+    """``weight @ columns`` for each group of output channels and its input channels."""
+    if groups == 1:
+        return weight @ columns_
+    split = columns_.reshape(groups, -1, columns_.shape[1])
+    y = torch.bmm(weight.reshape(groups, -1, weight.shape[1]), split)
+    return y.reshape(len(weight), columns_.shape[1])
+
+
+def columns(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """What each tap reads at each output position: ``[channels * taps, batch * positions]``.
+
+    Entries are ordered as in a kernel: channel, then taps axis by axis.
+    """
+    batch, channels, *_ = x.shape
+    sizes = _positions(x.shape, matrices)
+    y = x.transpose(0, 1).reshape(batch * channels, *sizes)
+    shapes = [_tapped(n, m) for n, m in zip(sizes, matrices, strict=True)]
+    for axis in reversed(range(len(sizes))):
+        matrix = matrices[axis]
+        if matrix is not None:
+            y = mix(y, 1 + axis, matrix.reshape(-1, sizes[axis]).to(x.dtype))
+    split = y.reshape(channels, batch, *(n for shape in shapes for n in shape))
+    taps, positions = _interleaved(len(sizes))
+    merged = split.permute(0, *taps, 1, *positions)
+    count = math.prod(k for k, _ in shapes)
+    return merged.reshape(channels * count, -1)
+
+
+def uncolumns(grad: Tensor, shape: Sequence[int], matrices: Sequence[Tensor | None]) -> Tensor:
+    """The transpose of :func:`columns`: from its result's shape back to ``shape``."""
+    batch, channels, *extents = shape
+    sizes = _positions(shape, matrices)
+    shapes = [_tapped(n, m) for n, m in zip(sizes, matrices, strict=True)]
+    split = grad.reshape(channels, *(k for k, _ in shapes), batch, *(o for _, o in shapes))
+    order = [1 + len(sizes)]
+    for axis in range(len(sizes)):
+        order += [1 + axis, 2 + len(sizes) + axis]
+    y = split.permute(0, *order).reshape(channels * batch, *(k * o for k, o in shapes))
+    for axis in range(len(sizes)):
+        matrix = matrices[axis]
+        if matrix is not None:
+            y = mix(y, 1 + axis, matrix.reshape(-1, sizes[axis]).to(grad.dtype).T)
+    return y.reshape(channels, batch, *extents).transpose(0, 1)
+
+
+def _positions(shape: Sequence[int], matrices: Sequence[Tensor | None]) -> list[int]:
+    """Spatial extents, all in one where one matrix reads all positions."""
+    return list(shape[2:]) if len(matrices) == len(shape) - 2 else [math.prod(shape[2:])]
+
+
+def _tapped(size: int, matrix: Tensor | None) -> tuple[int, int]:
+    """Taps and output positions of one axis."""
+    return (1, size) if matrix is None else (matrix.shape[0], matrix.shape[1])
+
+
+def _interleaved(axes: int) -> tuple[list[int], list[int]]:
+    """Where taps and positions stand in ``[channels, batch, taps, positions, taps, ...]``."""
+    return [2 + 2 * axis for axis in range(axes)], [3 + 2 * axis for axis in range(axes)]
+
+
 def matmul(x: Tensor, weight: Tensor, weight_first: bool) -> Tensor:
     """``weight @ x`` if ``weight_first``, else ``x @ weight``."""
     weight = weight.to(x.dtype)
@@ -138,6 +219,18 @@ def scale(x: Tensor, weight: Tensor) -> Tensor:
 def shift(x: Tensor, bias: Tensor) -> Tensor:
     """Biases: ``x + bias`` with broadcasting."""
     return x + bias.to(x.dtype)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor, axis: int) -> Tensor:
+    """:func:`scale` by a weight for each position along ``axis``, then :func:`shift`."""
+    return shift(scale(x, beside(weight, x, axis)), bias)
+
+
+def beside(weight: Tensor, x: Tensor, axis: int) -> Tensor:
+    """A 1-d weight shaped to broadcast along one axis of ``x``."""
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return weight.reshape(shape)
 
 
 def slope(x: Tensor, a: Tensor | float) -> Tensor:
@@ -180,13 +273,14 @@ def mix(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
     """A fixed map along one axis as a matrix ``[out, in]``, already raised to the exponent q."""
     if not 0 <= dim < x.dim():
         raise IndexError(f"axis {dim} of a tensor with {x.dim()}")
-    shape = x.shape
-    # As a plain product of two matrices: a broadcast operand would become a batched one over
-    # clones.
-    if dim == x.dim() - 1:
-        mixed = x.reshape(-1, shape[dim]) @ matrix.to(x.dtype).T
-        return mixed.reshape(*shape[:-1], matrix.shape[0])
-    return mix(x.movedim(dim, -1), x.dim() - 1, matrix).movedim(-1, dim)
+    shape = (*x.shape[:dim], matrix.shape[0], *x.shape[dim + 1 :])
+    matrix = matrix.to(x.dtype)
+    before, after = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+    if after == 1:
+        return (x.reshape(before, -1) @ matrix.T).reshape(shape)
+    if before == 1:
+        return (matrix @ x.reshape(-1, after)).reshape(shape)
+    return torch.bmm(matrix.expand(before, -1, -1), x.reshape(before, -1, after)).reshape(shape)
 
 
 #: Entries up to which a map along an axis is applied as a dense matrix.

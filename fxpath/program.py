@@ -12,19 +12,26 @@ from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.capture import Captured, Model, capture, check_finite
-from fxpath.evaluate import Compiled, Run, evaluate
-from fxpath.interpret import PathNorm, Support, Total
+from fxpath.evaluate import Compiled, Run, coordinates, evaluate, score_shapes
+from fxpath.interpret import PathNorm, Total
+from fxpath.kernels import least
 from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
+from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
 from fxpath.schema import arguments
 from fxpath.sizes import SizeRow, sizes
 
 __all__ = ["Evaluation", "PathProgram", "build"]
 
-#: Entries of one tensor that are this much smaller than its largest one are trusted to the format.
-SPAN = {torch.float32: 1e-30, torch.float64: 1e-290}
+#: Entries of new tensors that are at least so large lost no digit to underflow, which is below
+#: 2^-126 (2^-1022) for each of at most some 2^17 terms of a sum.
+SMALLEST = {torch.float32: 2.0**-85, torch.float64: 2.0**-900}
+
+#: Sums of gradients up to which the part of the norm that was lost to underflow is below the last
+#: digit.
+MASS = {torch.float32: 2.0**85, torch.float64: 2.0**900}
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class PathProgram:
             ``fxpath.ops``; it prints, lints, and called on the model's tensors returns the
             path-norm without care for range.
         lifted: the same at full resolution, before the spatial reduction.
+        reduced: the same after it, before each layer is lowered to what computes it fastest.
         dtype: number format of the evaluation; float64 takes over where float32 cannot hold the
             span of one tensor.
         q: exponent of the path-norm.
@@ -117,8 +125,8 @@ class PathProgram:
         """Programs are made by :func:`fxpath.compile`."""
         self.captured = captured
         self.lifted = lifted
-        self.reduced = reduced
-        self.graph_module = reduce(lifted, q) if reduced else lifted
+        self.reduced = reduce(lifted, q) if reduced else lifted
+        self.graph_module = lower(self.reduced)
         self.dtype = dtype if q == 1 else torch.float64
         self.q = q
         self._compiled = Compiled(self.graph_module, self.dtype, q) if compiled else None
@@ -145,9 +153,10 @@ class PathProgram:
             FloatingPointError: if float64 does not suffice.
         """
         for dtype in self._formats():
-            run = PathNorm(self.graph_module, dtype, self.q)
-            total: Total = run.run(self.captured.live())
-            if self._healthy(dtype, total, run.smallest(), run.zeros()):
+            norm = PathNorm(self.graph_module, dtype, self.q)
+            total: Total = norm.run(self.captured.live(), live=True)
+            run = Run(total, least(norm.watch.scales), None)
+            if self._healthy(dtype, run):
                 return total.log() / (self.q or 1)
         raise self._failure()
 
@@ -164,12 +173,13 @@ class PathProgram:
         Raises:
             ValueError: if ``out`` has other names or shapes than the scores.
         """
-        shares = self.evaluate(scores=True).shares
         if out is None:
-            return shares
-        _check_buffers(out, shares)
+            return self.evaluate(scores=True).shares
+        _check_buffers(out, score_shapes(self.graph_module))
+        shares = self.evaluate(scores=True, out=out).shares
         for name, share in shares.items():
-            out[name].copy_(share)
+            if share is not out[name]:
+                out[name].copy_(share)
         return dict(out)
 
     @plain_mode()
@@ -183,61 +193,88 @@ class PathProgram:
             ValueError: for any other ``q``.
         """
         exponent = _exponent(q)
-        return PathProgram(self.captured, self.lifted, self.dtype, exponent, reduced=self.reduced)
+        reduced = self.reduced is not self.lifted
+        return PathProgram(self.captured, self.lifted, self.dtype, exponent, reduced=reduced)
 
     def sizes(self) -> list[SizeRow]:
         """Extents and multiply-adds of each activation, at full resolution and as kept."""
-        return sizes(self.lifted, self.graph_module)
+        return sizes(self.lifted, self.reduced)
 
     @plain_mode()
-    def evaluate(self, scores: bool, sparsity: bool = False) -> Evaluation:
+    def evaluate(
+        self, scores: bool, sparsity: bool = False, out: Mapping[str, Tensor] | None = None
+    ) -> Evaluation:
         """Run in the program's number format, or in float64 where it does not suffice.
 
         Args:
             scores: whether to differentiate.
             sparsity: whether to count the zeros of theta.
+            out: tensors that are used for the scores, where they have the right form.
 
         Raises:
             ValueError: for a NaN or infinite parameter, by name.
             FloatingPointError: if float64 does not suffice either.
         """
+        live = self.captured.live()
         for dtype in self._formats():
+            shares = self._buffers(dtype, live, out or {}) if scores else None
             if self._compiled is not None and dtype == self.dtype:
-                run = self._compiled(self.captured.live(), scores)
+                run = self._compiled(live, shares)
             else:
-                run = evaluate(self.graph_module, self.captured.live(), dtype, self.q, scores)
-            if self._healthy(dtype, run.total, run.smallest, run.zeros) and run.finite():
-                zeros = self._sparsity(run) if sparsity else {}
-                mantissa, exponent = run.total.mantissa.item(), int(run.total.exponent.item())
-                return Evaluation(mantissa, exponent, run.shares, zeros, self.q)
+                run = evaluate(PathNorm(self.graph_module, dtype, self.q), live, shares)
+            if self._healthy(dtype, run):
+                zeros = self._sparsity(live) if sparsity else {}
+                mantissa, exponent = run.total.mantissa.item(), int(run.total.scale[0])
+                found = {name: share.to(self.dtype) for name, share in (shares or {}).items()}
+                return Evaluation(mantissa, exponent, found, zeros, self.q)
         raise self._failure()
 
-    def _sparsity(self, run: Run) -> dict[str, float]:
-        """Fraction of zero entries of each coordinate array."""
-        if not run.leaves:  # a compiled run keeps no weights
-            run = evaluate(self.graph_module, self.captured.live(), self.dtype, self.q, False)
+    def _buffers(
+        self, dtype: torch.dtype, live: Mapping[str, Tensor], out: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Memory for the scores: the caller's own where it can be written as it is."""
+        device = next((t.device for t in live.values()), torch.device("cpu"))
         return {
-            name: 1 - int(torch.count_nonzero(uses[0])) / max(1, uses[0].numel())
-            for name, uses in run.leaves.items()
+            name: out[name]
+            if name in out and _writable(out[name], dtype, device)
+            else torch.empty(shape, dtype=dtype, device=device)
+            for name, shape in score_shapes(self.graph_module).items()
         }
+
+    def _sparsity(self, live: Mapping[str, Tensor]) -> dict[str, float]:
+        """Fraction of zero entries of each coordinate array, at its first use."""
+        found: dict[str, float] = {}
+        for name, value in coordinates(self.lifted, live):
+            zeros = 1 - int(torch.count_nonzero(value)) / max(1, value.numel())
+            found.setdefault(name, zeros)
+        return found
 
     # -- number formats ---------------------------------------------------------------------------
 
     def _formats(self) -> tuple[torch.dtype, ...]:
         return (self.dtype,) if self.dtype == torch.float64 else (self.dtype, torch.float64)
 
-    def _healthy(self, dtype: torch.dtype, total: Total, smallest: Tensor, zeros: Tensor) -> bool:
+    def _healthy(self, dtype: torch.dtype, run: Run) -> bool:
         """Whether nothing over- or underflowed that exact arithmetic would have kept."""
-        if not math.isfinite(total.mantissa.item()):
+        if not math.isfinite(run.total.mantissa.item()):
             return False
-        if not smallest.item() >= SPAN[dtype]:
-            return False
-        if zeros.item() == 0:
+        if run.total.mantissa.item() == 0:
+            return self._has_no_path()
+        if run.mass is not None:
+            return run.mass.item() <= MASS[dtype]
+        if run.smallest.item() >= SMALLEST[dtype]:
             return True
-        support = Support(self.graph_module, torch.float64, self.q)
-        with torch.no_grad():
-            support.run(self.captured.live())
-        return support.zeros().item() == zeros.item()
+        # Some entry is small or zero: the gradient tells whether it matters.
+        live = self.captured.live()
+        norm = PathNorm(self.graph_module, dtype, self.q)
+        checked = evaluate(norm, live, self._buffers(dtype, live, {}))
+        assert checked.mass is not None
+        return checked.mass.item() <= MASS[dtype]
+
+    def _has_no_path(self) -> bool:
+        """Whether the norm is zero, by counting paths, which cannot underflow."""
+        norm = PathNorm(self.graph_module, torch.float64, 0.0)
+        return evaluate(norm, self.captured.live(), None).total.mantissa.item() == 0
 
     def _failure(self) -> Exception:
         live = self.captured.live()
@@ -296,12 +333,20 @@ def _exponent(q: float) -> float:
     return float(q)
 
 
-def _check_buffers(out: Mapping[str, Tensor], shares: Mapping[str, Tensor]) -> None:
-    if out.keys() != shares.keys():
-        difference = sorted(out.keys() ^ shares.keys())
+def _writable(out: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    return (
+        out.dtype == dtype
+        and out.device == device
+        and out.is_contiguous()
+        and not out.requires_grad
+        and not out.is_inference()
+    )
+
+
+def _check_buffers(out: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if out.keys() != shapes.keys():
+        difference = sorted(out.keys() ^ shapes.keys())
         raise ValueError(f"out must have one tensor for each score; differs in {difference}")
-    for name, share in shares.items():
-        if out[name].shape != share.shape:
-            raise ValueError(
-                f"out[{name!r}] has shape {tuple(out[name].shape)}, its score {tuple(share.shape)}"
-            )
+    for name, shape in shapes.items():
+        if out[name].shape != shape:
+            raise ValueError(f"out[{name!r}] has shape {tuple(out[name].shape)}, its score {shape}")

@@ -1,0 +1,240 @@
+"""Operators that multiply: maps along axes, and layers that stream their weights."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fxpath import ops
+from fxpath.kernels.operator import Kernel, operator
+from fxpath.kernels.scales import sum_to
+from fxpath.kernels.weights import lift_into
+
+__all__: list[str] = []
+
+#: Entries of a weight that are lifted and used at once: 4 MB of float32 stay in the cache.
+BLOCK = 1 << 20
+
+#: Entries from which on a sweep through generated code repays its compilation.
+LARGE = 1 << 23
+
+#: Columns below which a product is taken with its operands transposed, which BLAS does faster.
+NARROW = 16
+
+
+# -- maps along axes -------------------------------------------------------------------------------
+
+
+def _fake_mix(x: Tensor, dim: int, matrix: Tensor, transposed: bool) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = matrix.shape[int(transposed)]
+    return x.new_empty(shape)
+
+
+@operator("mix(Tensor x, int dim, Tensor matrix, bool transposed) -> Tensor", _fake_mix)
+def mix(x: Tensor, dim: int, matrix: Tensor, transposed: bool) -> Tensor:
+    """See :func:`fxpath.ops.mix`."""
+    return ops.mix(x, dim, matrix.T if transposed else matrix).contiguous()
+
+
+@operator(
+    "scaled(Tensor x, Tensor weight) -> Tensor",
+    lambda x, weight: x.new_empty(torch.broadcast_shapes(x.shape, weight.shape)),
+)
+def scaled(x: Tensor, weight: Tensor) -> Tensor:
+    """``x * weight`` with broadcasting."""
+    return x * weight
+
+
+@operator(
+    "scaled_backward(Tensor grad, Tensor x, Tensor other) -> Tensor",
+    lambda grad, x, other: torch.empty_like(x),
+)
+def scaled_backward(grad: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """Gradient of either factor of :func:`scaled`, the first one here."""
+    product = sum_to(grad * other, x)
+    # An operator must not return its argument.
+    return product.clone() if product is grad else product
+
+
+# -- weighted sums ---------------------------------------------------------------------------------
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Blocks of rows that stay in the cache of a CPU; elsewhere all at once."""
+    rows, columns = weight.shape
+    step = max(1, BLOCK // max(1, columns)) if weight.device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def _scratch(weight: Tensor, like: Tensor) -> Tensor:
+    """Memory for the largest block of a weight."""
+    sizes = [(rows.stop - rows.start) * weight.shape[1] for rows in _blocks(weight)]
+    return like.new_empty(max(sizes, default=0))
+
+
+def _forward(weight: Tensor, columns: Tensor, q: float) -> Tensor:
+    """``|weight| ** q @ columns``, block by block.
+
+    Shapes ``[outputs, inputs]`` and ``[inputs, positions]``.
+    """
+    y = columns.new_empty(weight.shape[0], columns.shape[1])
+    scratch = _scratch(weight, columns)
+    narrow = columns.T.contiguous() if columns.shape[1] < NARROW else None
+    for rows in _blocks(weight):
+        part = weight[rows]
+        block = lift_into(scratch[: part.numel()].view(part.shape), part, q)
+        if narrow is None:
+            torch.mm(block, columns, out=y[rows])
+        elif len(narrow) == 1:
+            torch.mv(block, narrow[0], out=y[rows, 0])
+        else:
+            y[rows] = torch.mm(narrow, block.T).T
+    return y
+
+
+def _backward(
+    grad: Tensor, columns: Tensor, weight: Tensor, out: Tensor, q: float, needed: bool
+) -> Tensor:
+    """Gradient of the columns (empty unless needed), and in ``out`` the scores of the weight.
+
+    Shapes ``[outputs, positions]``, ``[inputs, positions]`` and twice ``[outputs, inputs]``.
+    """
+    narrow = columns.shape[1] < NARROW
+    result = columns.new_zeros(columns.T.shape if narrow else columns.shape)
+    scratch = _scratch(weight, columns)
+    for rows in _blocks(weight):
+        g, block = grad[rows], lift_into(out[rows], weight[rows], q)
+        if not needed:
+            pass
+        elif len(result) == 1 and narrow:
+            result[0].addmv_(block.T, g[:, 0])
+        else:
+            result.addmm_(*((g.T, block) if narrow else (block.T, g)))
+        if columns.shape[1] == 1:
+            block.mul_(g).mul_(columns[:, 0])
+        else:
+            product = scratch[: block.numel()].view(block.shape)
+            block.mul_(torch.mm(g, columns.T, out=product))
+    return result.T.contiguous() if narrow else result
+
+
+def _dot(weight: Tensor, x: Tensor) -> Tensor:
+    return (weight.abs() * x).sum(-1)
+
+
+@functools.cache
+def _generated_dot() -> Kernel:
+    """``|weight| @ x`` in one sweep over the weight: code that is generated once for all sizes."""
+    return torch.compile(_dot, dynamic=True, fullgraph=True)
+
+
+def _fake_dense(x: Tensor, weight: Tensor, q: float, generated: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@operator("dense(Tensor x, Tensor weight, float q, bool generated) -> Tensor", _fake_dense)
+def dense(x: Tensor, weight: Tensor, q: float, generated: bool) -> Tensor:
+    """``x @ (|weight| ** q).T``; shapes ``[..., in]`` and ``[out, in]``.
+
+    With ``generated``, a large weight that meets a single vector runs through generated code.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    plain = q == 1 and weight.dtype == x.dtype and weight.is_contiguous()
+    if generated and plain and len(flat) == 1 and weight.numel() >= LARGE:
+        return _generated_dot()(weight, flat[0]).reshape(*x.shape[:-1], -1)
+    y = _forward(weight, flat.T, q)
+    return y.T.reshape(*x.shape[:-1], weight.shape[0]).contiguous()
+
+
+@operator(
+    "dense_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) out, float q, bool needed)"
+    " -> Tensor",
+    lambda grad, x, *_: torch.empty_like(x),
+)
+def dense_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    q: float,
+    needed: bool,
+) -> Tensor:
+    """Gradient of ``x``; the scores of ``weight`` go to ``out``."""
+    flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    return _backward(g.T, flat.T, weight, out, q, needed).T.reshape(x.shape).contiguous()
+
+
+def _fake_window(
+    x: Tensor,
+    weight: Tensor,
+    matrices: Sequence[Tensor | None],
+    extents: Sequence[int],
+    groups: int,
+    q: float,
+) -> tuple[Tensor, Tensor]:
+    reads = x.shape[1] * math.prod(weight.shape[2:])
+    columns = x.new_empty(reads, x.shape[0] * math.prod(extents))
+    return x.new_empty(x.shape[0], weight.shape[0], *extents), columns
+
+
+@operator(
+    "window(Tensor x, Tensor weight, Tensor?[] matrices, int[] extents, int groups, float q)"
+    " -> (Tensor, Tensor)",
+    _fake_window,
+)
+def window(
+    x: Tensor,
+    weight: Tensor,
+    matrices: Sequence[Tensor | None],
+    extents: Sequence[int],
+    groups: int,
+    q: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fxpath.ops.window`, with ``|weight| ** q`` for the weight; and the columns."""
+    columns = ops.columns(x, matrices)
+    if all(matrix is None for matrix in matrices):
+        columns = columns.clone()  # an operator must not return its argument
+    flat = weight.reshape(weight.shape[0], -1)
+    if groups == 1:
+        y = _forward(flat, columns, q)
+    else:
+        lifted = lift_into(columns.new_empty(flat.shape), flat, q)
+        y = ops.grouped(lifted, columns, groups)
+    return y.reshape(len(weight), len(x), *extents).transpose(0, 1).contiguous(), columns
+
+
+@operator(
+    "window_backward(Tensor grad, Tensor columns, Tensor weight, Tensor(a!) out,"
+    " Tensor?[] matrices, int[] shape, int groups, float q, bool needed) -> Tensor",
+    lambda grad, columns, weight, out, matrices, shape, *_: grad.new_empty(shape),
+)
+def window_backward(
+    grad: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    matrices: Sequence[Tensor | None],
+    shape: Sequence[int],
+    groups: int,
+    q: float,
+    needed: bool,
+) -> Tensor:
+    """Gradient of the argument, of the given shape; the scores of ``weight`` go to ``out``."""
+    g = grad.transpose(0, 1).reshape(grad.shape[1], -1)
+    flat, scores = weight.reshape(len(weight), -1), out.view(len(weight), -1)
+    if groups == 1:
+        gradient = _backward(g, columns, flat, scores, q, needed)
+    else:
+        split = g.reshape(groups, -1, g.shape[1])
+        lifted = lift_into(scores, flat, q).view(groups, -1, flat.shape[1])
+        gradient = torch.bmm(lifted.transpose(1, 2), split).reshape(columns.shape)
+        lifted.mul_(torch.bmm(split, columns.reshape(groups, -1, g.shape[1]).transpose(1, 2)))
+    if not needed:
+        return grad.new_zeros(shape)
+    return ops.uncolumns(gradient, shape, matrices).contiguous()

@@ -1,0 +1,199 @@
+"""Operators that keep a running power-of-two scale in every tensor.
+
+Scales live on the host, as 1-d float64 tensors on the CPU that begin with the exponent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxpath import ops
+from fxpath.kernels.operator import host, operator, scalar
+
+__all__ = ["least", "sum_to"]
+
+#: Exponents of the largest entry that are left as they are: a step saved.
+SLACK = 24
+
+#: Exponent of a tensor of zeros, which fits any scale.
+VOID = -(10**9)
+
+#: Exponents that one power of two can undo in each number format.
+LIMIT = {torch.float32: 120, torch.float64: 1000}
+
+
+def _fake_settle(
+    values: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    weight: Tensor | None,
+    axis: int,
+    dim: int | None,
+) -> tuple[Tensor, Tensor]:
+    shape = list(torch.broadcast_shapes(*(v.shape for v in values)) if dim is None else ())
+    if dim is not None:
+        shape = list(values[0].shape)
+        shape[dim] = sum(v.shape[dim] for v in values)
+    return values[0].new_empty(shape), torch.empty(2 + len(values), dtype=torch.float64)
+
+
+@operator(
+    "settle(Tensor[] values, Tensor[] scales, Tensor? weight, int axis, int? dim)"
+    " -> (Tensor, Tensor)",
+    _fake_settle,
+)
+def settle(
+    values: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    weight: Tensor | None,
+    axis: int,
+    dim: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Bring tensors to a common scale and add them (or join them along ``dim``).
+
+    Args:
+        values: mantissas.
+        scales: for each of them a tensor that begins with its exponent.
+        weight: 1-d, multiplied along ``axis`` with the first of them, if given.
+        axis: see ``weight``.
+        dim: axis to join along.
+
+    Returns:
+        The result with its largest entry near 1, and its scale: a 1-d tensor of the exponent, the
+        smallest entry before scaling in units of the coarsest rounding that went into it, and the
+        factor that each tensor was multiplied by.
+    """
+    limit = LIMIT[values[0].dtype]
+    powers = [int(scale[0]) for scale in scales]
+    tops = [_top(v, scale) for v, scale in zip(values, scales, strict=True)]
+    common = max(tops)
+    factors = [2.0 ** max(-2 * limit, min(limit, power - common)) for power in powers]
+    coarsest = max(1.0, *factors)
+    if weight is None:
+        terms = [_times(v, f) for v, f in zip(values, factors, strict=True)]
+    else:
+        first = _times(ops.beside(weight, values[0], axis), factors[0])
+        coarsest = max(coarsest, float(first.amax()) if first.numel() else 1.0)
+        rest = zip(values[1:], factors[1:], strict=True)
+        terms = [values[0] * first, *(_times(v, f) for v, f in rest)]
+    joined = _join(terms, dim)
+    low, high = (float(bound) for bound in torch.aminmax(joined)) if joined.numel() else (1.0, 1.0)
+    step = _exponent(high, limit)
+    if abs(step) > SLACK:
+        joined = joined * 2.0**-step
+        factors = [f * 2.0**-step for f in factors]
+    elif joined is values[0]:
+        step, joined = 0, joined.clone()  # an operator must not return its argument
+    else:
+        step = 0
+    return joined, host([common + step if high else VOID, low / coarsest, *factors])
+
+
+def _top(value: Tensor, scale: Tensor) -> int:
+    """Exponent of the largest entry, up to :data:`SLACK`; of constants the exact one."""
+    if len(scale) > 1:
+        return int(scale[0])
+    largest = float(value.amax()) if value.numel() else 0.0
+    return math.frexp(largest)[1] if largest else VOID
+
+
+def _times(value: Tensor, factor: float) -> Tensor:
+    return value if factor == 1 else value * factor
+
+
+def _join(terms: list[Tensor], dim: int | None) -> Tensor:
+    if dim is not None:
+        return torch.cat(terms, dim)
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _exponent(value: float, limit: int) -> int:
+    return max(-limit, min(limit, math.frexp(value)[1]))
+
+
+@operator(
+    "settle_backward(Tensor grad, Tensor scale, Tensor[] values, Tensor? weight, int axis,"
+    " int? dim) -> Tensor[]",
+    lambda grad, scale, values, *_: [*map(torch.empty_like, values), scalar()],
+)
+def settle_backward(
+    grad: Tensor,
+    scale: Tensor,
+    values: Sequence[Tensor],
+    weight: Tensor | None,
+    axis: int,
+    dim: int | None,
+) -> list[Tensor]:
+    """Gradients of the terms of :func:`settle`, and the largest of their sums."""
+    factors: list[float] = scale[2:].tolist()
+    if dim is not None:
+        pieces = list(grad.split([v.shape[dim] for v in values], dim))
+    else:
+        pieces = [grad] * len(values)
+    # New tensors: an operator must not return the same one twice.
+    pieces = [p * f for p, f in zip(pieces, factors, strict=True)]
+    if weight is not None:
+        pieces[0].mul_(ops.beside(weight, grad, axis))
+    mass = max((float(p.sum()) for p in pieces), default=0.0)
+    return [*map(sum_to, pieces, values), host(mass)]
+
+
+def sum_to(value: Tensor, like: Tensor) -> Tensor:
+    """Sum over what was broadcast from ``like``."""
+    return value.sum_to_size(like.shape) if value.shape != like.shape else value
+
+
+@operator(
+    "total(Tensor[] values, Tensor[] scales) -> (Tensor, Tensor)",
+    lambda values, scales: (scalar(), torch.empty(2 + len(values), dtype=torch.float64)),
+)
+def total(values: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of all entries: its mantissa, and its scale as in :func:`settle`."""
+    limit = LIMIT[torch.float64]
+    sums = [float(v.sum(dtype=torch.float64)) for v in values]
+    powers = [int(scale[0]) for scale in scales]
+    tops = [e + _exponent(s, limit) for s, e in zip(sums, powers, strict=True) if s != 0]
+    common = max(tops, default=0)
+    factors = [2.0 ** max(-2 * limit, e - common) for e in powers]
+    mantissa = sum(s * f for s, f in zip(sums, factors, strict=True))
+    return host(mantissa), host([common, 0.0, *factors])
+
+
+@operator(
+    "total_backward(Tensor grad, Tensor scale, Tensor[] values) -> Tensor[]",
+    lambda grad, scale, values: list(map(torch.empty_like, values)),
+)
+def total_backward(grad: Tensor, scale: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the terms of :func:`total`."""
+    outer, factors = float(grad), scale[2:].tolist()
+    return [torch.full_like(v, outer * f) for v, f in zip(values, factors, strict=True)]
+
+
+@operator("sum_of(Tensor a, Tensor b) -> Tensor", lambda a, b: torch.empty_like(a))
+def sum_of(a: Tensor, b: Tensor) -> Tensor:
+    """``a + b``, of equal shapes: gradients of a value that is read twice."""
+    return a + b
+
+
+@operator("inverse(Tensor value) -> Tensor", lambda value: torch.empty_like(value))
+def inverse(value: Tensor) -> Tensor:
+    """``1 / value``, and 0 for 0: the derivative of log ||Phi||, where there are paths."""
+    return torch.where(value == 0, value, 1 / value)
+
+
+@operator("least(Tensor[] scales) -> Tensor", lambda scales: scalar())
+def least(scales: Sequence[Tensor]) -> Tensor:
+    """Smallest entry of any tensor before scaling, inf for none; NaN if there is one."""
+    return torch.stack([scale[1] for scale in scales]).amin() if scales else host(math.inf)
+
+
+@operator("most(Tensor[] values) -> Tensor", lambda values: scalar())
+def most(values: Sequence[Tensor]) -> Tensor:
+    """Maximum of 0-d tensors, 0 for none; NaN if one of them is."""
+    return torch.stack(list(values)).amax() if values else host(0.0)

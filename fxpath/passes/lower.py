@@ -1,0 +1,225 @@
+"""Pass: choose how each layer of the program is computed.
+
+Requires a lifted graph, reduced or not.  Ensures the same polynomial in |theta|, such that
+
+- a convolution with few output positions is one matrix product (:func:`fxpath.ops.window`), in
+  which the maps between bases before it are merged with its taps: a convolution's derivatives at
+  3 x 3 positions take four times as long;
+- maps along several axes are one map over all positions, where that is cheap: fewer steps;
+- a folded batch norm multiplies a layer's outputs and not its weights, which are read where they
+  are, and adds its bias in the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath import ops
+from fxpath.passes.links import extents, tap_stencils
+from fxpath.schema import arguments
+
+__all__ = ["lower"]
+
+aten = torch.ops.aten
+
+#: Output positions up to which a convolution that was not reduced is lowered to a product.
+FEW = 256
+
+#: Entries up to which a map is written down as a matrix.
+LARGEST_MATRIX = 1 << 20
+
+#: Multiply-adds up to which one map over all positions is faster than one along each axis.
+CHEAP = 1 << 22
+
+#: Maps by axis, and what they are applied to.
+Maps = tuple[fx.Node, dict[int, Tensor]]
+
+
+def lower(module: fx.GraphModule) -> fx.GraphModule:
+    """Lower a graph; ``module`` itself is not changed.
+
+    Returns:
+        A graph module with the same placeholders, in the vocabulary of ``fxpath.ops``.
+    """
+    return _Lowering(module).run()
+
+
+class _Lowering:
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.graph = fx.Graph()
+        self.graph.output(self.graph.graph_copy(module.graph, {}))
+        self.root = torch.nn.Module()
+        for name, buffer in module.named_buffers():
+            self.root.register_buffer(name, buffer)
+
+    def run(self) -> fx.GraphModule:
+        steps = {ops.conv: self._window, ops.mix: self._merge}
+        for target, step in steps.items():
+            # Backwards: a chain of maps is merged from its end.
+            for node in reversed(self.graph.nodes):
+                if node.target is target:
+                    step(node)
+            self.graph.eliminate_dead_code()
+        for node in list(self.graph.nodes):
+            if node.target is ops.folded_weight:
+                self._scale_outputs(node)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return fx.GraphModule(self.root, self.graph)
+
+    # -- fixed maps -------------------------------------------------------------------------------
+
+    def _maps(self, x: fx.Node) -> Maps:
+        """The maps along axes behind a value that nothing else reads."""
+        maps: dict[int, Tensor] = {}
+        while x.target is ops.mix and len(x.users) == 1:
+            inner, dim, matrix = arguments(x)
+            if dim < 2:
+                break
+            value = self.root.get_buffer(matrix.target)
+            maps[dim] = maps[dim] @ value if dim in maps else value
+            x = inner
+        return x, maps
+
+    def _merge(self, node: fx.Node) -> None:
+        """Maps along several axes become one."""
+        if not node.users:
+            return
+        x, dim, matrix = arguments(node)
+        source, before = self._maps(x)
+        maps = dict(before)
+        if dim < 2 or not before:
+            return
+        value = self.root.get_buffer(matrix.target)
+        maps[dim] = value @ maps[dim] if dim in maps else value
+        sizes, out = extents(source), extents(node)
+        lead = math.prod(sizes[:2])
+        if not _affordable(lead, math.prod(sizes[2:]), math.prod(out[2:])):
+            return
+        merged = torch.ones(1, 1, dtype=torch.float64)
+        for axis in range(2, len(sizes)):
+            merged = torch.kron(merged, maps.get(axis, torch.eye(sizes[axis], dtype=torch.float64)))
+        with self.graph.inserting_before(node):
+            flat = self._reshape(source, (*sizes[:2], -1))
+            mixed = self._emit(ops.mix, flat, 2, self._constant(merged))
+            shaped = self._reshape(mixed, out)
+        self._replace(node, shaped)
+
+    # -- convolutions -----------------------------------------------------------------------------
+
+    def _window(self, node: fx.Node) -> None:
+        """Replace a convolution by a product, if it has few positions."""
+        x, weight, stride, padding, dilation, transposed, _, groups = arguments(node)
+        source, before = self._maps(x)
+        kernel, out, sizes = extents(weight)[2:], extents(node)[2:], extents(x)[2:]
+        if transposed or not (before or math.prod(out) <= FEW):
+            return
+        if any(n * o * k > LARGEST_MATRIX for n, o, k in zip(sizes, out, kernel, strict=True)):
+            return
+        taps: list[Tensor] = []
+        for axis, size in enumerate(sizes):
+            spec = (stride[axis], padding[axis], dilation[axis], False)
+            read = _taps(size, out[axis], kernel[axis], *spec)
+            taps.append(read @ before[2 + axis] if 2 + axis in before else read)
+        positions, reads = math.prod(extents(source)[2:]), math.prod((*out, *kernel))
+        lead = math.prod(extents(source)[:2])
+        if len(taps) > 1 and _affordable(lead, positions, reads):
+            taps = [_product(taps)]
+        with self.graph.inserting_before(node):
+            matrices = [self._taps_or_none(each) for each in taps]
+            window = self._emit(ops.window, source, weight, matrices, list(out), groups)
+        self._replace(node, window)
+
+    def _taps_or_none(self, taps: Tensor) -> fx.Node | None:
+        count, out, size = taps.shape
+        if count == 1 and out == size and bool((taps[0] == torch.eye(size)).all()):
+            return None
+        return self._constant(taps)
+
+    # -- batch norms ------------------------------------------------------------------------------
+
+    def _scale_outputs(self, folded: fx.Node) -> None:
+        """Multiply the outputs of the one layer that reads a folded weight, with its bias.
+
+        The shares of the weight are the same, as those of every factor of a product are.
+        """
+        weight, factor, channels, _ = arguments(folded)
+        coordinate = _only_user(folded, ops.coordinate)
+        layer = _only_user(coordinate, ops.window, ops.conv, ops.linear)
+        if channels != 0 or coordinate is None or layer is None:
+            return
+        coordinate.replace_input_with(folded, weight)
+        axis = len(extents(layer)) - 1 if layer.target is ops.linear else 1
+        shift = _only_user(layer, ops.shift)
+        if shift is None:
+            return
+        coordinate.replace_input_with(folded, weight)
+        with self.graph.inserting_before(shift):
+            fixed = self._emit(ops.coefficient, factor)
+            affine = self._emit(ops.affine, layer, fixed, arguments(shift)[1], axis)
+        self._replace(shift, affine)
+
+    # -- emitting ---------------------------------------------------------------------------------
+
+    def _emit(self, function: Any, *args: Any) -> fx.Node:
+        node = self.graph.call_function(function, args)
+        node.meta["val"] = function(*fx.map_arg(args, lambda n: n.meta["val"].to("meta")))
+        return node
+
+    def _reshape(self, x: fx.Node, shape: Any) -> fx.Node:
+        return self._emit(aten.reshape.default, x, list(shape))
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        new.meta["origin"] = old.meta.get("origin")
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def _constant(self, value: Tensor) -> fx.Node:
+        """A buffer; equal ones are kept once."""
+        for name, known in self.root.named_buffers():
+            if name.startswith("map_") and torch.equal(known, value):
+                break
+        else:
+            name = f"map_{sum(1 for _ in self.root.named_buffers())}"
+            self.root.register_buffer(name, value)
+        node = self.graph.get_attr(name)
+        node.meta["val"] = value.to("meta")
+        return node
+
+
+def _only_user(node: fx.Node | None, *targets: Any) -> fx.Node | None:
+    """The one reader of a value, if it is of the kind that is looked for."""
+    if node is None or len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    return user if user.target in targets else None
+
+
+def _affordable(lead: int, size: int, out: int) -> bool:
+    """Whether one matrix for all positions is small, and cheap to apply."""
+    return lead * size * out <= CHEAP and size * out <= LARGEST_MATRIX
+
+
+def _taps(size: int, out: int, *spec: Any) -> Tensor:
+    """What each tap reads along one axis: ``[taps, out, in]``."""
+    stencils = tap_stencils(size, out, *spec)
+    dense = torch.zeros(len(stencils), out, size, dtype=torch.float64)
+    for k, stencil in enumerate(stencils):
+        for o, row in enumerate(stencil.rows):
+            for position, coefficient in row:
+                dense[k, o, position] = float(coefficient)
+    return dense
+
+
+def _product(taps: list[Tensor]) -> Tensor:
+    """Taps along several axes as those over all positions: ``[taps, out, in]``, each flattened."""
+    merged = torch.ones(1, 1, 1, dtype=torch.float64)
+    for each in taps:
+        k, o, s = merged.shape
+        m, p, t = each.shape
+        merged = torch.einsum("kos,mpt->kmopst", merged, each).reshape(k * m, o * p, s * t)
+    return merged
