@@ -13,13 +13,13 @@ definitions and equations in docstrings are the paper's.
 from fxpath import criteria
 from fxpath.analysis import Analysis, LayerRow
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
-from fxpath.bounds import Bound, lipschitz_bound
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
-from fxpath.lifting import Path, PathLifting, path_lifting
-from fxpath.metric import PathMetric, path_metric
+from fxpath.lifting.paths import Path, PathLifting, path_lifting
+from fxpath.pairs.bounds import Bound, lipschitz_bound
+from fxpath.pairs.metric import PathMetric, path_metric
+from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.program import PathProgram
-from fxpath.quantization import Quantized, quantize
-from fxpath.symmetry import (
+from fxpath.symmetry.rescaling import (
     ChannelGroup,
     ChannelGroups,
     Member,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxpath
-from fxpath.quantization import _round
+from fxpath.pairs.quantization import _round
 from tests.reference import randomize
 from tests.test_enumeration import bounded
 

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from fxpath import ops
 from fxpath.capture import Model
-from fxpath.difference import Difference, Excess
-from fxpath.domination import ROUNDING, find_domination
-from fxpath.inductive import Inductive
-from fxpath.matching import Other, make_pair
 from fxpath.modes import plain_mode
-from fxpath.normalized import Distance, Normalized
-from fxpath.pairs import Pair
+from fxpath.pairs.difference import Difference, Excess
+from fxpath.pairs.domination import ROUNDING, find_domination
+from fxpath.pairs.inductive import Inductive
+from fxpath.pairs.matching import Other, make_pair
+from fxpath.pairs.normalized import Distance, Normalized
+from fxpath.pairs.pair import Pair
+from fxpath.pairs.rivals import find_layered, largest_difference, realization
+from fxpath.pairs.unrolled import Network, Part
 from fxpath.passes.links import static
 from fxpath.passes.reduce import reduce
-from fxpath.rivals import find_layered, largest_difference, realization
 from fxpath.sizes import multiply_adds
-from fxpath.unrolled import Network, Part
 
 __all__ = ["Bound", "lipschitz_bound"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.naming import SAME
-from fxpath.pairs import Pair, Side, agreement
+from fxpath.pairs.pair import Pair, Side, agreement
 from fxpath.passes.fold import CASTS, DROPOUTS
 from fxpath.passes.links import static
 from fxpath.schema import arguments
@@ -158,8 +158,8 @@ def realization(side: Side) -> Callable[[Sequence[Tensor]], Tensor]:
     def run(inputs: Sequence[Tensor]) -> Tensor:
         if len(inputs) != len(read):
             raise ValueError(
-                f"{len(inputs)} inputs carry values, but the network reads {len(read)}: one of them "
-                "serves for its shape alone; leave it out of the model's arguments"
+                f"{len(inputs)} inputs carry values, but the network reads {len(read)}: one of "
+                "them serves for its shape alone; leave it out of the model's arguments"
             )
         given = dict(zip(read, inputs, strict=True))
         values = [tensors[n.name] if n.name in tensors else given.get(n) for n in placeholders]

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
 """Interpretations of a pair neuron by neuron, with the edges laid out one by one.
 
 They run on a :class:`Network`: at full resolution, or by value, with one neuron for each class of
@@ -15,9 +14,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, fx
 
-from fxpath import edges, ops
-from fxpath.edges import Unrolled
-from fxpath.pairs import Pair, PairInterpretation
+from fxpath import ops
+from fxpath.pairs import edges
+from fxpath.pairs.edges import Unrolled
+from fxpath.pairs.pair import Pair, PairInterpretation
 from fxpath.passes.classes import Classes
 from fxpath.passes.reduce import reduce
 from fxpath.schema import arguments

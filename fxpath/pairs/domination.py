@@ -1,4 +1,3 @@
-# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
 """Whether |Phi(theta)| >= |Phi(theta')| on every path, decided invariantly by one max-plus pass.
 
     mu_v = max(max_u mu_u + log2 |theta'_uv / theta_uv|, log2 |b'_v / b_v|),    mu = 0 at inputs,
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from fxpath import ops
-from fxpath.pairs import Pair
-from fxpath.unrolled import Map, Network, Neurons, Part, Pending, Signed
+from fxpath.pairs.pair import Pair
+from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed
 
 __all__ = ["ROUNDING", "Dominated", "Domination", "find_domination"]
 

@@ -5,9 +5,6 @@ network exactly if entries that are added, compared or pooled have one label.  L
 where the operations demand it, so what cannot be followed is tied or fixed, never wrong.
 """
 
-# Methods are named after the functions of fxpath.ops that they interpret.
-# ruff: noqa: D102
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -20,7 +17,7 @@ from torch import Tensor, fx
 from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.interpret import Interpretation
-from fxpath.labels import FIXED, Carried, Coordinates, Forest, Labels, Norm, compressed
+from fxpath.symmetry.labels import FIXED, Carried, Coordinates, Forest, Labels, Norm, compressed
 
 __all__ = ["Labelling"]
 

@@ -1,13 +1,12 @@
-# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
 """The inductive bound: how far the values of each neuron can be apart, layer by layer.
 
 With h_v >= |v(theta, x)|, h'_v likewise for theta', and gap_v >= |v(theta, x) - v(theta', x)|,
 
     gap_v = sum_u (|theta_uv| - |m_uv|) h_u + (|theta'_uv| - |m_uv|) h'_u + |m_uv| gap_u,
 
-which is the recursion of :mod:`fxpath.difference`.  But bounds on values of neurons, unlike sums
-over paths, let pooling take the largest entry of a window, and a clamp cut off.  They also cover
-other slopes and coefficients.
+which is the recursion of :mod:`fxpath.pairs.difference`.  But bounds on values of neurons, unlike
+sums over paths, let pooling take the largest entry of a window, and a clamp cut off.  They also
+cover other slopes and coefficients.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath.difference import Difference, Excess
-from fxpath.pairs import Pair, Weights
+from fxpath.pairs.difference import Difference, Excess
+from fxpath.pairs.pair import Pair, Weights
 from fxpath.schema import arguments, bind
 
 __all__ = ["Inductive"]
@@ -32,7 +31,7 @@ class Inductive(Difference):
     """Bounds values and their difference; at full resolution, fed with |x| or its largest size."""
 
     def __init__(self, module: fx.GraphModule, pair: Pair, inputs: Sequence[Tensor]) -> None:
-        """See :class:`~fxpath.difference.Difference`."""
+        """See :class:`~fxpath.pairs.difference.Difference`."""
         super().__init__(module, pair, inputs)
 
     def coefficient(self, value: Tensor) -> Weights:

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
 """Two sets of weights for one network: checks, effective parameters, and what is common to both.
 
 A *leaf* is a place where the lifted graph reads effective parameters (``ops.coordinate``) or fixed

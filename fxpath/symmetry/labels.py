@@ -1,4 +1,4 @@
-"""Labels of channels: the values that :mod:`fxpath.labelling` computes with."""
+"""Labels of channels: the values that :mod:`fxpath.symmetry.labelling` computes with."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from fxpath import ops
 from fxpath.capture import Captured, Model, check_finite, named_tensors
 from fxpath.errors import module_path
-from fxpath.pairs import LEAVES, Pair, Side
+from fxpath.pairs.pair import LEAVES, Pair, Side
 from fxpath.passes.links import mark_static, static
 from fxpath.program import build
 from fxpath.schema import arguments

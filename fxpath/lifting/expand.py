@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.capture import Captured
-from fxpath.dag import Dag, Edges
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
+from fxpath.lifting.dag import Dag, Edges
 from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
 from fxpath.passes.fold import (
     BATCH_NORMS,

@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 from fxpath import ops
 from fxpath.api import Shapes
 from fxpath.capture import Captured, Model, capture, check_finite, named_tensors
-from fxpath.labelling import Labelling
-from fxpath.labels import FIXED, Carried, compressed
 from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
+from fxpath.symmetry.labelling import Labelling
+from fxpath.symmetry.labels import FIXED, Carried, compressed
 
 __all__ = ["ChannelGroup", "ChannelGroups", "Member", "channel_groups", "normalize", "rescale"]
 

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
 """N(theta) and N(theta'), read off one lifted pass, and what bounds their distance.
 
 Algorithm 1 of Gonon et al. (2024) rescales neurons until the incoming weights of each hidden one,
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fxpath import ops
-from fxpath.difference import check_range
-from fxpath.edges import Unrolled
-from fxpath.pairs import Pair, agreement
-from fxpath.unrolled import Map, Network, Neurons, Part, Pending, Signed
+from fxpath.pairs.difference import check_range
+from fxpath.pairs.edges import Unrolled
+from fxpath.pairs.pair import Pair, agreement
+from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed
 
 __all__ = ["Distance", "Normalized"]
 
@@ -107,7 +106,7 @@ class Normalized(Neurons[State]):
     """Compares N(theta) with N(theta') neuron by neuron."""
 
     def __init__(self, network: Network, pair: Pair, parts: Sequence[Part] = ALL) -> None:
-        """See :class:`~fxpath.unrolled.Neurons`."""
+        """See :class:`~fxpath.pairs.unrolled.Neurons`."""
         super().__init__(network, pair, parts)
         self.largest = 0.0
         self.width = 0

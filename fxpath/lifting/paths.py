@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from fxpath.api import Shapes
 from fxpath.capture import Model, capture, check_finite
-from fxpath.dag import Dag, Entry
-from fxpath.expand import expand
 from fxpath.interpret import PathNorm, Total
+from fxpath.lifting.dag import Dag, Entry
+from fxpath.lifting.expand import expand
 from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
@@ -206,7 +206,7 @@ class _Count(PathNorm):
 
 def _count(module: fx.GraphModule, live: Mapping[str, Tensor]) -> int:
     total: Total = _Count(reduce(module, 0), torch.float64, 0).run(live)
-    return round(Fraction(total.mantissa.item()) * Fraction(2) ** int(total.exponent))
+    return round(Fraction(total.mantissa.item()) * Fraction(2) ** int(total.scale[0]))
 
 
 def _check_count(count: int, limit: int) -> None:

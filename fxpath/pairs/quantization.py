@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 
 from fxpath import ops
 from fxpath.api import Shapes
-from fxpath.bounds import Bound, lipschitz_bound
 from fxpath.capture import Captured, capture, check_finite, named_tensors
-from fxpath.metric import PathMetric, path_metric
 from fxpath.modes import plain_mode
+from fxpath.pairs.bounds import Bound, lipschitz_bound
+from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
 from fxpath.schema import arguments, target

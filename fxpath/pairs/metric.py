@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fxpath.analysis import Analysis
 from fxpath.capture import Model
-from fxpath.difference import Difference
-from fxpath.domination import ROUNDING, Dominated, find_domination
-from fxpath.matching import Other, make_pair
 from fxpath.modes import plain_mode
-from fxpath.normalized import Distance, Normalized
-from fxpath.pairs import Pair
+from fxpath.pairs.difference import Difference
+from fxpath.pairs.domination import ROUNDING, Dominated, find_domination
+from fxpath.pairs.matching import Other, make_pair
+from fxpath.pairs.normalized import Distance, Normalized
+from fxpath.pairs.pair import Pair
+from fxpath.pairs.unrolled import Network, Part
 from fxpath.passes.reduce import reduce
 from fxpath.program import PathProgram
-from fxpath.unrolled import Network, Part
 
 __all__ = ["PathMetric", "path_metric"]
 

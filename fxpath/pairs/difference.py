@@ -1,4 +1,3 @@
-# ruff: noqa: D102 -- methods are named after the functions of fxpath.ops that they interpret
 """The carried difference: path-norms of two networks, and how far both exceed their common part.
 
 With m the entry of smaller size where signs agree and 0 elsewhere, |Phi(theta)| >= |Phi(m)| on
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath import ops
-from fxpath.pairs import Pair, PairInterpretation, Weights
+from fxpath.pairs.pair import Pair, PairInterpretation, Weights
 
 __all__ = ["Difference", "Excess", "check_range"]
 

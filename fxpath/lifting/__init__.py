@@ -1,0 +1,1 @@
+"""The path-lifting written out, path by path, for networks small enough."""

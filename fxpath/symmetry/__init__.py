@@ -1,0 +1,1 @@
+"""Neuron-wise rescaling: which channels share a scale, and models rescaled by it."""
