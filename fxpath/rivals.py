@@ -158,7 +158,7 @@ def realization(side: Side) -> Callable[[Sequence[Tensor]], Tensor]:
     def run(inputs: Sequence[Tensor]) -> Tensor:
         if len(inputs) != len(read):
             raise ValueError(
-                f"{len(inputs)} inputs carry values, but the network reads {len(read)}: one of them "
+                f"{len(inputs)} inputs carry values, but {len(read)} are read: one of them "
                 "serves for its shape alone; leave it out of the model's arguments"
             )
         given = dict(zip(read, inputs, strict=True))
