@@ -170,6 +170,32 @@ def test_clamps_and_slopes(activation: nn.Module, how: str) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "value"),
+    [
+        (0.3, 0.5, 0.3),
+        (0.3, None, 0.3),
+        (-0.6, -0.2, 0.2),
+        (None, -0.4, 0.4),
+        (0.5, -0.25, 0.25),
+        (-1.0, 1.0, 0.0),
+    ],
+)
+def test_a_clamp_can_also_enlarge(low: float | None, high: float | None, value: float) -> None:
+    model = nn.Sequential(
+        nn.Linear(1, 1, bias=False), Clamp(low, high), nn.Linear(1, 1, bias=False)
+    ).double()
+    nn.init.zeros_(model[0].weight)
+    nn.init.ones_(model[2].weight)
+    other = copy.deepcopy(model)
+    nn.init.constant_(other[2].weight, 2.0)
+    bound = fxpath.lipschitz_bound(model, other)
+    assert bound.bounds["inductive"] == pytest.approx(value, rel=1e-12)
+    gap = model(torch.zeros(1, 1).double()) - other(torch.zeros(1, 1).double())
+    assert gap.abs().item() == pytest.approx(value, rel=1e-12)
+    assert_never_above(bound, gap.detach())
+
+
 def test_a_clamp_caps_the_inductive_bound() -> None:
     model = clamped(nn.Hardtanh(-0.2, 0.3))
     other = changed(model, "anything", 0)
