@@ -261,6 +261,34 @@ def test_norms_far_beyond_float32() -> None:
         fxpath.path_metric(model, other)
 
 
+@pytest.mark.parametrize("size", [1e-150, 1e-200])
+def test_products_below_float64_are_refused(size: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight[0, 0] = 0
+        for parameter in (*model.parameters(), *other.parameters()):
+            parameter.mul_(size)
+    for compare in (fxpath.path_metric, fxpath.lipschitz_bound):
+        with pytest.raises(FloatingPointError, match="rescale their neurons"):
+            compare(model, other)
+
+
+def test_changes_near_rounding_stay_below_the_bound_through_m() -> None:
+    """One path grows, one shrinks, by less than what domination grants to rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight[0, 0] *= 1 + 1e-13
+        other[0].weight[1, 0] *= 1 - 1e-13
+    metric = fxpath.path_metric(model, other)
+    phi, changed = (fxpath.path_lifting(each).phi for each in (model, other))
+    true = (phi - changed).abs().sum().item()
+    assert metric.lower <= true * (1 + 1e-2) and metric.upper >= true * (1 - 1e-2)
+
+
 def test_resnet18_after_rounding() -> None:
     model = randomized(torchvision.models.resnet18(num_classes=4))
     other = copy.deepcopy(model)

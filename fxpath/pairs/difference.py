@@ -120,16 +120,25 @@ class Difference(PairInterpretation):
 
     def _weigh(self, x: Excess, w: Weights, run: Callable[[Tensor, Tensor], Tensor]) -> Excess:
         """One weighted sum; ``run`` multiplies activations with weights."""
-        first = run(x.first, w.first)
+
+        def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            if a is None or b is None:
+                return None
+            y = run(a, b)
+            check_range(y)
+            check_underflow(y, a, b, run)
+            return y
+
+        first = product(x.first, w.first)
         alike = x.second is x.first and w.second is w.first
-        carried = None if x.excess is None else run(x.excess, w.common)
-        other = None if x.other_excess is None else run(x.other_excess, w.common)
-        fresh = None if w.excess is None else run(x.first, w.excess)
-        other_fresh = None if w.other_excess is None else run(x.second, w.other_excess)
-        second = first if alike else run(x.second, w.second)
-        y = Excess(first, second, _sum(carried, fresh), _sum(other, other_fresh))
-        check_range(y.first, y.second)
-        return y
+        second = first if alike else product(x.second, w.second)
+        assert first is not None and second is not None
+        return Excess(
+            first,
+            second,
+            _sum(product(x.excess, w.common), product(x.first, w.excess)),
+            _sum(product(x.other_excess, w.common), product(x.second, w.other_excess)),
+        )
 
     def conv(self, x: Excess, weight: Weights, *spec: Any) -> Excess:
         return self._weigh(x, weight, lambda a, w: ops.conv(a, w, *spec))
@@ -225,10 +234,34 @@ def check_range(*values: Tensor) -> None:
         if not value.numel():
             continue
         largest = value.amax().item()
-        smallest = torch.where(value > 0, value, math.inf).amin().item()
-        if not largest <= LARGEST or smallest < SMALLEST:
-            raise FloatingPointError(
-                "a neuron's path-norm lies outside of 1e-270 ... 1e300, so that float64 does not "
-                "hold the distance of the two networks: rescale their neurons, which changes "
-                "neither function"
-            )
+        if not largest <= LARGEST or _smallest(value) < SMALLEST:
+            raise _out_of_range()
+
+
+def check_underflow(
+    y: Tensor, a: Tensor, b: Tensor, run: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Refuse products that became 0 without a factor that is.
+
+    Raises:
+        FloatingPointError: if ``y = run(a, b)`` lost an entry whole.
+    """
+    zero = y == 0
+    # Counting paths takes as long as the product itself; mostly the smallest factors settle it.
+    if not bool(zero.any()) or _smallest(a) * _smallest(b) >= SMALLEST:
+        return
+    if bool((zero & (run((a > 0).to(a.dtype), (b > 0).to(b.dtype)) > 0)).any()):
+        raise _out_of_range()
+
+
+def _smallest(value: Tensor) -> float:
+    """The smallest entry that is not 0."""
+    return torch.where(value > 0, value, math.inf).amin().item() if value.numel() else math.inf
+
+
+def _out_of_range() -> FloatingPointError:
+    return FloatingPointError(
+        "a neuron's path-norm, or its change, lies outside of 1e-270 ... 1e300, so that float64 "
+        "does not hold the distance of the two networks: rescale their neurons, which changes "
+        "neither function"
+    )

@@ -23,8 +23,8 @@ from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed
 
 __all__ = ["ROUNDING", "Dominated", "Domination", "find_domination"]
 
-#: What rounding may add to mu per edge of a path.
-ROUNDING = 1e-12
+#: What rounding may add to mu for each edge of a path, whose logarithm is below 64 in size.
+ROUNDING = 5e-14
 
 
 @dataclass(frozen=True)

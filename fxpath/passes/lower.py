@@ -152,7 +152,6 @@ class _Lowering:
         layer = _only_user(coordinate, ops.window, ops.conv, ops.linear)
         if channels != 0 or coordinate is None or layer is None:
             return
-        coordinate.replace_input_with(folded, weight)
         axis = len(extents(layer)) - 1 if layer.target is ops.linear else 1
         shift = _only_user(layer, ops.shift)
         if shift is None:
