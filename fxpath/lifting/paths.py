@@ -102,7 +102,11 @@ class PathLifting:
         return terms.new_zeros(len(self._dag.outputs)).index_add(0, self.outputs, terms)
 
     def path(self, i: int) -> Path:
-        """The i-th path, as names."""
+        """The i-th path, as names.
+
+        Args:
+            i: its position in ``phi``.
+        """
         edges = [e for e in self._edges[i].tolist() if e < len(self._dag.source)]
         end = int(self._dag.outputs[self.outputs[i]])
         neurons = [*(int(self._dag.source[e]) for e in edges), end]
@@ -118,6 +122,13 @@ class PathLifting:
 
         Without an entry that is used twice on a path, ``phi[through(...)].abs().sum()`` is its
         Path-Mag (10).
+
+        Args:
+            name: of a coordinate of theta, as in the scores of :func:`fxpath.analyze`.
+            index: position in it.
+
+        Raises:
+            KeyError: if theta has no such entry.
         """
         code = self._dag.code_of(name, tuple(index))
         carried = torch.cat([self._dag.code == code, torch.zeros(1, dtype=torch.bool)])

@@ -1,0 +1,118 @@
+"""Compiled programs: one graph, compiled once, the eager results; and without a compiler."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import fxpath
+from fxpath.kernels import products
+
+
+class Residual(nn.Module):
+    """A bit of everything that is compiled differently, and a linear layer read twice."""
+
+    def __init__(self, features: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.deeper = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+        self.hidden = nn.Linear(8 * 4 * 4, features)
+        self.shared = nn.Linear(features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.conv(x)))
+        y = nn.functional.max_pool2d(y + self.deeper(y), 2, stride=2)
+        y = torch.relu(self.hidden(y.flatten(1)))
+        return self.shared(torch.relu(self.shared(y)))
+
+
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def randomize(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+
+
+def test_new_weights_run_through_the_graph_that_was_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Residual()
+    program = fxpath.compile(model, SHAPE)
+    program.scores()
+    program.path_norm()
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled == 2  # the scores, and the norm alone
+    for seed in range(3):
+        randomize(model, seed)
+        expected = fxpath.analyze(model, SHAPE)
+        scores = program.scores()
+        assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-6)
+        for name, share in expected.scores.items():
+            torch.testing.assert_close(scores[name], share, rtol=1e-5, atol=1e-9)
+    assert counters["stats"]["unique_graphs"] == compiled
+    assert not counters["graph_break"]
+
+
+def test_scores_go_into_the_tensors_that_were_given() -> None:
+    model = Residual()
+    program = fxpath.compile(model, SHAPE)
+    buffers = {name: torch.full_like(share, -1.0) for name, share in program.scores().items()}
+    places = {name: buffer.data_ptr() for name, buffer in buffers.items()}
+    for seed in range(2):
+        randomize(model, seed)
+        given = program.scores(out=buffers)
+        expected = fxpath.analyze(model, SHAPE).scores
+        for name, buffer in buffers.items():
+            assert given[name] is buffer and buffer.data_ptr() == places[name]
+            torch.testing.assert_close(buffer, expected[name], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_generated_code_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are swept by generated code from a size on that no test reaches by itself."""
+    monkeypatch.setattr(products, "LARGE", 1)
+    model = Residual()
+    program = fxpath.compile(model, SHAPE)
+    for seed in range(2):
+        randomize(model, seed)
+        expected = fxpath.analyze(model, SHAPE)
+        for name, share in program.scores().items():
+            torch.testing.assert_close(share, expected.scores[name], rtol=1e-5, atol=1e-9)
+        assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-6)
+
+
+def test_without_a_compiler_one_line_says_so_and_results_are_the_same() -> None:
+    model = Residual()
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler found") as caught,
+    ):
+        program = fxpath.compile(model, SHAPE)
+        scores = program.scores()
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = fxpath.analyze(model, SHAPE)
+    assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-6)
+    for name, share in expected.scores.items():
+        torch.testing.assert_close(scores[name], share, rtol=1e-5, atol=1e-9)
