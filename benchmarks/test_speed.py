@@ -1,4 +1,4 @@
-"""The passes and one eager evaluation, for pytest-benchmark.
+"""The passes and one evaluation, eager and compiled, for pytest-benchmark.
 
     python -m pytest benchmarks --benchmark-only --benchmark-autosave
     python -m pytest benchmarks --benchmark-only --benchmark-compare
@@ -16,6 +16,7 @@ from benchmarks.timing import load_module
 from fxpath.capture import Captured, capture
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
+from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
 from fxpath.program import build
 
@@ -53,7 +54,15 @@ def test_reduce(benchmark: BenchmarkFixture, model: nn.Module) -> None:
     benchmark.pedantic(reduce, (lifted,), rounds=ROUNDS, warmup_rounds=1)
 
 
-def test_eager_scores(benchmark: BenchmarkFixture, model: nn.Module) -> None:
+def test_lower(benchmark: BenchmarkFixture, model: nn.Module) -> None:
+    """Reduced graph to products."""
+    reduced = reduce(fold_and_lift(capture(model, SHAPE)))
+    benchmark.pedantic(lower, (reduced,), rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_scores(benchmark: BenchmarkFixture, model: nn.Module, compiled: bool) -> None:
     """One evaluation of Path-Mag."""
-    program = build(model, SHAPE)
-    benchmark.pedantic(program.scores, rounds=3 * ROUNDS, warmup_rounds=2)
+    program = build(model, SHAPE, compiled=compiled)
+    buffers = program.scores()
+    benchmark.pedantic(program.scores, (buffers,), rounds=3 * ROUNDS, warmup_rounds=2)
