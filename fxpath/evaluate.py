@@ -58,7 +58,7 @@ def evaluate(
 
 def _share(norm: PathNorm, total: Total, scores: Mapping[str, Tensor]) -> None:
     """Leaf * d log / d leaf (14), summed over the uses of a coordinate."""
-    leaves = [leaf for _, leaf in norm.leaves]
+    leaves = [leaf for _, leaf, _ in norm.leaves]
     grads: Sequence[Tensor | None] = [None] * len(leaves)
     if total.mantissa.requires_grad:
         seed = adjoints.run.inverse(total.mantissa.detach())
@@ -68,8 +68,10 @@ def _share(norm: PathNorm, total: Total, scores: Mapping[str, Tensor]) -> None:
         )
     written: set[str] = set()
     with torch.no_grad():
-        for (name, leaf), grad in zip(norm.leaves, grads, strict=True):
+        for (name, leaf, converted), grad in zip(norm.leaves, grads, strict=True):
             out = scores[name]
+            if converted and grad is not None:
+                norm.watch.masses.append(adjoints.run.mass(grad))
             if name in written and grad is not None:
                 adjoints.run.plus_(out, leaf.detach(), grad)
             elif name not in written:
@@ -132,20 +134,22 @@ class Compiled:
         """Nothing is compiled before the first call."""
         self._norm = PathNorm(module, dtype, q)
         self._norm.generated = _can_generate()
-        self._compiled: dict[bool, Callable[..., Any]] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, tensors: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None) -> Run:
         """Run; the shares of path mass (14) are written into ``scores``."""
         values = [tensor.detach() for tensor in tensors.values()]
         buffers = [] if scores is None else list(scores.values())
-        if (scores is None) not in self._compiled:
+        # A trace holds for one form of tensors: layers change theirs, as by model.double().
+        form = scores is None, *((t.dtype, t.stride(), t.device) for t in (*values, *buffers))
+        if form not in self._compiled:
             names = None if scores is None else list(scores)
             traced = self._trace(list(tensors), values, names, buffers)
-            self._compiled[scores is None] = torch.compile(
+            self._compiled[form] = torch.compile(
                 traced, fullgraph=True, dynamic=False, backend=BACKEND
             )
         with torch.no_grad():
-            found = self._compiled[scores is None](*values, *buffers)
+            found = self._compiled[form](*values, *buffers)
         mantissa, scale, smallest, *mass = found
         return Run(Total(mantissa, scale), smallest, mass[0] if mass else None)
 

@@ -26,8 +26,12 @@ def power(value: Tensor, q: float) -> Tensor:
     if q == 1:
         return value.abs()
     if q == 0:
-        return (value != 0).to(value.dtype)
-    return value.abs().pow(q)
+        return value * 0 + (value != 0)  # NaN stays NaN
+    if q > 1:
+        return value.abs().pow(q)
+    # The derivative at 0 is infinite: no gradient there, as for the absolute value itself.
+    empty = value == 0
+    return torch.where(empty, 0.0, torch.where(empty, 1.0, value).abs().pow(q))
 
 
 class Interpretation:
@@ -180,7 +184,7 @@ class PathNorm(Interpretation):
         """
         self.live, self.scores = live, scores
         self.watch = Watch()
-        self.leaves: list[tuple[str, Tensor]] = []
+        self.leaves: list[tuple[str, Tensor, bool]] = []
         self.anchor = adjoints.run.filled([], 0.0, self.dtype, torch.device("cpu"))
         self.anchor.requires_grad_(scores is not None)
         self._zero = torch.zeros(1, dtype=torch.float64)
@@ -208,23 +212,35 @@ class PathNorm(Interpretation):
         return (ops if self.live else adjoints.run).folded_bias(bias, factor, beta, mean)
 
     def folded_weight(self, weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
-        return ops.folded_weight(weight.to(self.dtype), factor, axis, groups)
+        # In float64, whatever the run's format: a large factor often meets a small one.
+        return ops.folded_weight(weight.double(), factor, axis, groups)
 
     def coordinate(self, value: Tensor, name: str) -> Tensor | Streamed:
         """Entries of theta: a leaf of its own for each use, or left to the operation that reads."""
+        converted = self._is_converted(value)
+        if converted:
+            scale, mass = adjoints.run.lift_loss(value.detach(), self.dtype)
+            self.watch.scales.append(scale)
         if self.node in self._streamed:
+            if converted:
+                self.watch.masses.append(mass)  # its gradient is seen by nobody
             return Streamed(value, name)
         if self.scores is None:
             return self.power(value)
-        if any(known == name for known, _ in self.leaves):
+        if any(known == name for known, *_ in self.leaves):
             leaf = self.power(value)
         else:
             # The first use keeps its leaf where its scores will be.
             adjoints.run.lift_(self.scores[name], value, self.q)
             leaf = self.scores[name]
         leaf = leaf.detach().requires_grad_()
-        self.leaves.append((name, leaf))
+        self.leaves.append((name, leaf, converted))
         return leaf
+
+    def _is_converted(self, value: Tensor) -> bool:
+        """Whether a weight comes in float64, and may lose digits; what is added loses none."""
+        bias = getattr(self.node.args[0], "target", None) is ops.folded_bias
+        return value.dtype == torch.float64 != self.dtype and not bias
 
     def coefficient(self, value: Tensor) -> Tensor:
         """Coefficients of the architecture."""
@@ -245,10 +261,11 @@ class PathNorm(Interpretation):
         """
         scales, mantissas = [v.scale for v in values], [v.mantissa for v in values]
         if self.live:
+            detached = [m.detach() for m in mantissas]
+            fixed = None if weight is None else weight.detach()
+            _, scale = adjoints.run.settle(detached, scales, fixed, axis, dim)
             if weight is not None:
                 mantissas[0] = mantissas[0] * ops.beside(weight, mantissas[0], axis)
-            detached = [m.detach() for m in mantissas]
-            _, scale = adjoints.run.settle(detached, scales, None, 0, dim)
             terms = [m * float(f) for m, f in zip(mantissas, scale[2:], strict=True)]
             settled = sum(terms[1:], terms[0]) if dim is None else torch.cat(terms, dim)
         else:

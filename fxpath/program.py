@@ -14,7 +14,7 @@ from fxpath import ops
 from fxpath.capture import Captured, Model, capture, check_finite
 from fxpath.evaluate import Compiled, Run, coordinates, evaluate, score_shapes
 from fxpath.interpret import PathNorm, Total
-from fxpath.kernels import least
+from fxpath.kernels.scales import MASS, SMALLEST, least
 from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
@@ -24,14 +24,6 @@ from fxpath.schema import arguments
 from fxpath.sizes import SizeRow, sizes
 
 __all__ = ["Evaluation", "PathProgram", "build"]
-
-#: Entries of new tensors that are at least so large lost no digit to underflow, which is below
-#: 2^-126 (2^-1022) for each of at most some 2^17 terms of a sum.
-SMALLEST = {torch.float32: 2.0**-85, torch.float64: 2.0**-900}
-
-#: Sums of gradients up to which the part of the norm that was lost to underflow is below the last
-#: digit.
-MASS = {torch.float32: 2.0**85, torch.float64: 2.0**900}
 
 
 @dataclass(frozen=True)
@@ -164,14 +156,14 @@ class PathProgram:
         """Shares Path-Mag / path-norm of every coordinate of theta.
 
         Args:
-            out: tensors to write into, one for every score, of its shape and dtype.
+            out: tensors to write into, one for every score, of its shape and of a floating dtype.
 
         Returns:
             Parameter name -> tensor of the parameter's shape, entries in [0, 1] (unless an entry is
             used twice on a path); ``out`` itself holds the tensors if it was given.
 
         Raises:
-            ValueError: if ``out`` has other names or shapes than the scores.
+            ValueError: if ``out`` has other names or shapes than the scores, or integers.
         """
         if out is None:
             return self.evaluate(scores=True).shares
@@ -179,7 +171,8 @@ class PathProgram:
         shares = self.evaluate(scores=True, out=out).shares
         for name, share in shares.items():
             if share is not out[name]:
-                out[name].copy_(share)
+                with torch.no_grad():
+                    out[name].copy_(share)
         return dict(out)
 
     @plain_mode()
@@ -350,3 +343,5 @@ def _check_buffers(out: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ..
     for name, shape in shapes.items():
         if out[name].shape != shape:
             raise ValueError(f"out[{name!r}] has shape {tuple(out[name].shape)}, its score {shape}")
+        if not out[name].is_floating_point():
+            raise ValueError(f"out[{name!r}] holds {out[name].dtype}, which has no shares below 1")

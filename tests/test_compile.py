@@ -116,3 +116,34 @@ def test_without_a_compiler_one_line_says_so_and_results_are_the_same() -> None:
     assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-6)
     for name, share in expected.scores.items():
         torch.testing.assert_close(scores[name], share, rtol=1e-5, atol=1e-9)
+
+
+class Mixer(nn.Module):
+    """Activations whose axes are exchanged in between: strides differ from shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.channels = nn.Linear(3, 7), nn.Linear(4, 5)
+        self.slope, self.head = nn.PReLU(7), nn.Linear(35, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.channels(self.tokens(x.transpose(1, 2)).transpose(1, 2)).relu()
+        y = self.slope(y).transpose(1, 2)
+        return self.head((y + y.relu()).flatten(1))
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_exchanged_axes_and_other_number_formats(reduce: bool) -> None:
+    model = Mixer()
+    program = fxpath.compile(model, (3, 4), reduce=reduce)
+    for seed, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float32)):
+        randomize(model.to(dtype), seed)
+        expected = fxpath.analyze(model, (3, 4), dtype=torch.float32)
+        assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-5)
+        for name, share in program.scores().items():
+            torch.testing.assert_close(share, expected.scores[name], rtol=1e-4, atol=1e-9)
+    for stride in range(1, 10):  # more forms than Dynamo compiles one function for
+        wide = torch.rand(7, 3 * stride)
+        model.tokens.weight.data = wide[:, ::stride]
+        expected = fxpath.analyze(model, (3, 4))
+        assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-5)

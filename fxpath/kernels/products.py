@@ -47,18 +47,16 @@ def mix(x: Tensor, dim: int, matrix: Tensor, transposed: bool) -> Tensor:
 )
 def scaled(x: Tensor, weight: Tensor) -> Tensor:
     """``x * weight`` with broadcasting."""
-    return x * weight
+    return (x * weight).contiguous()
 
 
 @operator(
     "scaled_backward(Tensor grad, Tensor x, Tensor other) -> Tensor",
-    lambda grad, x, other: torch.empty_like(x),
+    lambda grad, x, other: x.new_empty(x.shape),
 )
 def scaled_backward(grad: Tensor, x: Tensor, other: Tensor) -> Tensor:
     """Gradient of either factor of :func:`scaled`, the first one here."""
-    product = sum_to(grad * other, x)
-    # An operator must not return its argument.
-    return product.clone() if product is grad else product
+    return sum_to(grad * other, x).contiguous()
 
 
 # -- weighted sums ---------------------------------------------------------------------------------
@@ -124,6 +122,10 @@ def _backward(
     return result.T.contiguous() if narrow else result
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _dot(weight: Tensor, x: Tensor) -> Tensor:
     return (weight.abs() * x).sum(-1)
 
@@ -144,7 +146,7 @@ def dense(x: Tensor, weight: Tensor, q: float, generated: bool) -> Tensor:
 
     With ``generated``, a large weight that meets a single vector runs through generated code.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _rows(x)
     plain = q == 1 and weight.dtype == x.dtype and weight.is_contiguous()
     if generated and plain and len(flat) == 1 and weight.numel() >= LARGE:
         return _generated_dot()(weight, flat[0]).reshape(*x.shape[:-1], -1)
@@ -155,7 +157,7 @@ def dense(x: Tensor, weight: Tensor, q: float, generated: bool) -> Tensor:
 @operator(
     "dense_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) out, float q, bool needed)"
     " -> Tensor",
-    lambda grad, x, *_: torch.empty_like(x),
+    lambda grad, x, *_: x.new_empty(x.shape),
 )
 def dense_backward(
     grad: Tensor,
@@ -166,8 +168,9 @@ def dense_backward(
     needed: bool,
 ) -> Tensor:
     """Gradient of ``x``; the scores of ``weight`` go to ``out``."""
-    flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    return _backward(g.T, flat.T, weight, out, q, needed).T.reshape(x.shape).contiguous()
+    return (
+        _backward(_rows(grad).T, _rows(x).T, weight, out, q, needed).T.reshape(x.shape).contiguous()
+    )
 
 
 def _fake_window(

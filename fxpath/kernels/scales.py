@@ -14,7 +14,15 @@ from torch import Tensor
 from fxpath import ops
 from fxpath.kernels.operator import host, operator, scalar
 
-__all__ = ["least", "sum_to"]
+__all__ = ["MASS", "SMALLEST", "least", "sum_to"]
+
+#: Entries of new tensors that are at least so large lost no digit to underflow, which is below
+#: 2^-126 (2^-1022) for each of at most some 2^17 terms of a sum.
+SMALLEST = {torch.float32: 2.0**-85, torch.float64: 2.0**-900}
+
+#: Sums of gradients up to which the part of the norm that was lost to underflow is below the last
+#: digit.
+MASS = {torch.float32: 2.0**85, torch.float64: 2.0**900}
 
 #: Exponents of the largest entry that are left as they are: a step saved.
 SLACK = 24
@@ -67,29 +75,29 @@ def settle(
         factor that each tensor was multiplied by.
     """
     limit = LIMIT[values[0].dtype]
+    weighed = [1.0]
+    if weight is not None:
+        # Before any scaling: a large entry often meets a small weight.
+        weighed += [float(v.amax()) for v in (values[0], weight) if v.numel()]
+        values = [values[0] * ops.beside(weight, values[0], axis), *values[1:]]
     powers = [int(scale[0]) for scale in scales]
     tops = [_top(v, scale) for v, scale in zip(values, scales, strict=True)]
     common = max(tops)
     factors = [2.0 ** max(-2 * limit, min(limit, power - common)) for power in powers]
-    coarsest = max(1.0, *factors)
-    if weight is None:
-        terms = [_times(v, f) for v, f in zip(values, factors, strict=True)]
-    else:
-        first = _times(ops.beside(weight, values[0], axis), factors[0])
-        coarsest = max(coarsest, float(first.amax()) if first.numel() else 1.0)
-        rest = zip(values[1:], factors[1:], strict=True)
-        terms = [values[0] * first, *(_times(v, f) for v, f in rest)]
+    # Rounding of a factor of the first term is multiplied by the other one.
+    coarsest = max(1.0, factors[0] * max(weighed), *factors)
+    terms = [_times(v, f) for v, f in zip(values, factors, strict=True)]
     joined = _join(terms, dim)
     low, high = (float(bound) for bound in torch.aminmax(joined)) if joined.numel() else (1.0, 1.0)
     step = _exponent(high, limit)
     if abs(step) > SLACK:
         joined = joined * 2.0**-step
         factors = [f * 2.0**-step for f in factors]
-    elif joined is values[0]:
-        step, joined = 0, joined.clone()  # an operator must not return its argument
     else:
         step = 0
-    return joined, host([common + step if high else VOID, low / coarsest, *factors])
+        if joined is values[0] and weight is None:
+            joined = joined.clone()  # an operator must not return its argument
+    return joined.contiguous(), host([common + step if high else VOID, low / coarsest, *factors])
 
 
 def _top(value: Tensor, scale: Tensor) -> int:
@@ -120,7 +128,7 @@ def _exponent(value: float, limit: int) -> int:
 @operator(
     "settle_backward(Tensor grad, Tensor scale, Tensor[] values, Tensor? weight, int axis,"
     " int? dim) -> Tensor[]",
-    lambda grad, scale, values, *_: [*map(torch.empty_like, values), scalar()],
+    lambda grad, scale, values, *_: [*(v.new_empty(v.shape) for v in values), scalar()],
 )
 def settle_backward(
     grad: Tensor,
@@ -130,7 +138,7 @@ def settle_backward(
     axis: int,
     dim: int | None,
 ) -> list[Tensor]:
-    """Gradients of the terms of :func:`settle`, and the largest of their sums."""
+    """Gradients of the terms of :func:`settle`, and the largest sum of any gradient in it."""
     factors: list[float] = scale[2:].tolist()
     if dim is not None:
         pieces = list(grad.split([v.shape[dim] for v in values], dim))
@@ -138,10 +146,13 @@ def settle_backward(
         pieces = [grad] * len(values)
     # New tensors: an operator must not return the same one twice.
     pieces = [p * f for p, f in zip(pieces, factors, strict=True)]
+    masses = [float(p.sum()) for p in (grad, *pieces)]
     if weight is not None:
+        masses.append(float(torch.sum(pieces[0] * values[0])))
         pieces[0].mul_(ops.beside(weight, grad, axis))
-    mass = max((float(p.sum()) for p in pieces), default=0.0)
-    return [*map(sum_to, pieces, values), host(mass)]
+        masses.append(float(pieces[0].sum()))
+    summed = map(sum_to, pieces, values)
+    return [*(p.contiguous() for p in summed), host(max(masses))]
 
 
 def sum_to(value: Tensor, like: Tensor) -> Tensor:
@@ -175,10 +186,35 @@ def total_backward(grad: Tensor, scale: Tensor, values: Sequence[Tensor]) -> lis
     return [torch.full_like(v, outer * f) for v, f in zip(values, factors, strict=True)]
 
 
-@operator("sum_of(Tensor a, Tensor b) -> Tensor", lambda a, b: torch.empty_like(a))
+@operator("sum_of(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(a.shape))
 def sum_of(a: Tensor, b: Tensor) -> Tensor:
     """``a + b``, of equal shapes: gradients of a value that is read twice."""
-    return a + b
+    return (a + b).contiguous()
+
+
+@operator("mass(Tensor grad) -> Tensor", lambda grad: scalar())
+def mass(grad: Tensor) -> Tensor:
+    """Sum of a gradient, on the host."""
+    return host(float(grad.sum()))
+
+
+def _fake_lift_loss(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty(2, dtype=torch.float64), scalar()
+
+
+@operator("lift_loss(Tensor value, ScalarType dtype) -> (Tensor, Tensor)", _fake_lift_loss)
+def lift_loss(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """How far a conversion to ``dtype`` stays within its normal range.
+
+    Returns:
+        What :func:`settle` says as a scale, and :func:`settle_backward` as a mass, so that
+        either passes for sufficient only if no entry that is not 0 loses digits.
+    """
+    sizes = value.abs()
+    smallest = float(torch.where(sizes == 0, math.inf, sizes).amin()) if sizes.numel() else math.inf
+    margin = smallest / torch.finfo(dtype).tiny
+    bound = SMALLEST[dtype] * margin, MASS[dtype] / margin if margin else math.inf
+    return host([0.0, bound[0]]), host(bound[1])
 
 
 @operator("inverse(Tensor value) -> Tensor", lambda value: torch.empty_like(value))

@@ -16,7 +16,8 @@ __all__ = ["lift_into"]
 def lift_into(out: Tensor, value: Tensor, q: float) -> Tensor:
     """Write ``|value| ** q`` into ``out``, in the number format of ``out``; 0 ** 0 = 0."""
     if q == 0:
-        return out.copy_(value != 0)
+        # 0 for each number, but NaN for what is none.
+        return out.copy_(value).mul_(0).add_(value != 0)
     if value.dtype == out.dtype:
         torch.abs(value, out=out)
     else:

@@ -1,0 +1,122 @@
+"""Numbers that float32 holds one by one, but not their products: float64 takes over, or an error.
+
+A rescaling that the function does not notice is the oracle, and float64 where there is none.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxpath
+
+
+def check_against_double(model: nn.Module, shape: tuple[int, ...], compiled: bool) -> float:
+    """Norm and scores in float32 equal those in float64."""
+    expected = fxpath.analyze(copy.deepcopy(model).double(), shape)
+    found = fxpath.analyze(model, shape, dtype=torch.float32, compile=compiled)
+    assert found.path_norm == pytest.approx(expected.path_norm, rel=1e-5)
+    for name, share in expected.scores.items():
+        torch.testing.assert_close(found.scores[name].double(), share, rtol=1e-4, atol=1e-7)
+    program = fxpath.compile(model, shape)
+    assert program.log_path_norm().exp().item() == pytest.approx(expected.path_norm, rel=1e-5)
+    return found.path_norm
+
+
+def normalized(kind: str) -> tuple[nn.Sequential, tuple[int, ...]]:
+    """A layer, the batch norm behind it, and one more layer."""
+    torch.manual_seed(0)
+    if kind == "linear":
+        first, norm, last = nn.Linear(1, 3, bias=False), nn.BatchNorm1d(3), nn.Linear(3, 1)
+        return nn.Sequential(first, norm, nn.ReLU(), last).eval(), (1,)
+    convolution = nn.ConvTranspose2d if kind == "transposed" else nn.Conv2d
+    first, last = convolution(1, 3, 2, bias=False), nn.Conv2d(3, 1, 2)
+    return nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), last).eval(), (1, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "transposed"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_norm_may_undo_any_scale(kind: str, compiled: bool) -> None:
+    norms = []
+    for exponent in (0, 60, 83, 100):
+        model, shape = normalized(kind)
+        with torch.no_grad():
+            model[0].weight.mul_(2.0**exponent)
+            model[1].weight.mul_(2.0**-exponent)
+        norms.append(check_against_double(model, shape, compiled))
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e30, 1e38])
+def test_a_factor_below_float32_in_front_of_a_weight(weight: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.BatchNorm1d(3)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(weight)
+        model[1].weight.copy_(1e-33 * (1 + torch.rand(3)))
+        model[1].running_var.fill_(1e20)
+        model[1].bias.zero_()
+    check_against_double(model, (1,), False)
+
+
+def test_a_float64_model_in_float32() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-45)
+        model[0].bias.mul_(1e-45)
+        model[2].weight.mul_(1e45)
+    check_against_double(model, (2,), False)
+
+
+def test_a_constant_that_hides_what_later_weights_blow_up() -> None:
+    """One channel of 1e30 beside one of 1e-15, brought to one size by the next layer."""
+    model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.0], [3e-15]]))
+        model[0].bias.copy_(torch.tensor([1e30, 1e-15]))
+        model[2].weight.copy_(torch.tensor([[1e-30, 1e15]]))
+    check_against_double(model, (1,), False)
+
+
+def test_a_root_of_a_weight_that_is_zero_has_no_gradient() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    with torch.no_grad():
+        model[0].weight[0, 0] = 0
+    fxpath.compile(model, (2,), q=0.5).log_path_norm().backward()
+    grads: list[Tensor] = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(grads) == 4 and all(bool(grad.isfinite().all()) for grad in grads)
+    assert model[0].weight.grad is not None and model[0].weight.grad[0, 0] == 0
+
+
+def test_counting_paths_refuses_what_is_no_number() -> None:
+    model = nn.Linear(2, 1)
+    program = fxpath.compile(model, (2,), q=0)
+    assert program.path_norm() == 3
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight"):
+        program.path_norm()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_neurons() -> None:
+    model = nn.Sequential(nn.Linear(2, 0), nn.ReLU(), nn.Linear(0, 3))
+    analysis = fxpath.analyze(model, (2,))
+    assert analysis.path_norm == pytest.approx(model[2].bias.abs().sum().item())
+    assert analysis.scores["0.weight"].shape == (0, 2)
+
+
+def test_buffers_for_scores_are_checked() -> None:
+    model = nn.Linear(2, 1)
+    program = fxpath.compile(model, (2,))
+    with pytest.raises(ValueError, match="int64"):
+        program.scores(out={"weight": torch.zeros(1, 2).long(), "bias": torch.zeros(1)})
+    tracked = {
+        name: torch.zeros_like(p, requires_grad=True) for name, p in program.scores().items()
+    }
+    program.scores(out=tracked)
+    assert tracked["weight"].sum().item() + tracked["bias"].sum().item() == pytest.approx(1)
