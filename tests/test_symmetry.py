@@ -55,9 +55,7 @@ def changed(model: nn.Module, other: nn.Module) -> set[str]:
 
 REAL = {
     "resnet18": (3, 64, 64),
-    "densenet121": (3, 33, 33),
     "mobilenet_v2": (3, 33, 33),
-    "googlenet": (3, 65, 65),
     "shufflenet_v2_x0_5": (3, 65, 65),
     "squeezenet1_1": (3, 65, 65),
     "vgg11_bn": (3, 32, 32),
