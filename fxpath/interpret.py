@@ -255,7 +255,7 @@ class PathNorm(Interpretation):
         weight: Tensor | None = None,
         axis: int = 0,
     ) -> Scaled:
-        """Bring values to a common scale, their largest entry into [0.5, 1), and add or join them.
+        """Bring values to a common scale, their largest entry near 1, and add or join them.
 
         ``weight``, coefficients along ``axis``, is multiplied with the first one.
         """

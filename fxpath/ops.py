@@ -275,12 +275,13 @@ def mix(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
         raise IndexError(f"axis {dim} of a tensor with {x.dim()}")
     shape = (*x.shape[:dim], matrix.shape[0], *x.shape[dim + 1 :])
     matrix = matrix.to(x.dtype)
+    size = x.shape[dim]
     before, after = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
     if after == 1:
-        return (x.reshape(before, -1) @ matrix.T).reshape(shape)
+        return (x.reshape(before, size) @ matrix.T).reshape(shape)
     if before == 1:
-        return (matrix @ x.reshape(-1, after)).reshape(shape)
-    return torch.bmm(matrix.expand(before, -1, -1), x.reshape(before, -1, after)).reshape(shape)
+        return (matrix @ x.reshape(size, after)).reshape(shape)
+    return torch.bmm(matrix.expand(before, -1, -1), x.reshape(before, size, after)).reshape(shape)
 
 
 #: Entries up to which a map along an axis is applied as a dense matrix.
