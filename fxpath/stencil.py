@@ -64,6 +64,13 @@ class Stencil:
             len(row) == 1 and row[0] == (o, ONE) for o, row in enumerate(self.rows)
         )
 
+    @functools.cached_property
+    def picks(self) -> tuple[int | None, ...] | None:
+        """The position that each row picks, ``None`` for nothing; no tuple if it does more."""
+        if any(len(row) > 1 or (row and row[0][1] != ONE) for row in self.rows):
+            return None
+        return tuple(row[0][0] if row else None for row in self.rows)
+
     def after(self, first: Stencil) -> Stencil:
         """The composition: ``first``, then this one."""
         return Stencil.of(

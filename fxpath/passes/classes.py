@@ -110,7 +110,7 @@ def _reachable(node: fx.Node, known: Classes) -> list[Partition]:
         return []
     labels: list[list[list[Hashable]] | None] = [[[] for _ in range(n)] for n in sizes]
     read = list(links(node, known.q))
-    for argument, axes in read:
+    for index, (argument, axes) in enumerate(read):
         linked = {link.dim: link for link in axes}
         for dim in range(len(sizes)):
             link = linked.get(dim)
@@ -120,7 +120,8 @@ def _reachable(node: fx.Node, known: Classes) -> list[Partition]:
                 continue
             below = known.reachable[argument][link.source_dim].of
             for o, label in enumerate(_reads(link, below)):
-                here[o].append(label)
+                if label is not None:  # of a hundred pieces side by side each position reads one
+                    here[o].append((index, label))
     bias = _bias_axes(node)
     return [
         Partition.trivial(n)
@@ -140,11 +141,23 @@ def _bias_axes(node: fx.Node) -> set[int]:
 
 
 def _reads(link: Link, below: tuple[int, ...]) -> list[Hashable]:
-    """What each output position reads: without weights between them, taps of one class add up."""
+    """What each output position reads, ``None`` for nothing.
+
+    Positions of one class add up where no weights lie between them: within each tap.
+    """
     if len(link.taps) == 1 and link.taps[0].is_identity:
         return list(below)
-    columns = [[_sums(row, below) for row in tap.rows] for tap in link.taps]
+    columns = [_column(tap, below) for tap in link.taps]
+    if len(columns) == 1:
+        return columns[0]
     return [tuple(column) for column in zip(*columns, strict=True)]
+
+
+def _column(tap: Stencil, below: tuple[int, ...]) -> list[Hashable]:
+    """What each output position reads through one tap."""
+    if tap.picks is not None:
+        return [None if p is None else below[p] for p in tap.picks]
+    return [_sums(row, below) for row in tap.rows]
 
 
 def _sums(row: Iterable[tuple[int, Coefficient]], of: tuple[int, ...]) -> Hashable:

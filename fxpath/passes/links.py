@@ -66,6 +66,13 @@ def spread(size: int, out: int) -> Stencil:
     return identity(size) if size == out else Stencil.select(size, [0] * out)
 
 
+@functools.lru_cache(maxsize=1024)
+def placed(size: int, start: int, out: int) -> Stencil:
+    """All positions, from ``start`` on in a longer axis."""
+    after = out - start - size
+    return Stencil.select(size, (*(None,) * start, *range(size), *(None,) * after))
+
+
 def links(node: fx.Node, q: float) -> Iterator[tuple[fx.Node, list[Link]]]:
     """For each activation that an operation reads, the axes that it reads through stencils.
 
@@ -125,10 +132,9 @@ def _cat(node: fx.Node) -> Iterator[tuple[fx.Node, list[Link]]]:
     start = 0
     for piece in pieces:
         shape = extents(piece)
-        places = {p: p - start for p in range(start, start + shape[dim])}
-        place = Stencil.select(shape[dim], [places.get(p) for p in range(out[dim])])
+        taps = {d: identity(n) for d, n in enumerate(out)}
+        taps[dim] = placed(shape[dim], start, out[dim])
         start += shape[dim]
-        taps = {d: identity(n) for d, n in enumerate(out)} | {dim: place}
         yield piece, [Link(d, d, (each,)) for d, each in taps.items()]
 
 
