@@ -59,7 +59,6 @@ REAL = {
     "shufflenet_v2_x0_5": (3, 65, 65),
     "squeezenet1_1": (3, 65, 65),
     "alexnet": (3, 80, 80),
-    "regnet_x_400mf": (3, 33, 33),
 }
 #: Channels that no ReLU6 reads: the ends of MobileNetV2's blocks.
 RIGID = {"mobilenet_v2": 16264 - 712}
