@@ -134,7 +134,7 @@ class Dense(Function):
     ) -> Tensor:
         """``x @ (|weight| ** q).T``; ``anchor`` makes it part of what is differentiated."""
         ctx.save_for_backward(x)
-        ctx.weight, ctx.out, ctx.q = weight, out, q
+        ctx.weight, ctx.out, ctx.spec = weight, out, (q, generated)
         y: Tensor = run.dense(x, weight, q, generated)
         return y
 
@@ -144,7 +144,7 @@ class Dense(Function):
         """The gradient of ``x``; scores as a side effect."""
         (x,) = ctx.saved_tensors
         needed = ctx.needs_input_grad[1]
-        gx = run.dense_backward(grad, x, ctx.weight, ctx.out, ctx.q, needed)
+        gx = run.dense_backward(grad, x, ctx.weight, ctx.out, *ctx.spec, needed)
         return None, gx if needed else None, *(None,) * 4
 
 
@@ -162,12 +162,13 @@ class Window(Function):
         extents: Sequence[int],
         groups: int,
         q: float,
+        generated: bool,
     ) -> Tensor:
         """See :func:`fxpath.ops.window`, with ``|weight| ** q`` for the weight."""
-        y, columns = run.window(x, weight, matrices, extents, groups, q)
+        y, columns = run.window(x, weight, matrices, extents, groups, q, generated)
         ctx.save_for_backward(columns)
         ctx.weight, ctx.out = weight, out
-        ctx.spec = (list(matrices), list(x.shape), groups, q)
+        ctx.spec = (list(matrices), list(x.shape), groups, q, generated)
         result: Tensor = y
         return result
 
@@ -178,4 +179,4 @@ class Window(Function):
         (columns,) = ctx.saved_tensors
         needed = ctx.needs_input_grad[1]
         gx = run.window_backward(grad, columns, ctx.weight, ctx.out, *ctx.spec, needed)
-        return None, gx if needed else None, *(None,) * 6
+        return None, gx if needed else None, *(None,) * 7

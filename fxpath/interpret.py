@@ -164,7 +164,7 @@ class PathNorm(Interpretation):
     - neither: the norm alone.
 
     Attributes:
-        generated: whether large linear layers may run through generated code.
+        generated: whether large weights that meet one vector may run through generated code.
     """
 
     generated = False
@@ -305,7 +305,7 @@ class PathNorm(Interpretation):
         if isinstance(weight, Streamed):
             y = adjoints.Window.apply(
                 *(self.anchor, x.mantissa, weight.value, self._scores_of(weight)),
-                *(matrices, extents, groups, self.q),
+                *(matrices, extents, groups, self.q, self.generated),
             )
         else:
             y = ops.window(x.mantissa, weight, matrices, extents, groups)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fxpath
-from fxpath.kernels import products
+from fxpath.kernels import generated
 
 
 class Residual(nn.Module):
@@ -90,7 +90,7 @@ def test_scores_go_into_the_tensors_that_were_given() -> None:
 @pytest.mark.slow
 def test_generated_code_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are swept by generated code from a size on that no test reaches by itself."""
-    monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(generated, "LARGE", 1)
     model = Residual()
     program = fxpath.compile(model, SHAPE)
     for seed in range(2):

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "host", "operator", "scalar"]
+__all__ = ["KERNELS", "Kernel", "host", "operator", "scalar"]
 
 _LIBRARY = torch.library.Library("fxpath", "FRAGMENT")
 
 Kernel = Callable[..., Any]
+
+#: What each operator runs.
+KERNELS: dict[torch._ops.OpOverload, Kernel] = {}
 
 
 def operator(schema: str, fake: Kernel) -> Callable[[Kernel], Kernel]:
@@ -26,6 +29,7 @@ def operator(schema: str, fake: Kernel) -> Callable[[Kernel], Kernel]:
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fxpath::{name}", fake, lib=_LIBRARY)
+        KERNELS[getattr(torch.ops.fxpath, name).default] = kernel
         return kernel
 
     return define

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
+import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxpath import ops
-from fxpath.kernels.operator import Kernel, operator
+from fxpath.kernels import generated as sweeps
+from fxpath.kernels.operator import operator
 from fxpath.kernels.scales import sum_to
 from fxpath.kernels.weights import lift_into
 
@@ -18,9 +20,6 @@ __all__: list[str] = []
 
 #: Entries of a weight that are lifted and used at once: 4 MB of float32 stay in the cache.
 BLOCK = 1 << 20
-
-#: Entries from which on a sweep through generated code repays its compilation.
-LARGE = 1 << 23
 
 #: Columns below which a product is taken with its operands transposed, which BLAS does faster.
 NARROW = 16
@@ -70,17 +69,35 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
-def _scratch(weight: Tensor, like: Tensor) -> Tensor:
-    """Memory for the largest block of a weight."""
-    sizes = [(rows.stop - rows.start) * weight.shape[1] for rows in _blocks(weight)]
-    return like.new_empty(max(sizes, default=0))
+class _Workspace(threading.local):
+    """Memory for one block, kept by each thread: fresh pages cost as much as the product itself."""
+
+    def __init__(self) -> None:
+        self._kept: dict[torch.dtype, Tensor] = {}
+
+    def __call__(self, weight: Tensor, like: Tensor) -> Tensor:
+        """Memory for the largest block of a weight, in the number format of ``like``."""
+        size = max(
+            ((rows.stop - rows.start) * weight.shape[1] for rows in _blocks(weight)), default=0
+        )
+        if like.device.type != "cpu":
+            return like.new_empty(size)  # torch keeps the memory itself there
+        kept = self._kept.get(like.dtype)
+        if kept is None or len(kept) < size:
+            kept = self._kept[like.dtype] = like.new_empty(size)
+        return kept
 
 
-def _forward(weight: Tensor, columns: Tensor, q: float) -> Tensor:
-    """``|weight| ** q @ columns``, block by block.
+_scratch = _Workspace()
+
+
+def _forward(weight: Tensor, columns: Tensor, q: float, generated: bool) -> Tensor:
+    """``|weight| ** q @ columns``, block by block or by generated code.
 
     Shapes ``[outputs, inputs]`` and ``[inputs, positions]``.
     """
+    if generated and sweeps.applies(weight, columns, q):
+        return sweeps.dot(weight, columns[:, 0])[:, None]
     y = columns.new_empty(weight.shape[0], columns.shape[1])
     scratch = _scratch(weight, columns)
     narrow = columns.T.contiguous() if columns.shape[1] < NARROW else None
@@ -97,12 +114,22 @@ def _forward(weight: Tensor, columns: Tensor, q: float) -> Tensor:
 
 
 def _backward(
-    grad: Tensor, columns: Tensor, weight: Tensor, out: Tensor, q: float, needed: bool
+    grad: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    q: float,
+    generated: bool,
+    needed: bool,
 ) -> Tensor:
-    """Gradient of the columns (empty unless needed), and in ``out`` the scores of the weight.
+    """Gradient of the columns (zeros unless needed), and in ``out`` the scores of the weight.
 
     Shapes ``[outputs, positions]``, ``[inputs, positions]`` and twice ``[outputs, inputs]``.
     """
+    if generated and sweeps.applies(weight, columns, q):
+        sweeps.scores_into(out, weight, grad[:, 0], columns[:, 0])
+        sums = sweeps.column_sums(weight, grad[:, 0]) if needed else torch.zeros_like(columns)
+        return sums.reshape(columns.shape)
     narrow = columns.shape[1] < NARROW
     result = columns.new_zeros(columns.T.shape if narrow else columns.shape)
     scratch = _scratch(weight, columns)
@@ -126,37 +153,20 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _dot(weight: Tensor, x: Tensor) -> Tensor:
-    return (weight.abs() * x).sum(-1)
-
-
-@functools.cache
-def _generated_dot() -> Kernel:
-    """``|weight| @ x`` in one sweep over the weight: code that is generated once for all sizes."""
-    return torch.compile(_dot, dynamic=True, fullgraph=True)
-
-
 def _fake_dense(x: Tensor, weight: Tensor, q: float, generated: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @operator("dense(Tensor x, Tensor weight, float q, bool generated) -> Tensor", _fake_dense)
 def dense(x: Tensor, weight: Tensor, q: float, generated: bool) -> Tensor:
-    """``x @ (|weight| ** q).T``; shapes ``[..., in]`` and ``[out, in]``.
-
-    With ``generated``, a large weight that meets a single vector runs through generated code.
-    """
-    flat = _rows(x)
-    plain = q == 1 and weight.dtype == x.dtype and weight.is_contiguous()
-    if generated and plain and len(flat) == 1 and weight.numel() >= LARGE:
-        return _generated_dot()(weight, flat[0]).reshape(*x.shape[:-1], -1)
-    y = _forward(weight, flat.T, q)
+    """``x @ (|weight| ** q).T``; shapes ``[..., in]`` and ``[out, in]``."""
+    y = _forward(weight, _rows(x).T, q, generated)
     return y.T.reshape(*x.shape[:-1], weight.shape[0]).contiguous()
 
 
 @operator(
-    "dense_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) out, float q, bool needed)"
-    " -> Tensor",
+    "dense_backward(Tensor grad, Tensor x, Tensor weight, Tensor(a!) out, float q, bool generated,"
+    " bool needed) -> Tensor",
     lambda grad, x, *_: x.new_empty(x.shape),
 )
 def dense_backward(
@@ -165,12 +175,12 @@ def dense_backward(
     weight: Tensor,
     out: Tensor,
     q: float,
+    generated: bool,
     needed: bool,
 ) -> Tensor:
     """Gradient of ``x``; the scores of ``weight`` go to ``out``."""
-    return (
-        _backward(_rows(grad).T, _rows(x).T, weight, out, q, needed).T.reshape(x.shape).contiguous()
-    )
+    found = _backward(_rows(grad).T, _rows(x).T, weight, out, q, generated, needed)
+    return found.T.reshape(x.shape).contiguous()
 
 
 def _fake_window(
@@ -179,7 +189,7 @@ def _fake_window(
     matrices: Sequence[Tensor | None],
     extents: Sequence[int],
     groups: int,
-    q: float,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     reads = x.shape[1] * math.prod(weight.shape[2:])
     columns = x.new_empty(reads, x.shape[0] * math.prod(extents))
@@ -187,8 +197,8 @@ def _fake_window(
 
 
 @operator(
-    "window(Tensor x, Tensor weight, Tensor?[] matrices, int[] extents, int groups, float q)"
-    " -> (Tensor, Tensor)",
+    "window(Tensor x, Tensor weight, Tensor?[] matrices, int[] extents, int groups, float q,"
+    " bool generated) -> (Tensor, Tensor)",
     _fake_window,
 )
 def window(
@@ -198,6 +208,7 @@ def window(
     extents: Sequence[int],
     groups: int,
     q: float,
+    generated: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fxpath.ops.window`, with ``|weight| ** q`` for the weight; and the columns."""
     columns = ops.columns(x, matrices)
@@ -205,7 +216,7 @@ def window(
         columns = columns.clone()  # an operator must not return its argument
     flat = weight.reshape(weight.shape[0], -1)
     if groups == 1:
-        y = _forward(flat, columns, q)
+        y = _forward(flat, columns, q, generated)
     else:
         lifted = lift_into(columns.new_empty(flat.shape), flat, q)
         y = ops.grouped(lifted, columns, groups)
@@ -214,7 +225,7 @@ def window(
 
 @operator(
     "window_backward(Tensor grad, Tensor columns, Tensor weight, Tensor(a!) out,"
-    " Tensor?[] matrices, int[] shape, int groups, float q, bool needed) -> Tensor",
+    " Tensor?[] matrices, int[] shape, int groups, float q, bool generated, bool needed) -> Tensor",
     lambda grad, columns, weight, out, matrices, shape, *_: grad.new_empty(shape),
 )
 def window_backward(
@@ -226,13 +237,14 @@ def window_backward(
     shape: Sequence[int],
     groups: int,
     q: float,
+    generated: bool,
     needed: bool,
 ) -> Tensor:
     """Gradient of the argument, of the given shape; the scores of ``weight`` go to ``out``."""
     g = grad.transpose(0, 1).reshape(grad.shape[1], -1)
     flat, scores = weight.reshape(len(weight), -1), out.view(len(weight), -1)
     if groups == 1:
-        gradient = _backward(g, columns, flat, scores, q, needed)
+        gradient = _backward(g, columns, flat, scores, q, generated, needed)
     else:
         split = g.reshape(groups, -1, g.shape[1])
         lifted = lift_into(scores, flat, q).view(groups, -1, flat.shape[1])

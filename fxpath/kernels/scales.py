@@ -80,7 +80,7 @@ def settle(
         # Before any scaling: a large entry often meets a small weight.
         weighed += [float(v.amax()) for v in (values[0], weight) if v.numel()]
         values = [values[0] * ops.beside(weight, values[0], axis), *values[1:]]
-    powers = [int(scale[0]) for scale in scales]
+    powers = [int(scale.tolist()[0]) for scale in scales]
     tops = [_top(v, scale) for v, scale in zip(values, scales, strict=True)]
     common = max(tops)
     factors = [2.0 ** max(-2 * limit, min(limit, power - common)) for power in powers]
@@ -139,20 +139,27 @@ def settle_backward(
     dim: int | None,
 ) -> list[Tensor]:
     """Gradients of the terms of :func:`settle`, and the largest sum of any gradient in it."""
-    factors: list[float] = scale[2:].tolist()
-    if dim is not None:
-        pieces = list(grad.split([v.shape[dim] for v in values], dim))
-    else:
+    factors: list[float] = scale.tolist()[2:]
+    if dim is None:
         pieces = [grad] * len(values)
-    # New tensors: an operator must not return the same one twice.
-    pieces = [p * f for p, f in zip(pieces, factors, strict=True)]
-    masses = [float(p.sum()) for p in (grad, *pieces)]
+        sums = [float(grad.sum())] * len(values)
+    else:
+        pieces = list(grad.split([v.shape[dim] for v in values], dim))
+        sums = [float(piece.sum()) for piece in pieces]
+    masses = [*sums, *(s * f for s, f in zip(sums, factors, strict=True))]
+    # New tensors: an operator must not return its argument.
+    first = pieces[0] * factors[0]
     if weight is not None:
-        masses.append(float(torch.sum(pieces[0] * values[0])))
-        pieces[0].mul_(ops.beside(weight, grad, axis))
-        masses.append(float(pieces[0].sum()))
-    summed = map(sum_to, pieces, values)
-    return [*(p.contiguous() for p in summed), host(max(masses))]
+        masses.append(float(torch.sum(first * values[0])))
+        first.mul_(ops.beside(weight, grad, axis))
+        masses.append(float(first.sum()))
+    # Summed before they are scaled: a bias has few entries.
+    others = [
+        sum_to(piece, value) * factor
+        for piece, value, factor in zip(pieces[1:], values[1:], factors[1:], strict=True)
+    ]
+    grads = [sum_to(first, values[0]), *others]
+    return [*(g.contiguous() for g in grads), host(max(masses))]
 
 
 def sum_to(value: Tensor, like: Tensor) -> Tensor:
