@@ -62,21 +62,24 @@ def _share(norm: PathNorm, total: Total, scores: Mapping[str, Tensor]) -> None:
         _, *grads = torch.autograd.grad(
             total.mantissa, [norm.anchor, *leaves], seed, allow_unused=True
         )
-    written: set[str] = set()
+    first: dict[str, Tensor | None] = {}
+    again: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad():
         for (name, leaf, converted), grad in zip(norm.leaves, grads, strict=True):
-            out = scores[name]
             if converted and grad is not None:
                 norm.watch.masses.append(adjoints.run.mass(grad))
-            if name in written and grad is not None:
-                adjoints.run.plus_(out, leaf.detach(), grad)
-            elif name not in written:
-                # The first use has its leaf where its scores go.
-                if grad is None:
-                    adjoints.run.clear_(out)
-                else:
-                    adjoints.run.times_(out, grad)
-            written.add(name)
+            if name not in first:
+                first[name] = grad
+            elif grad is not None:
+                again.append((scores[name], leaf.detach(), grad))
+        # The first use has its leaf where its scores go.
+        found = {name: grad for name, grad in first.items() if grad is not None}
+        adjoints.run.times_([scores[name] for name in found], list(found.values()))
+        for name in first:
+            if name not in found:
+                adjoints.run.clear_(scores[name])
+        for out, leaf, grad in again:
+            adjoints.run.plus_(out, leaf, grad)
 
 
 def score_shapes(module: fx.GraphModule) -> dict[str, tuple[int, ...]]:

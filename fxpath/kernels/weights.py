@@ -40,10 +40,11 @@ def lift_(out: Tensor, value: Tensor, q: float) -> None:
     lift_into(out, value, q)
 
 
-@operator("times_(Tensor(a!) out, Tensor other) -> ()", lambda out, other: None)
-def times_(out: Tensor, other: Tensor) -> None:
-    """``out *= other``."""
-    out.mul_(other)
+@operator("times_(Tensor(a!)[] outs, Tensor[] others) -> ()", lambda outs, others: None)
+def times_(outs: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """``out *= other`` for each pair: one step for all small leaves of a model."""
+    if outs:
+        torch._foreach_mul_(list(outs), list(others))
 
 
 @operator("plus_(Tensor(a!) out, Tensor a, Tensor b) -> ()", lambda out, a, b: None)
