@@ -1,16 +1,16 @@
 """Sweeps over a large matrix that meets a single vector, in code that Inductor generates.
 
 Nothing else in a program is worth it: such a layer moves each weight once for a single product, and
-a sweep that lifts, multiplies and sums in registers spares the memory all steps between.  The code
-serves all sizes.
+a sweep that lifts, multiplies and sums in registers spares the memory all steps between.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxpath.kernels.operator import Kernel
 
@@ -32,9 +32,33 @@ def applies(weight: Tensor, columns: Tensor, q: float) -> bool:
     )
 
 
+def _run(sweep: Kernel, *tensors: Tensor) -> Tensor:
+    found: Tensor = _generated(sweep, tuple(map(_form, tensors)))(*tensors)
+    return found
+
+
 @functools.cache
-def _generated(sweep: Kernel) -> Kernel:
-    return torch.compile(sweep, dynamic=True, fullgraph=True)
+def _generated(sweep: Kernel, form: tuple[Hashable, ...]) -> Kernel:
+    """Compiled apart for each form of its arguments.
+
+    Dynamo gives up on a function after eight forms, and sooner or later a process has seen more:
+    so that each gets a function, and code, of its own.
+    """
+    return torch.compile(fx.symbolic_trace(sweep), dynamic=False, fullgraph=True)
+
+
+def _form(tensor: Tensor) -> Hashable:
+    """All that Dynamo compiles a tensor for, down to what it is a view of."""
+    base = tensor._base
+    viewed = None if base is None else (base.shape, base.stride())
+    return (
+        tensor.shape,
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.dtype,
+        tensor.device,
+        viewed,
+    )
 
 
 def _dot(weight: Tensor, x: Tensor) -> Tensor:
@@ -43,8 +67,7 @@ def _dot(weight: Tensor, x: Tensor) -> Tensor:
 
 def dot(weight: Tensor, x: Tensor) -> Tensor:
     """``|weight| @ x``."""
-    found: Tensor = _generated(_dot)(weight, x)
-    return found
+    return _run(_dot, weight, x)
 
 
 def _group_sums(weight: Tensor, grad: Tensor) -> Tensor:
@@ -54,16 +77,15 @@ def _group_sums(weight: Tensor, grad: Tensor) -> Tensor:
 def column_sums(weight: Tensor, grad: Tensor) -> Tensor:
     """``grad @ |weight|``."""
     groups = len(grad) // GROUP
-    # Shaped out here: inside, the generated code would divide for each index.
+    # Shaped out here: inside, generated code may divide for each index.
     grouped = weight.view(groups, GROUP, weight.shape[1]), grad.reshape(groups, GROUP, 1)
-    sums: Tensor = _generated(_group_sums)(*grouped)
-    return sums.sum(0)
+    return _run(_group_sums, *grouped).sum(0)
 
 
-def _scores_into(out: Tensor, weight: Tensor, grad: Tensor, x: Tensor) -> None:
-    out.copy_(weight.abs() * grad * x)
+def _scores_into(out: Tensor, weight: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    return out.copy_(weight.abs() * grad * x)
 
 
 def scores_into(out: Tensor, weight: Tensor, grad: Tensor, x: Tensor) -> None:
     """Write ``|weight[i, j]| * grad[i] * x[j]`` into ``out``."""
-    _generated(_scores_into)(out, weight, grad[:, None], x)
+    _run(_scores_into, out, weight, grad[:, None], x)
