@@ -101,6 +101,19 @@ def test_generated_code_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
         assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-6)
 
 
+@pytest.mark.slow
+def test_generated_code_serves_more_forms_than_dynamo_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generated, "LARGE", 1)
+    generator = torch.Generator().manual_seed(0)
+    for rows in range(8, 8 * (torch._dynamo.config.recompile_limit + 3), 8):
+        weight = torch.randn(rows, 5, generator=generator)
+        x = torch.rand(5, 1, generator=generator)
+        assert generated.applies(weight, x, 1.0)
+        torch.testing.assert_close(generated.dot(weight, x[:, 0]), weight.abs() @ x[:, 0])
+
+
 def test_without_a_compiler_one_line_says_so_and_results_are_the_same() -> None:
     model = Residual()
     with (

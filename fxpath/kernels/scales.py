@@ -148,10 +148,12 @@ def settle_backward(
         sums = [float(piece.sum()) for piece in pieces]
     masses = [*sums, *(s * f for s, f in zip(sums, factors, strict=True))]
     # New tensors: an operator must not return its argument.
-    first = pieces[0] * factors[0]
-    if weight is not None:
-        masses.append(float(torch.sum(first * values[0])))
-        first.mul_(ops.beside(weight, grad, axis))
+    if weight is None:
+        first = pieces[0] * factors[0]
+    else:
+        scaled = _times(pieces[0], factors[0])
+        masses.append(float(torch.dot(scaled.reshape(-1), values[0].reshape(-1))))
+        first = scaled * ops.beside(weight, grad, axis)
         masses.append(float(first.sum()))
     # Summed before they are scaled: a bias has few entries.
     others = [
