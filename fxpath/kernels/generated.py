@@ -16,8 +16,8 @@ from fxpath.kernels.operator import Kernel
 
 __all__ = ["applies", "column_sums", "dot", "scores_into"]
 
-#: Entries from which on a sweep through generated code repays its compilation.
-LARGE = 1 << 21
+#: Entries from which on a sweep through generated code repays its compilation, of some seconds.
+LARGE = 1 << 22
 
 #: Rows that are summed at a time: columns of many rows are not read in the order of memory.
 GROUP = 8

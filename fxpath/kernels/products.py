@@ -134,13 +134,14 @@ def _backward(
     result = columns.new_zeros(columns.T.shape if narrow else columns.shape)
     scratch = _scratch(weight, columns)
     for rows in _blocks(weight):
+        beta = int(rows.start > 0)  # nothing to add to before the first block
         g, block = grad[rows], lift_into(out[rows], weight[rows], q)
         if not needed:
             pass
         elif len(result) == 1 and narrow:
-            result[0].addmv_(block.T, g[:, 0])
+            result[0].addmv_(block.T, g[:, 0], beta=beta)
         else:
-            result.addmm_(*((g.T, block) if narrow else (block.T, g)))
+            result.addmm_(*((g.T, block) if narrow else (block.T, g)), beta=beta)
         if columns.shape[1] == 1:
             block.mul_(g).mul_(columns[:, 0])
         else:
