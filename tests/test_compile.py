@@ -91,6 +91,10 @@ def test_scores_go_into_the_tensors_that_were_given() -> None:
 def test_generated_code_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are swept by generated code from a size on that no test reaches by itself."""
     monkeypatch.setattr(generated, "LARGE", 1)
+    swept = []
+    for name in ("dot", "column_sums", "scores_into"):
+        sweep = getattr(generated, name)
+        monkeypatch.setattr(generated, name, lambda *a, s=sweep: swept.append(s) or s(*a))
     model = Residual()
     program = fxpath.compile(model, SHAPE)
     for seed in range(2):
@@ -99,6 +103,7 @@ def test_generated_code_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, share in program.scores().items():
             torch.testing.assert_close(share, expected.scores[name], rtol=1e-5, atol=1e-9)
         assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-6)
+    assert len(set(swept)) == 3, "all three sweeps were used"
 
 
 @pytest.mark.slow

@@ -58,7 +58,9 @@ REAL = {
     "mobilenet_v2": (3, 33, 33),
     "shufflenet_v2_x0_5": (3, 65, 65),
     "squeezenet1_1": (3, 65, 65),
+    "vgg11_bn": (3, 32, 32),
     "alexnet": (3, 80, 80),
+    "resnext50_32x4d": (3, 33, 33),
 }
 #: Channels that no ReLU6 reads: the ends of MobileNetV2's blocks.
 RIGID = {"mobilenet_v2": 16264 - 712}

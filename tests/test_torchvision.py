@@ -22,7 +22,7 @@ SCORE_TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-8}
 
 # One of each kind of block; the path-norm alone is compared for all 51.
 SCORED = {
-    *("alexnet", "resnet18", "resnext50_32x4d", "densenet121", "googlenet"),
+    *("alexnet", "vgg11_bn", "resnet18", "resnext50_32x4d", "densenet121", "googlenet"),
     *("inception_v3", "mnasnet0_5", "mobilenet_v2", "regnet_x_400mf", "shufflenet_v2_x1_0"),
     *("squeezenet1_0", "r2plus1d_18", "deeplabv3_resnet50"),
 }
@@ -94,7 +94,7 @@ def test_agrees_with_the_reference(name: str) -> None:
         assert_close_scores(analysis.scores, expected.scores, SCORE_TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("name", ["googlenet", "mobilenet_v2", "deeplabv3_resnet50"])
+@pytest.mark.parametrize("name", ["densenet121", "googlenet", "mobilenet_v2", "deeplabv3_resnet50"])
 def test_other_exponents(name: str) -> None:
     model, shape = build(name), (3, 33, 33)
     for q, norm in fxpath.path_norms(model, shape, q=(0, 0.75, 2, 4)).items():
@@ -172,7 +172,7 @@ def test_a_transformer_is_refused(norm_first: bool) -> None:
     assert found["layer_norm"] == 6 and found["scaled_dot_product_attention"] == 3
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "vit_b_32"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "swin_t", "vit_b_32"])
 def test_analyze_raises_what_check_reports(name: str) -> None:
     model = build_hollow(name)
     with pytest.raises(fxpath.UnsupportedModelError) as caught:

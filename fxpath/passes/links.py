@@ -66,7 +66,7 @@ def spread(size: int, out: int) -> Stencil:
     return identity(size) if size == out else Stencil.select(size, [0] * out)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)
 def placed(size: int, start: int, out: int) -> Stencil:
     """All positions, from ``start`` on in a longer axis."""
     after = out - start - size
