@@ -357,7 +357,9 @@ class PathNorm(Interpretation):
     def along(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
         return Scaled(ops.along(x.mantissa, dim, index, power(weight, self.q)), x.scale)
 
-    def pool(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
+    def pool(
+        self, x: Scaled, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]
+    ) -> Scaled:
         return self.along(x, dim, index, weight)
 
     def mix(self, x: Scaled | Tensor, dim: int, matrix: Tensor) -> Scaled | Tensor:
@@ -374,8 +376,8 @@ class PathNorm(Interpretation):
     def maximum(self, x: Scaled, y: Scaled) -> Scaled:
         return self.add(x, y)
 
-    def clamp(self, x: Scaled, lo: float, hi: float) -> Scaled:
-        bounds = sum(float(b != 0) if self.q == 0 else abs(b) ** self.q for b in (lo, hi))
+    def clamp(self, x: Scaled, lo: float | None, hi: float | None) -> Scaled:
+        bounds = sum(b**self.q for b in ops.bound_sizes(lo, hi) if b)
         return self.shift(x, self._filled([], float(bounds)))
 
     def move(self, target: Callable[..., Tensor], *args: Any) -> Scaled:

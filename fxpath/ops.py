@@ -6,6 +6,10 @@ these to understand and no others.  Called as they are, they compute the l^1 pat
 care for
 range: a source of ones, entries of theta in absolute value, sums instead of maxima.
 
+The graph that the rules write is *signed*: it says ReLU, absolute value and sign, which bound, and
+which rank of a window, so that two networks can be told apart.  Path mass knows none of that, and
+:mod:`fxpath.passes.unsign` takes it out before anything is computed.
+
 Operations that only move entries (``aten.reshape``, ``aten.permute``, ``aten.cat``) appear in a
 lifted graph under their own name: they do the same to every kind of value.
 """
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "absolute",
     "add",
     "affine",
     "along",
@@ -33,9 +38,12 @@ __all__ = [
     "linear",
     "matmul",
     "maximum",
+    "minimum",
     "mix",
+    "negative",
     "normalizer",
     "pool",
+    "relu",
     "scale",
     "shift",
     "slope",
@@ -59,7 +67,10 @@ def coordinate(value: Tensor, name: str) -> Tensor:
 
 
 def coefficient(value: Tensor) -> Tensor:
-    """Fixed edge weights of the architecture: they count on a path, but carry no score."""
+    """Fixed edge weights of the architecture: they count on a path, but carry no score.
+
+    What is read keeps its sign, which belongs to the architecture too.
+    """
     return value.abs()
 
 
@@ -264,8 +275,12 @@ def along(x: Tensor, dim: int, index: Tensor, weight: Tensor) -> Tensor:
     return summed.movedim(-1, dim)
 
 
-def pool(x: Tensor, dim: int, index: Tensor, weight: Tensor) -> Tensor:
-    """k-max-pooling windows along one axis, lifted: the sum over the window (edges of weight 1)."""
+def pool(x: Tensor, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]) -> Tensor:
+    """k-max-pooling windows along one axis, lifted: the sum over the window (edges of weight 1).
+
+    ``ranks`` are the k of each output position, or one for all: 1 is the largest entry, -1 the
+    smallest.  Path mass does not depend on them.
+    """
     return along(x, dim, index, weight)
 
 
@@ -298,9 +313,40 @@ def maximum(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-def clamp(x: Tensor, lo: float, hi: float) -> Tensor:
-    """2-max-pooling against constant neurons ``lo`` and ``hi``: ``x + |lo| + |hi|``."""
-    return x + (abs(lo) + abs(hi))
+def clamp(x: Tensor, lo: float | None, hi: float | None) -> Tensor:
+    """2-max-pooling against constant neurons ``lo`` and ``hi``: ``x + |lo| + |hi|``.
+
+    ``None`` leaves a side open.
+    """
+    return x + sum(bound_sizes(lo, hi))
+
+
+def bound_sizes(lo: float | None, hi: float | None) -> tuple[float, float]:
+    """Sizes of the bounds of a clamp; 0, which adds no path mass, for a side that is open."""
+    return abs(lo or 0.0), abs(hi or 0.0)
+
+
+# -- words of the signed graph, which path mass ignores --------------------------------------------
+
+
+def relu(x: Tensor) -> Tensor:
+    """ReLU neurons: activations 0 or 1."""
+    return x
+
+
+def absolute(x: Tensor) -> Tensor:
+    """Absolute values: activations -1 or 1."""
+    return x
+
+
+def negative(x: Tensor) -> Tensor:
+    """An edge of weight -1, of an activation or of a weight."""
+    return x
+
+
+def minimum(x: Tensor, y: Tensor) -> Tensor:
+    """The smaller one of two: 2-max-pooling like :func:`maximum`, of the other rank."""
+    return x + y
 
 
 def total(outputs: Sequence[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
 from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
+from fxpath.passes.unsign import unsign
 from fxpath.schema import arguments
 from fxpath.sizes import SizeRow, sizes
 
@@ -87,7 +88,8 @@ class PathProgram:
         graph_module: the rewritten network, an FX graph module over the vocabulary of
             ``fxpath.ops``; it prints, lints, and called on the model's tensors returns the
             path-norm without care for range.
-        lifted: the same at full resolution, before the spatial reduction.
+        signed: the network as the rules write it, with activations and signs.
+        lifted: what path mass depends on, at full resolution, before the spatial reduction.
         reduced: the same after it, before each layer is lowered to what computes it fastest.
         dtype: number format of the evaluation; float64 takes over where float32 cannot hold the
             span of one tensor.
@@ -108,7 +110,7 @@ class PathProgram:
     def __init__(
         self,
         captured: Captured,
-        lifted: fx.GraphModule,
+        signed: fx.GraphModule,
         dtype: torch.dtype,
         q: float,
         compiled: bool = False,
@@ -116,8 +118,9 @@ class PathProgram:
     ) -> None:
         """Programs are made by :func:`fxpath.compile`."""
         self.captured = captured
-        self.lifted = lifted
-        self.reduced = reduce(lifted, q) if reduced else lifted
+        self.signed = signed
+        self.lifted = unsign(signed)
+        self.reduced = reduce(self.lifted, q) if reduced else self.lifted
         self.graph_module = lower(self.reduced)
         self.dtype = dtype if q == 1 else torch.float64
         self.q = q
@@ -187,7 +190,7 @@ class PathProgram:
         """
         exponent = _exponent(q)
         reduced = self.reduced is not self.lifted
-        return PathProgram(self.captured, self.lifted, self.dtype, exponent, reduced=reduced)
+        return PathProgram(self.captured, self.signed, self.dtype, exponent, reduced=reduced)
 
     def sizes(self) -> list[SizeRow]:
         """Extents and multiply-adds of each activation, at full resolution and as kept."""
@@ -312,12 +315,12 @@ def build(
     captured = capture(model, input_shape, example_inputs, until)
     live = captured.live()
     fold_batch_norm(captured)
-    module = lift(captured)
+    signed = lift(captured)
     check_finite({captured.tensors[placeholder]: tensor for placeholder, tensor in live.items()})
     if dtype is None:
         double = any(tensor.dtype == torch.float64 for tensor in live.values())
         dtype = torch.float64 if double else torch.float32
-    return PathProgram(captured, module, dtype, exponent, compiled, reduced)
+    return PathProgram(captured, signed, dtype, exponent, compiled, reduced)
 
 
 def _exponent(q: float) -> float:

@@ -22,6 +22,7 @@ from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
 from fxpath.passes.reduce import reduce
+from fxpath.passes.unsign import unsign
 
 __all__ = ["Path", "PathLifting", "path_lifting"]
 
@@ -190,7 +191,7 @@ def path_lifting(
     captured = capture(model, input_shape, example_inputs, until)
     fold_batch_norm(captured)
     live = captured.live()
-    _check_count(_count(lift(captured), live), limit)
+    _check_count(_count(unsign(lift(captured)), live), limit)
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
     dag = expand(captured)
     _check_count(dag.count_paths(), limit)

@@ -168,7 +168,9 @@ class Difference(PairInterpretation):
     def along(self, x: Excess, dim: int, index: Tensor, weight: Tensor) -> Excess:
         return x.map(lambda value: ops.along(value, dim, index, weight))
 
-    def pool(self, x: Excess, dim: int, index: Tensor, weight: Tensor) -> Excess:
+    def pool(
+        self, x: Excess, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]
+    ) -> Excess:
         return self.along(x, dim, index, weight)
 
     def mix(self, x: Excess | Weights, dim: int, matrix: Tensor) -> Excess | Weights:
@@ -187,10 +189,11 @@ class Difference(PairInterpretation):
     def maximum(self, x: Excess, y: Excess) -> Excess:
         return self.add(x, y)
 
-    def clamp(self, x: Excess, lo: float, hi: float) -> Excess:
+    def clamp(self, x: Excess, lo: float | None, hi: float | None) -> Excess:
         if not self.biases:
             return x
-        bounds = torch.full((), abs(lo) + abs(hi), dtype=self.dtype, device=self.device)
+        size = sum(ops.bound_sizes(lo, hi))
+        bounds = torch.full((), size, dtype=self.dtype, device=self.device)
         return self.shift(x, Weights.equal(bounds))
 
     def move(self, target: Callable[..., Tensor], *args: Any) -> Excess | Weights:

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.pairs.difference import Difference, Excess
 from fxpath.pairs.pair import Pair, Weights
-from fxpath.schema import arguments, bind
+from fxpath.schema import arguments
 
 __all__ = ["Inductive"]
-
-aten = torch.ops.aten
 
 
 class Inductive(Difference):
@@ -57,7 +54,9 @@ class Inductive(Difference):
         gap = torch.minimum(one * x.gap() + between * x.second, two * x.gap() + between * x.first)
         return Excess(x.first * one, x.second * two, gap)
 
-    def pool(self, x: Excess, dim: int, index: Tensor, weight: Tensor) -> Excess:
+    def pool(
+        self, x: Excess, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]
+    ) -> Excess:
         used = (weight > 0).flatten()
 
         def largest(value: Tensor) -> Tensor:
@@ -72,41 +71,16 @@ class Inductive(Difference):
         second = first if alike else torch.maximum(x.second, y.second)
         return Excess(first, second, torch.maximum(x.gap(), y.gap()))
 
-    def clamp(self, x: Excess, lo: float, hi: float) -> Excess:
-        low, high = _bounds(self.node)
-        if low is not None and high is not None:
-            low = min(low, high)  # where the bounds cross, torch returns the upper one
-            nearest, farthest = max(low, -high, 0.0), max(abs(low), abs(high))
-            width = high - low
+    def clamp(self, x: Excess, lo: float | None, hi: float | None) -> Excess:
+        if lo is not None and hi is not None:
+            lo = min(lo, hi)  # where the bounds cross, torch returns the upper one
+            nearest, farthest = max(lo, -hi, 0.0), max(abs(lo), abs(hi))
+            width = hi - lo
         else:
-            nearest = max(abs(lo), abs(hi)) if low is high else max(low or 0.0, -(high or 0.0), 0.0)
+            nearest = max(lo or 0.0, -(hi or 0.0), 0.0)
             farthest = width = math.inf
         return self._nonlinear(
             x,
             lambda value: value.clamp(min=nearest, max=farthest),
             lambda value: value.clamp(max=width),
         )
-
-
-def _bounds(node: fx.Node) -> tuple[float | None, float | None]:
-    """Both numbers that a clamp cuts off at, ``None`` for a side that it leaves open."""
-    origin = node.meta["origin"]
-    bound: dict[str, Any] = bind(origin)
-    name = origin.target
-    if name is aten.relu6.default:
-        return 0.0, 6.0
-    if name is aten.hardtanh.default:
-        pair = bound["min_val"], bound["max_val"]
-    elif name in (aten.clamp.default, aten.clip.default):
-        pair = bound["min"], bound["max"]
-    elif name is aten.clamp_min.default:
-        pair = bound["min"], None
-    elif name is aten.clamp_max.default:
-        pair = None, bound["max"]
-    else:
-        return None, None
-    low, high = (
-        float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-        for value in pair
-    )
-    return low, high

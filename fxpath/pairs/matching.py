@@ -14,6 +14,7 @@ from fxpath.capture import Captured, Model, check_finite, named_tensors
 from fxpath.errors import module_path
 from fxpath.pairs.pair import LEAVES, Pair, Side
 from fxpath.passes.links import mark_static, static
+from fxpath.passes.unsign import unsign
 from fxpath.program import build
 from fxpath.schema import arguments
 
@@ -47,26 +48,26 @@ def make_pair(
     """
     ours = build(model, input_shape, example_inputs, until=until, reduced=False)
     tensors = {name: tensor.detach().clone() for name, tensor in ours.captured.live().items()}
-    mark_static(ours.lifted.graph)
-    leaves = _number_leaves(ours.lifted.graph)
-    mine = Side(ours.captured, ours.lifted, tensors, leaves)
+    mark_static(ours.signed.graph)
+    leaves = _number_leaves(ours.signed.graph)
+    mine = Side(ours.captured, ours.signed, tensors, leaves)
     if isinstance(other, (nn.Module, ExportedProgram)):
         theirs = build(other, input_shape, example_inputs, until=until, reduced=False)
-        mark_static(theirs.lifted.graph)
+        mark_static(theirs.signed.graph)
         _check_other(theirs.captured.tensors, theirs.captured.live())
-        same = _match(ours.lifted, theirs.lifted)
+        same = _match(ours.signed, theirs.signed)
         live = _copied(theirs.captured, theirs.captured.live(), ours.captured, tensors)
-        side = Side(theirs.captured, theirs.lifted, live, [same[leaf] for leaf in leaves])
+        side = Side(theirs.captured, theirs.signed, live, [same[leaf] for leaf in leaves])
     elif isinstance(other, Mapping):
-        given = _from_state(ours.captured, ours.lifted, other)
+        given = _from_state(ours.captured, ours.signed, other)
         state = _copied(ours.captured, given, ours.captured, tensors)
-        side = Side(ours.captured, ours.lifted, state, leaves)
+        side = Side(ours.captured, ours.signed, state, leaves)
     else:
         raise TypeError(
             f"other is a {type(other).__name__}: pass a model of the same architecture, or a state "
             "dict with the model's own names"
         )
-    return Pair(ours.lifted, mine, side)
+    return Pair(unsign(ours.signed), mine, side)
 
 
 def _copied(
@@ -189,7 +190,7 @@ def _check_baked(
 
 
 def _match(first: fx.GraphModule, second: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """Pairs of corresponding nodes of two lifted graphs.
+    """Pairs of corresponding nodes of two signed graphs.
 
     Raises:
         ValueError: naming the first operation in which they differ.

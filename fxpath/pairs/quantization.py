@@ -17,6 +17,7 @@ from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
+from fxpath.passes.unsign import unsign
 from fxpath.schema import arguments, target
 
 __all__ = ["Quantized", "quantize"]
@@ -101,7 +102,7 @@ def quantize(
         raise ValueError(f'rounding={rounding!r}: pass "zero" or "nearest"')
     captured = capture(model, input_shape, example_inputs)
     fold_batch_norm(captured)
-    lifted = lift(captured)
+    lifted = unsign(lift(captured))
     live = captured.live()
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
     steps: dict[str, Tensor] = {}

@@ -227,8 +227,9 @@ class Neurons(PairInterpretation, Generic[S]):
         pending = x if isinstance(x, Pending) else self._copies([x])
         return self.settle(pending, bias, self._is_final())
 
-    def clamp(self, x: S, lo: float, hi: float) -> S:
-        bounds = torch.full((), abs(lo) + abs(hi), dtype=self.dtype, device=self.device)
+    def clamp(self, x: S, lo: float | None, hi: float | None) -> S:
+        size = sum(ops.bound_sizes(lo, hi))
+        bounds = torch.full((), size, dtype=self.dtype, device=self.device)
         return self.settle(self._copies([x]), Signed(bounds, bounds, True), self._is_final())
 
     def add(self, x: S, y: S) -> S:
@@ -264,7 +265,7 @@ class Neurons(PairInterpretation, Generic[S]):
         matrix = weight.new_zeros(index.shape[0], size).scatter_add(1, index, weight)
         return self.mix(x, dim, matrix)
 
-    def pool(self, x: S, dim: int, index: Tensor, weight: Tensor) -> S:
+    def pool(self, x: S, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]) -> S:
         return self.along(x, dim, index, weight)
 
     def move(self, target: Callable[..., Tensor], *args: Any) -> Any:

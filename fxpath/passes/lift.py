@@ -45,8 +45,8 @@ def lift(captured: Captured) -> fx.GraphModule:
     """Lift a captured model.
 
     Returns:
-        A graph module that takes the model's tensors (placeholders named as in ``captured``) and
-        returns the path-norm, without care for range.
+        A signed graph module that takes the model's tensors (placeholders named as in ``captured``)
+        and returns the path-norm, without care for range; see :mod:`fxpath.passes.unsign`.
 
     Raises:
         UnsupportedModelError: listing every operation without an exact rule.
@@ -298,25 +298,25 @@ class Lift:
         node.meta["val"] = _meta(tensor)
         return node
 
-    def along(self, x: fx.Node, dim: int, stencil: Stencil, pool: bool = False) -> fx.Node:
-        """Apply a stencil along one axis; ``pool`` marks windows of a maximum."""
+    def along(
+        self, x: fx.Node, dim: int, stencil: Stencil, ranks: Sequence[int] | None = None
+    ) -> fx.Node:
+        """Apply a stencil along one axis; with ``ranks`` its windows are k-max-pooled."""
         dim %= len(self.shape(x))
         if stencil.size != self.shape(x)[dim]:
             raise AssertionError(f"a stencil over {stencil.size} meets {self.shape(x)}")
         if stencil.is_identity:
             return x
-        plain = None if pool else _as_slice(stencil)
+        plain = None if ranks else _as_slice(stencil)
         if plain is not None:
             node = self.emit(aten.slice.Tensor, x, dim, *plain)
         else:
             index, weight = stencil.tensors()
-            node = self.emit(
-                ops.pool if pool else ops.along,
-                x,
-                dim,
-                self.buffer(index, "index"),
-                self.buffer(weight, "taps"),
-            )
+            read = self.buffer(index, "index"), self.buffer(weight, "taps")
+            if ranks:
+                node = self.emit(ops.pool, x, dim, *read, list(ranks))
+            else:
+                node = self.emit(ops.along, x, dim, *read)
         node.meta["stencil"] = (dim, stencil)
         return node
 

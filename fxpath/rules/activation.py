@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.rules.affine import only_first_active
@@ -20,10 +21,22 @@ aten = torch.ops.aten
 Args = dict[str, Any]
 
 
+@rule(aten.relu.default)
+def _relu(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    return lift.emit(ops.relu, lift.node(args["self"]))
+
+
+@rule(aten.abs.default)
+def _abs(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    return lift.emit(ops.absolute, lift.node(args["self"]))
+
+
+@rule(aten.neg.default)
+def _neg(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    return lift.emit(ops.negative, lift.node(args["self"]))
+
+
 @rule(
-    aten.relu.default,
-    aten.abs.default,
-    aten.neg.default,
     aten.positive.default,
     aten.clone.default,
     aten.contiguous.default,
@@ -94,7 +107,7 @@ def _prelu(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 def _threshold(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     if args["threshold"] != 0 or args["value"] != 0:
         raise Refusal("a threshold with a jump is not continuous", "use threshold 0 and value 0")
-    return lift.node(args["self"])
+    return lift.emit(ops.relu, lift.node(args["self"]))
 
 
 # -- bounds ----------------------------------------------------------------------------------------
@@ -103,26 +116,49 @@ def _threshold(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 def _bounded(lift: Lift, node: fx.Node, x: Any, lo: Any, hi: Any) -> fx.Node:
     """Clamp to [lo, hi]; a bound that is 0, None or infinite adds nothing."""
     y = lift.node(x)
-    numbers = [0.0 if b is None or isinstance(b, fx.Node) else float(b) for b in (lo, hi)]
-    finite = [0.0 if math.isinf(b) else b for b in numbers]
-    if any(math.isnan(b) for b in finite):
-        raise Refusal("a bound is NaN", "give numbers as bounds")
-    if any(finite):
-        y = lift.emit(ops.clamp, y, *finite)
-    for bound in (lo, hi):
+    low, high = _number(lo, -math.inf), _number(hi, math.inf)
+    if low == 0 and high is None:
+        y = lift.emit(ops.relu, y)
+    elif low is not None or high is not None:
+        y = lift.emit(ops.clamp, y, low, high)
+    for bound, word, open_ in ((lo, ops.maximum, -math.inf), (hi, ops.minimum, math.inf)):
         if lift.is_active(bound):
-            y = lift.emit(ops.maximum, y, lift.node(bound))
+            y = lift.emit(word, y, lift.node(bound))
         elif isinstance(bound, fx.Node):
-            y = lift.emit(ops.maximum, y, _bound_neurons(lift, bound))
+            y = _against(lift, y, bound, word, open_)
     return y
+
+
+def _number(bound: Any, open_: float) -> float | None:
+    """A bound that is a number; ``None`` where it bounds nothing."""
+    if bound is None or isinstance(bound, fx.Node) or bound == open_:
+        return None
+    if not math.isfinite(bound):
+        raise Refusal(f"a bound is {bound}, which leaves no finite value", "give finite bounds")
+    return float(bound)
+
+
+def _against(
+    lift: Lift, x: fx.Node, bound: fx.Node, word: Callable[..., Tensor], open_: float
+) -> fx.Node:
+    """Entries against constant bounds; those that are infinite bound nothing."""
+    value = lift.constant(bound)
+    if value is None or bool(torch.isfinite(value).all()):
+        return lift.emit(word, x, _bound_neurons(lift, bound))
+    inside = torch.isfinite(value)
+    if not bool((value[~inside] == open_).all()):
+        raise Refusal("a bound leaves no finite value, or is NaN", "give finite bounds")
+    numbers = lift.buffer(torch.where(inside, value, torch.zeros_like(value)), "bound")
+    bounded = lift.emit(word, x, lift.emit(ops.constant, lift.emit(ops.coefficient, numbers)))
+    kept, free = (
+        lift.emit(ops.coefficient, lift.buffer(mask.to(torch.float32), "mask"))
+        for mask in (inside, ~inside)
+    )
+    return lift.emit(ops.add, lift.emit(ops.scale, bounded, kept), lift.emit(ops.scale, x, free))
 
 
 def _bound_neurons(lift: Lift, bound: fx.Node) -> fx.Node:
     """Constant neurons: bounds are architecture, so they carry no score."""
-    value = lift.constant(bound)
-    if value is not None and not bool(torch.isfinite(value).all()):
-        value = torch.where(torch.isfinite(value), value, torch.zeros_like(value))
-        return lift.emit(ops.constant, lift.emit(ops.coefficient, lift.buffer(value, "bound")))
     static = lift.static(bound)
     if not static.meta["val"].is_floating_point():
         static = lift.emit(aten.to.dtype, static, torch.float32)
@@ -158,19 +194,21 @@ def _clamp(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return _bounded(lift, node, x, lo, hi)
 
 
-@rule(
-    aten.maximum.default,
-    aten.minimum.default,
-    aten.max.other,
-    aten.min.other,
-    aten.fmax.default,
-    aten.fmin.default,
-)
+@rule(aten.maximum.default, aten.max.other, aten.fmax.default)
 def _maximum(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x, bound = _active_first(lift, args)
+    return _bounded(lift, node, x, bound, None)
+
+
+@rule(aten.minimum.default, aten.min.other, aten.fmin.default)
+def _minimum(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x, bound = _active_first(lift, args)
+    return _bounded(lift, node, x, None, bound)
+
+
+def _active_first(lift: Lift, args: Args) -> tuple[Any, Any]:
     a, b = args["self"], args["other"]
-    if not lift.is_active(a):
-        a, b = b, a
-    return _bounded(lift, node, a, b, None)
+    return (a, b) if lift.is_active(a) else (b, a)
 
 
 # -- selection by constant masks -------------------------------------------------------------------

@@ -165,9 +165,11 @@ def _einsum(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 
 def _times(lift: Lift, x: fx.Node, factor: Any) -> fx.Node:
-    """A coefficient such as ``alpha``."""
-    if factor in (1, -1):
+    """A coefficient such as ``alpha``, of an activation or of a weight."""
+    if factor == 1:
         return x
+    if factor == -1:
+        return lift.emit(ops.negative, x)
     return lift.emit(ops.scale, x, lift.weight(factor, x))
 
 
@@ -196,14 +198,19 @@ def _div(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return lift.emit(ops.scale, lift.node(x), lift.weight(inverse, node))
 
 
-@rule(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+@rule(aten.add.Tensor, aten.add.Scalar)
 def _add(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return _sum(lift, node, args["self"], args["other"], 1, args["alpha"])
 
 
+@rule(aten.sub.Tensor, aten.sub.Scalar)
+def _sub(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    return _sum(lift, node, args["self"], args["other"], 1, -args["alpha"])
+
+
 @rule(aten.rsub.Tensor, aten.rsub.Scalar)
 def _rsub(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _sum(lift, node, args["self"], args["other"], args["alpha"], 1)
+    return _sum(lift, node, args["self"], args["other"], -args["alpha"], 1)
 
 
 def _sum(lift: Lift, node: fx.Node, a: Any, b: Any, alpha: Any, beta: Any) -> fx.Node:

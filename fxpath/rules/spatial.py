@@ -35,11 +35,22 @@ MAX_POOLS_WITH_INDICES = {
 AVG_POOLS = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
 
 
-def _apply(lift: Lift, x: fx.Node, stencils: Sequence[Stencil], pool: bool = False) -> fx.Node:
+#: Ranks of windows along an axis: their largest entry, or their smallest.
+LARGEST, SMALLEST = (1,), (-1,)
+
+
+def _apply(
+    lift: Lift, x: fx.Node, stencils: Sequence[Stencil], ranks: Sequence[int] | None = None
+) -> fx.Node:
     """One stencil for each of the last axes."""
     for i, each in enumerate(stencils):
-        x = lift.along(x, i - len(stencils), each, pool)
+        x = lift.along(x, i - len(stencils), each, ranks)
     return x
+
+
+def _whole(size: int) -> Stencil:
+    """Every position as it is."""
+    return Stencil.select(size, range(size))
 
 
 # -- maxima ----------------------------------------------------------------------------------------
@@ -54,14 +65,19 @@ def _max_pool(lift: Lift, args: Args, axes: int) -> fx.Node:
         stencil.max_pool(size, kernel[i], stride[i], padding[i], dilation[i], args["ceil_mode"])
         for i, size in enumerate(lift.shape(x)[-axes:])
     ]
-    padded = x.meta.get("minus_infinity", [Stencil.select(s.size, range(s.size)) for s in stencils])
-    reach = [s.after(p) for s, p in zip(stencils, padded, strict=True)]
-    if not all(row for each in reach for row in each.rows):
+    if "unpadded" in x.meta:
+        # Minus infinity is no edge: the windows read past it.  Axes are matched from the last one.
+        shape = lift.shape(x)
+        x, pads = x.meta["unpadded"]
+        rank = max(len(stencils), len(pads))
+        axes_, pads = ([*map(_whole, shape[-rank:][: rank - len(s)]), *s] for s in (stencils, pads))
+        stencils = [window.after(pad) for window, pad in zip(axes_, pads, strict=True)]
+    if not all(row for each in stencils for row in each.rows):
         raise Refusal(
             "a pooling window covers padding only, so its maximum is -inf",
             "reduce the padding or the dilation",
         )
-    return _apply(lift, x, stencils, pool=True)
+    return _apply(lift, x, stencils, LARGEST)
 
 
 @rule(*MAX_POOLS)
@@ -80,32 +96,39 @@ def _max_pool_indices(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | N
     aten.adaptive_max_pool3d.default,
 )
 def _adaptive_max_pool(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    return [_adaptive(lift, node, args, mean=False), None]
+    return [_adaptive(lift, node, args, LARGEST), None]
 
 
-@rule(aten.amax.default, aten.amin.default)
+EXTREMA = {
+    **dict.fromkeys((aten.amax.default, aten.max.dim, aten.max.default), LARGEST),
+    **dict.fromkeys((aten.amin.default, aten.min.dim, aten.min.default), SMALLEST),
+}
+
+
+@rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
 def _amax(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _reduce(lift, node, args["self"], args["dim"], pool=True)
+    return _reduce(lift, node, args["self"], args.get("dim"), ranks=EXTREMA[target(node)])
 
 
 @rule(aten.max.dim, aten.min.dim)
 def _max_dim(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
     kept = lift.node(args["self"])
     dim = args["dim"] % max(1, len(lift.shape(kept)))
-    y = lift.along(kept, dim, stencil.whole(lift.shape(kept)[dim], stencil.ONE), pool=True)
+    whole = stencil.whole(lift.shape(kept)[dim], stencil.ONE)
+    y = lift.along(kept, dim, whole, EXTREMA[target(node)])
     return [lift.reshape(y, tuple(node.meta["val"][0].shape)), None]
-
-
-@rule(aten.max.default, aten.min.default)
-def _max_all(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _reduce(lift, node, args["self"], None, pool=True)
 
 
 # -- means and sums --------------------------------------------------------------------------------
 
 
 def _reduce(
-    lift: Lift, node: fx.Node, value: fx.Node, dims: Any, pool: bool = False, mean: bool = False
+    lift: Lift,
+    node: fx.Node,
+    value: fx.Node,
+    dims: Any,
+    ranks: Sequence[int] | None = None,
+    mean: bool = False,
 ) -> fx.Node:
     x = lift.node(value)
     rank = len(lift.shape(x))
@@ -113,7 +136,7 @@ def _reduce(
     for dim in {d % rank for d in chosen} if rank else ():
         size = lift.shape(x)[dim]
         coefficient = Fraction(1, size) if mean else stencil.ONE
-        x = lift.along(x, dim, stencil.whole(size, coefficient), pool)
+        x = lift.along(x, dim, stencil.whole(size, coefficient), ranks)
     return lift.reshape(x, tuple(node.meta["val"].shape))
 
 
@@ -158,14 +181,14 @@ def _avg_pool(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return y if divisor is None else lift.emit(ops.scale, y, lift.weight(1.0 / divisor, node))
 
 
-def _adaptive(lift: Lift, node: fx.Node, args: Args, mean: bool) -> fx.Node:
+def _adaptive(lift: Lift, node: fx.Node, args: Args, ranks: Sequence[int] | None = None) -> fx.Node:
     x = lift.node(args["self"])
     value = node.meta["val"]
     sizes = args["output_size"]
     out = (value if isinstance(value, Tensor) else value[0]).shape[-len(sizes) :]
     shape = lift.shape(x)[-len(sizes) :]
-    stencils = [stencil.adaptive_pool(n, m, mean) for n, m in zip(shape, out, strict=True)]
-    return _apply(lift, x, stencils, pool=not mean)
+    stencils = [stencil.adaptive_pool(n, m, not ranks) for n, m in zip(shape, out, strict=True)]
+    return _apply(lift, x, stencils, ranks)
 
 
 @rule(
@@ -176,7 +199,7 @@ def _adaptive(lift: Lift, node: fx.Node, args: Args, mean: bool) -> fx.Node:
     aten._adaptive_avg_pool3d.default,
 )
 def _adaptive_avg_pool(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _adaptive(lift, node, args, mean=True)
+    return _adaptive(lift, node, args)
 
 
 # -- padding ---------------------------------------------------------------------------------------
@@ -219,7 +242,7 @@ def _padded(
         return _apply(lift, x, stencils)
     if fill == -math.inf and all(user.target in ALL_MAX_POOLS for user in node.users):
         y = _apply(lift, x, stencils)
-        y.meta["minus_infinity"] = stencils
+        y.meta["unpadded"] = (x, stencils)
         return y
     if not math.isfinite(fill):
         raise Refusal(

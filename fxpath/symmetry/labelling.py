@@ -304,7 +304,7 @@ class Labelling(Interpretation):
     def slope(self, x: Labels, a: Any) -> Labels:
         return self._new(x.ids)
 
-    def clamp(self, x: Labels, lo: float, hi: float) -> Labels:
+    def clamp(self, x: Labels, lo: float | None, hi: float | None) -> Labels:
         self.rigid.append(x.ids)
         return self._new(x.ids)
 
@@ -327,7 +327,9 @@ class Labelling(Interpretation):
         first = first.masked_scatter(empty, self.forest.fresh(int(empty.sum())))
         return self._new(first.movedim(-1, dim))
 
-    def pool(self, x: Labels, dim: int, index: Tensor, weight: Tensor) -> Labels:
+    def pool(
+        self, x: Labels, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]
+    ) -> Labels:
         return self.along(x, dim, index, weight)
 
     def total(self, outputs: Sequence[Labels]) -> None:

@@ -22,6 +22,7 @@ from fxpath.capture import Captured, Model, capture, check_finite, named_tensors
 from fxpath.modes import plain_mode
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
+from fxpath.passes.unsign import unsign
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import FIXED, Carried, compressed
 
@@ -273,7 +274,7 @@ def _lifted(
 ) -> tuple[Captured, fx.GraphModule]:
     captured = capture(model, input_shape, example_inputs)
     fold_batch_norm(captured)
-    return captured, lift(captured)
+    return captured, unsign(lift(captured))
 
 
 def _open(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:
