@@ -19,8 +19,8 @@ import fxpath
 from benchmarks.recipe import recipe
 from benchmarks.timing import explained, fresh_process, interleave, load_module, options, write_json
 from fxpath import criteria
+from fxpath.capture.shapes import infer_input_shape
 from fxpath.program import build
-from fxpath.shapes import infer_input_shape
 
 __all__ = ["break_even", "main", "measure", "table"]
 

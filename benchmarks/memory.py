@@ -17,7 +17,7 @@ from torch import nn
 import fxpath
 from benchmarks.recipe import recipe
 from benchmarks.timing import explained, fresh_process, load_module, options, write_json
-from fxpath.shapes import infer_input_shape
+from fxpath.capture.shapes import infer_input_shape
 
 __all__ = ["extra_bytes", "main", "peak_bytes", "table"]
 

@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import fx, nn
 
 from benchmarks.timing import load_module
-from fxpath.capture import Captured, capture
+from fxpath.capture import Captured, Given, capture
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
 from fxpath.passes.lower import lower
@@ -38,25 +38,28 @@ def fold_and_lift(captured: Captured) -> fx.GraphModule:
 
 def test_capture(benchmark: BenchmarkFixture, model: nn.Module) -> None:
     """Model to ATen graph."""
-    benchmark.pedantic(capture, (model, SHAPE), rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(capture, (model, Given(SHAPE)), rounds=ROUNDS, warmup_rounds=1)
 
 
 def test_fold_and_lift(benchmark: BenchmarkFixture, model: nn.Module) -> None:
     """ATen graph to lifted graph."""
     benchmark.pedantic(
-        fold_and_lift, setup=lambda: ((capture(model, SHAPE),), {}), rounds=ROUNDS, warmup_rounds=1
+        fold_and_lift,
+        setup=lambda: ((capture(model, Given(SHAPE)),), {}),
+        rounds=ROUNDS,
+        warmup_rounds=1,
     )
 
 
 def test_reduce(benchmark: BenchmarkFixture, model: nn.Module) -> None:
     """Lifted graph to reduced graph."""
-    lifted = fold_and_lift(capture(model, SHAPE))
+    lifted = fold_and_lift(capture(model, Given(SHAPE)))
     benchmark.pedantic(reduce, (lifted,), rounds=ROUNDS, warmup_rounds=1)
 
 
 def test_lower(benchmark: BenchmarkFixture, model: nn.Module) -> None:
     """Reduced graph to products."""
-    reduced = reduce(fold_and_lift(capture(model, SHAPE)))
+    reduced = reduce(fold_and_lift(capture(model, Given(SHAPE))))
     benchmark.pedantic(lower, (reduced,), rounds=ROUNDS, warmup_rounds=1)
 
 

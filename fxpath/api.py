@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxpath.analysis import Analysis
-from fxpath.capture import Model, Shape, capture
+from fxpath.capture import Given, Model, Shapes
+from fxpath.capture.given import Inputs, Outputs
 from fxpath.errors import SupportReport, UnsupportedModelError
+from fxpath.front import take_in
 from fxpath.modes import plain_mode
-from fxpath.passes.fold import fold_batch_norm
-from fxpath.passes.lift import lift
 from fxpath.program import PathProgram, build
 
 __all__ = ["analyze", "check", "compile", "path_magnitude", "path_norm", "path_norms"]
-
-Shapes = Shape | Sequence[Shape] | None
 
 
 def analyze(
     model: Model,
     input_shape: Shapes = None,
     *,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
+    until: str | None = None,
+    outputs: Outputs = None,
     q: float = 1,
     dtype: torch.dtype | None = None,
-    until: str | None = None,
     compile: bool = False,
     reduce: bool = True,
 ) -> Analysis:
@@ -41,15 +42,20 @@ def analyze(
     Args:
         model: a module (in train or eval mode, pruned, parametrized, wrapped for data parallelism,
             in float32, float64 or half precision), an exported program, or an FX graph module.
-        input_shape: shape of the input without the batch axis, e.g. ``(3, 224, 224)``; a list of
-            shapes for several inputs.  Inferred where the model leaves no choice.
-        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.  Their
-            first axis is taken as the batch, of which one sample counts, where the model accepts a
-            single sample.
+        input_shape: shape of one sample, without the batch axis, e.g. ``(3, 224, 224)``; a list of
+            shapes for several inputs, a dict for inputs by name.  Inferred where the model leaves
+            no choice.
+        example_inputs: inputs instead of shapes, a tuple as for ``torch.export.export`` or one
+            tensor.
+        example_kwargs: keyword inputs, by name.
+        batch_dim: the batch axis of every input; ``None`` says that there is none, and takes shapes
+            and inputs as they are.
+        until: name of a submodule: the network up to that module's output is analysed, and what
+            stands behind it is not run.  Of several calls the last one counts.
+        outputs: which outputs count, by position or by key; all of them by default.
         q: exponent of the path-norm, >= 0; 0 counts non-zero paths.  Other than 1 runs in float64.
         dtype: ``torch.float32`` or ``torch.float64``; by default float64 if the model has such
             parameters, else float32.
-        until: name of a submodule: the network up to that module's output is analysed.
         compile: run through ``torch.compile``; for one evaluation it costs more than it saves.
         reduce: shrink the network by its spatial symmetry first; exact either way, ``False`` is
             for comparison.
@@ -73,17 +79,21 @@ def analyze(
         >>> bool(analysis.scores["2.weight"].sum() + analysis.scores["2.bias"].sum() > 0.999)
         True
     """
-    return Analysis(build(model, input_shape, example_inputs, q, dtype, until, compile, reduce))
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    return Analysis(build(model, given, q, dtype, compile, reduce))
 
 
 def compile(
     model: Model,
     input_shape: Shapes = None,
     *,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
+    until: str | None = None,
+    outputs: Outputs = None,
     q: float = 1,
     dtype: torch.dtype | None = None,
-    until: str | None = None,
     reduce: bool = True,
 ) -> PathProgram:
     """Capture and rewrite a model once, to evaluate it many times on its live parameters.
@@ -104,7 +114,8 @@ def compile(
         >>> loss = 0.01 * program.log_path_norm()
         >>> loss.backward()
     """
-    return build(model, input_shape, example_inputs, q, dtype, until, True, reduce)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    return build(model, given, q, dtype, True, reduce)
 
 
 def path_norm(model: Model, input_shape: Shapes = None, *, q: float = 1, **options: Any) -> float:
@@ -124,7 +135,7 @@ def path_norm(model: Model, input_shape: Shapes = None, *, q: float = 1, **optio
         >>> fxpath.path_norm(model), fxpath.path_norm(model, q=0)
         (4.0, 2.0)
     """
-    return build(model, input_shape, q=q, **options).path_norm()
+    return _program(model, input_shape, q=q, **options).path_norm()
 
 
 def path_norms(
@@ -150,7 +161,7 @@ def path_norms(
     program: PathProgram | None = None
     for exponent in q:
         program = (
-            build(model, input_shape, q=exponent, **options)
+            _program(model, input_shape, q=exponent, **options)
             if program is None
             else program.with_exponent(exponent)
         )
@@ -185,16 +196,22 @@ def check(
     model: Model,
     input_shape: Shapes = None,
     *,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
     until: str | None = None,
+    outputs: Outputs = None,
 ) -> SupportReport:
     """Whether a model is covered by the theory; evaluates nothing.
 
     Args:
         model: as for :func:`analyze`.
-        input_shape: shape of the input without the batch axis; a list of shapes for several inputs.
-        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
-        until: name of a submodule at whose output to stop.
+        input_shape: as for :func:`analyze`.
+        example_inputs: as for :func:`analyze`.
+        example_kwargs: as for :func:`analyze`.
+        batch_dim: as for :func:`analyze`.
+        until: as for :func:`analyze`.
+        outputs: as for :func:`analyze`.
 
     Returns:
         A :class:`~fxpath.SupportReport`, true if every operation has an exact rule.
@@ -209,9 +226,28 @@ def check(
         (False, '1')
     """
     try:
-        captured = capture(model, input_shape, example_inputs, until)
-        fold_batch_norm(captured)
-        lift(captured)
+        take_in(
+            model, Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+        )
     except UnsupportedModelError as error:
         return error.report
     return SupportReport(())
+
+
+def _program(
+    model: Model,
+    input_shape: Shapes = None,
+    *,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
+    until: str | None = None,
+    outputs: Outputs = None,
+    q: float = 1,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    reduce: bool = True,
+) -> PathProgram:
+    """The program behind the verbs that take the options of :func:`analyze`."""
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    return build(model, given, q, dtype, compile, reduce)

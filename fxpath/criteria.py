@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 from torch.nn.utils import parametrize, prune
 
-from fxpath.api import Shapes, analyze
-from fxpath.capture import Model, skeleton
+from fxpath.api import analyze
+from fxpath.capture import Model, Shapes, skeleton
 
 __all__ = ["magnitude", "obd", "path_magnitude"]
 

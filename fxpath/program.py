@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath import ops
-from fxpath.capture import Captured, Model, capture, check_finite
+from fxpath.capture import Captured, Given, Model, check_finite
 from fxpath.evaluate import Compiled, Run, coordinates, evaluate, score_shapes
+from fxpath.front import take_in
 from fxpath.interpret import PathNorm, Total
 from fxpath.kernels.scales import MASS, SMALLEST, least
 from fxpath.modes import plain_mode
-from fxpath.passes.fold import fold_batch_norm
-from fxpath.passes.lift import lift
 from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
 from fxpath.passes.unsign import unsign
@@ -293,11 +291,9 @@ class PathProgram:
 @plain_mode()
 def build(
     model: Model,
-    input_shape: Any = None,
-    example_inputs: Any = None,
+    given: Given,
     q: float = 1.0,
     dtype: torch.dtype | None = None,
-    until: str | None = None,
     compiled: bool = False,
     reduced: bool = True,
 ) -> PathProgram:
@@ -312,10 +308,8 @@ def build(
         raise ValueError(
             f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64"
         )
-    captured = capture(model, input_shape, example_inputs, until)
+    captured, signed = take_in(model, given)
     live = captured.live()
-    fold_batch_norm(captured)
-    signed = lift(captured)
     check_finite({captured.tensors[placeholder]: tensor for placeholder, tensor in live.items()})
     if dtype is None:
         double = any(tensor.dtype == torch.float64 for tensor in live.values())

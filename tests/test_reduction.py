@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fxpath
+from fxpath.capture import Given
 from fxpath.evaluate import evaluate, score_shapes
 from fxpath.interpret import PathNorm
 from fxpath.passes.bases import cheapest, edges
@@ -205,7 +206,7 @@ def test_generated_networks_in_every_basis(
     dims: int, seed: int, depth: int, head: str, q: float
 ) -> None:
     model = Dag(dims, seed, depth, head).eval()
-    program = build(model, (2, *model.extent), q=q, dtype=torch.float64, reduced=False)
+    program = build(model, Given((2, *model.extent)), q=q, dtype=torch.float64, reduced=False)
     expected = run(program, program.lifted)
     for choose in (cheapest, values_only, sums_only, at_random(seed), at_random(seed + 1)):
         reduced = reduce(program.lifted, q, choose)
@@ -218,7 +219,7 @@ def test_generated_networks_in_every_basis(
 def test_real_networks(name: str) -> None:
     model = zoo.build(name)
     shape = zoo.INPUTS[name]
-    program = build(model, shape, dtype=torch.float64, reduced=False)
+    program = build(model, Given(shape), dtype=torch.float64, reduced=False)
     expected = run(program, program.lifted)
     reduced = reduce(program.lifted)
     assert_same(run(program, reduced), expected)
@@ -227,7 +228,7 @@ def test_real_networks(name: str) -> None:
 
 def test_a_wrong_matrix_is_noticed() -> None:
     model = Dag(2, 0, 4, "pooled")
-    program = build(model, (2, *model.extent), dtype=torch.float64, reduced=False)
+    program = build(model, Given((2, *model.extent)), dtype=torch.float64, reduced=False)
     expected = run(program, program.lifted)
     reduced = reduce(program.lifted)
     for module, kind in ((reduced, "matrix"), (lower(reduced), "map")):
@@ -249,7 +250,7 @@ def test_extents_of_resnet18_do_not_grow_with_the_input() -> None:
 
 def test_classes_of_a_padded_convolution() -> None:
     model = nn.Sequential(nn.Conv1d(1, 1, 3, padding=1), nn.ReLU(), nn.Conv1d(1, 1, 3, padding=1))
-    program = build(model, (1, 9), reduced=False)
+    program = build(model, Given((1, 9)), reduced=False)
     mark_static(program.lifted.graph)
     classes = find_classes(program.lifted.graph)
     convs = [n for n in classes.reachable if getattr(n.target, "__name__", "") == "conv"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from fxpath.shapes import infer_input_shape
+from fxpath.capture.shapes import infer_input_shape
 
 tv = pytest.importorskip("torchvision.models")
 

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath.api import Shapes
-from fxpath.capture import Model, capture, check_finite
+from fxpath.capture import Given, Model, Shapes, check_finite
+from fxpath.capture.given import Inputs, Outputs
+from fxpath.front import take_in
 from fxpath.interpret import PathNorm, Total
 from fxpath.lifting.dag import Dag, Entry
 from fxpath.lifting.expand import expand
 from fxpath.modes import plain_mode
-from fxpath.passes.fold import fold_batch_norm
-from fxpath.passes.lift import lift
 from fxpath.passes.reduce import reduce
 from fxpath.passes.unsign import unsign
 
@@ -143,8 +142,11 @@ def path_lifting(
     input_shape: Shapes = None,
     *,
     x: Tensor | Sequence[Tensor] | None = None,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
     until: str | None = None,
+    outputs: Outputs = None,
     limit: int = 100_000,
 ) -> PathLifting:
     """Phi(theta), one entry for each path, and A(theta, x) for one input (Def. A.5).
@@ -157,8 +159,11 @@ def path_lifting(
         model: as for :func:`fxpath.analyze`.
         input_shape: shape of the input without the batch axis; taken from ``x`` if that is given.
         x: one input without the batch axis, or one for each input of the model.
-        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
-        until: name of a submodule at whose output to stop.
+        example_inputs: as for :func:`fxpath.analyze`.
+        example_kwargs: as for :func:`fxpath.analyze`.
+        batch_dim: as for :func:`fxpath.analyze`.
+        until: as for :func:`fxpath.analyze`.
+        outputs: as for :func:`fxpath.analyze`.
         limit: number of paths above which to refuse.
 
     Returns:
@@ -188,14 +193,15 @@ def path_lifting(
     xs = [] if x is None else [x] if isinstance(x, Tensor) else list(x)
     if xs and input_shape is None and example_inputs is None:
         input_shape = [tuple(each.shape) for each in xs]
-    captured = capture(model, input_shape, example_inputs, until)
-    fold_batch_norm(captured)
+    captured, signed = take_in(
+        model, Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    )
     live = captured.live()
-    _check_count(_count(unsign(lift(captured)), live), limit)
+    _check_count(_count(unsign(signed), live), limit)
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
     dag = expand(captured)
     _check_count(dag.count_paths(), limit)
-    first, edges, outputs = _enumerate(dag)
+    first, edges, ends = _enumerate(dag)
     phi = torch.where(first < dag.inputs, 1.0, dag.bias[first])
     phi = phi * torch.cat([dag.weight, dag.weight.new_ones(1)])[edges].prod(1)
     flat = torch.cat([each.detach().double().cpu().reshape(-1) for each in xs]) if xs else None
@@ -206,7 +212,7 @@ def path_lifting(
         _, active = dag.values(flat)
         activity = torch.cat([active, active.new_ones(1)])[edges].prod(1)
     starts = first.clamp(max=dag.inputs)
-    return PathLifting(phi, outputs, starts, activity, dag.inputs, dag, edges, first, flat)
+    return PathLifting(phi, ends, starts, activity, dag.inputs, dag, edges, first, flat)
 
 
 class _Count(PathNorm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fxpath import ops
-from fxpath.capture import Model
+from fxpath.capture import Given, Model, Shapes
+from fxpath.capture.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.difference import Difference, Excess
 from fxpath.pairs.domination import ROUNDING, find_domination
@@ -141,13 +142,16 @@ class Bound:
 def lipschitz_bound(
     model: Model,
     other: Other,
-    input_shape: Any = None,
+    input_shape: Shapes = None,
     *,
     x: Tensor | Sequence[Tensor] | None = None,
     radius: float = 1.0,
     norm: float = 1,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
     until: str | None = None,
+    outputs: Outputs = None,
 ) -> Bound:
     """How far the functions of two sets of weights can be apart, certified.
 
@@ -176,7 +180,10 @@ def lipschitz_bound(
         radius: bound of ``||x||_inf`` otherwise.
         norm: of the outputs: 1, 2 or ``math.inf``.
         example_inputs: as for :func:`analyze`.
+        example_kwargs: as for :func:`analyze`.
+        batch_dim: as for :func:`analyze`.
         until: as for :func:`analyze`.
+        outputs: as for :func:`analyze`.
 
     Returns:
         A :class:`~fxpath.Bound`; ``float(bound)`` is the bound.
@@ -200,7 +207,8 @@ def lipschitz_bound(
         raise ValueError(f"radius={radius}: the bound of |x| must be a finite number >= 0")
     if norm not in (1, 2, math.inf):
         raise ValueError(f"norm={norm}: pass 1, 2 or math.inf")
-    pair = make_pair(model, other, input_shape, example_inputs, until)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    pair = make_pair(model, other, given)
     samples = None if x is None else _samples(pair, x)
     if samples is not None:
         radius = max((t.abs().amax().item() for s in samples for t in s if t.numel()), default=0.0)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxpath import ops
-from fxpath.capture import Captured, Model, check_finite, named_tensors
+from fxpath.capture import Captured, Given, Model, check_finite, named_tensors
 from fxpath.errors import module_path
 from fxpath.pairs.pair import LEAVES, Pair, Side
 from fxpath.passes.links import mark_static, static
@@ -26,9 +26,7 @@ Other = Model | Mapping[str, Tensor]
 def make_pair(
     model: Model,
     other: Other,
-    input_shape: Any = None,
-    example_inputs: Any = None,
-    until: str | None = None,
+    given: Given,
 ) -> Pair:
     """Capture ``model`` and hold ``other`` against it.
 
@@ -37,30 +35,28 @@ def make_pair(
         other: a model of the same architecture, or a state dict with the model's own names.  A
             model may hold its weights in another way (pruned, parametrized, batch norms fused): its
             effective parameters count.
-        input_shape: as for :func:`fxpath.analyze`.
-        example_inputs: as for :func:`fxpath.analyze`.
-        until: as for :func:`fxpath.analyze`.
+        given: inputs, and the part of the model to compare.
 
     Raises:
         TypeError: if ``other`` is neither.
         ValueError: for another architecture, missing or unknown keys, other shapes, NaN.
         UnsupportedModelError: as :func:`fxpath.analyze`.
     """
-    ours = build(model, input_shape, example_inputs, until=until, reduced=False)
+    ours = build(model, given, reduced=False)
     tensors = {name: tensor.detach().clone() for name, tensor in ours.captured.live().items()}
     mark_static(ours.signed.graph)
     leaves = _number_leaves(ours.signed.graph)
     mine = Side(ours.captured, ours.signed, tensors, leaves)
     if isinstance(other, (nn.Module, ExportedProgram)):
-        theirs = build(other, input_shape, example_inputs, until=until, reduced=False)
+        theirs = build(other, given, reduced=False)
         mark_static(theirs.signed.graph)
         _check_other(theirs.captured.tensors, theirs.captured.live())
         same = _match(ours.signed, theirs.signed)
         live = _copied(theirs.captured, theirs.captured.live(), ours.captured, tensors)
         side = Side(theirs.captured, theirs.signed, live, [same[leaf] for leaf in leaves])
     elif isinstance(other, Mapping):
-        given = _from_state(ours.captured, ours.signed, other)
-        state = _copied(ours.captured, given, ours.captured, tensors)
+        values = _from_state(ours.captured, ours.signed, other)
+        state = _copied(ours.captured, values, ours.captured, tensors)
         side = Side(ours.captured, ours.signed, state, leaves)
     else:
         raise TypeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fxpath.analysis import Analysis
-from fxpath.capture import Model
+from fxpath.capture import Given, Model, Shapes
+from fxpath.capture.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.difference import Difference
 from fxpath.pairs.domination import ROUNDING, Dominated, find_domination
@@ -225,10 +227,13 @@ class PathMetric:
 def path_metric(
     model: Model,
     other: Other,
-    input_shape: Any = None,
+    input_shape: Shapes = None,
     *,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
     until: str | None = None,
+    outputs: Outputs = None,
 ) -> PathMetric:
     """The l^1 path-metric between a model and other weights for it.
 
@@ -243,7 +248,10 @@ def path_metric(
             model's weights may be held in another way (pruned, parametrized, batch norms fused).
         input_shape: as for :func:`analyze`.
         example_inputs: as for :func:`analyze`.
+        example_kwargs: as for :func:`analyze`.
+        batch_dim: as for :func:`analyze`.
         until: as for :func:`analyze`.
+        outputs: as for :func:`analyze`.
 
     Returns:
         A :class:`~fxpath.PathMetric`.
@@ -266,7 +274,8 @@ def path_metric(
         >>> metric.exact, abs(metric.value - magnitude.item()) < 1e-6
         (True, True)
     """
-    pair = make_pair(model, other, input_shape, example_inputs, until)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    pair = make_pair(model, other, given)
     if pair.architecture:
         raise ValueError(
             f"{', '.join(pair.architecture)} differ: slopes, clamp bounds and fixed coefficients "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxpath import ops
-from fxpath.api import Shapes
-from fxpath.capture import Captured, capture, check_finite, named_tensors
+from fxpath.capture import Captured, Given, Shapes, check_finite, named_tensors
+from fxpath.capture.given import Inputs, Outputs
+from fxpath.front import take_in
 from fxpath.modes import plain_mode
 from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
-from fxpath.passes.fold import fold_batch_norm
-from fxpath.passes.lift import lift
 from fxpath.passes.unsign import unsign
 from fxpath.schema import arguments, target
 
@@ -50,7 +50,11 @@ def quantize(
     rounding: str = "zero",
     per_channel: bool = False,
     input_shape: Shapes = None,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
+    until: str | None = None,
+    outputs: Outputs = None,
 ) -> Quantized:
     """Round weights and biases to signed integers of some bits times a step.
 
@@ -72,8 +76,12 @@ def quantize(
         rounding: ``"zero"`` or ``"nearest"``.
         per_channel: whether each output channel of a weight has a step of its own; biases, and
             parameters with one axis, have one step each.
-        input_shape: shape of the input without the batch axis.
-        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
+        input_shape: as for :func:`fxpath.analyze`.
+        example_inputs: as for :func:`fxpath.analyze`.
+        example_kwargs: as for :func:`fxpath.analyze`.
+        batch_dim: as for :func:`fxpath.analyze`.
+        until: as for :func:`fxpath.analyze`.
+        outputs: as for :func:`fxpath.analyze`.
 
     Returns:
         A :class:`Quantized`.
@@ -100,9 +108,9 @@ def quantize(
         raise ValueError(f"bits={bits}: a sign and at least one more")
     if rounding not in ("zero", "nearest"):
         raise ValueError(f'rounding={rounding!r}: pass "zero" or "nearest"')
-    captured = capture(model, input_shape, example_inputs)
-    fold_batch_norm(captured)
-    lifted = unsign(lift(captured))
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    captured, signed = take_in(model, given)
+    lifted = unsign(signed)
     live = captured.live()
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
     steps: dict[str, Tensor] = {}
@@ -117,9 +125,7 @@ def quantize(
         if id(tensor) in rounded:
             state[name] = rounded[id(tensor)].clone()
     certify = path_metric if rounding == "zero" else lipschitz_bound
-    return Quantized(
-        state, steps, certify(model, state, input_shape, example_inputs=example_inputs)
-    )
+    return Quantized(state, steps, certify(model, state, **vars(given)))
 
 
 def _rounded_as_they_are(captured: Captured, lifted: fx.GraphModule) -> dict[str, int]:

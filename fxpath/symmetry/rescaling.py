@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxpath import ops
-from fxpath.api import Shapes
-from fxpath.capture import Captured, Model, capture, check_finite, named_tensors
+from fxpath.capture import Captured, Given, Model, Shapes, check_finite, named_tensors
+from fxpath.capture.given import Inputs, Outputs
+from fxpath.front import take_in
 from fxpath.modes import plain_mode
-from fxpath.passes.fold import fold_batch_norm
-from fxpath.passes.lift import lift
 from fxpath.passes.unsign import unsign
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import FIXED, Carried, compressed
@@ -102,14 +101,25 @@ class ChannelGroups:
 
 @plain_mode()
 def channel_groups(
-    model: Model, input_shape: Shapes = None, *, example_inputs: tuple[Any, ...] | None = None
+    model: Model,
+    input_shape: Shapes = None,
+    *,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
+    until: str | None = None,
+    outputs: Outputs = None,
 ) -> ChannelGroups:
     """Find the channels that share one scale, and every entry that a factor would change.
 
     Args:
         model: as for :func:`fxpath.analyze`; channels are those of eval mode.
-        input_shape: shape of the input without the batch axis.
-        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
+        input_shape: as for :func:`fxpath.analyze`.
+        example_inputs: as for :func:`fxpath.analyze`.
+        example_kwargs: as for :func:`fxpath.analyze`.
+        batch_dim: as for :func:`fxpath.analyze`.
+        until: as for :func:`fxpath.analyze`.
+        outputs: as for :func:`fxpath.analyze`.
 
     Returns:
         A :class:`ChannelGroups`.  Where an operation cannot be followed, its channels are in one
@@ -119,7 +129,9 @@ def channel_groups(
         UnsupportedModelError: listing every operation that the theory does not cover.
         ValueError: for an input shape that is missing and cannot be inferred.
     """
-    return _find(*_lifted(model, input_shape, example_inputs))
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    captured, signed = take_in(model, given)
+    return _find(captured, unsign(signed))
 
 
 @plain_mode()
@@ -131,7 +143,11 @@ def rescale(
     factors: Mapping[int, float] | None = None,
     choices: Sequence[float] = (1, 128, 4096),
     seed: int = 0,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
+    until: str | None = None,
+    outputs: Outputs = None,
 ) -> nn.Module:
     """A model of the same function, and of the same Phi, with other parameters.
 
@@ -147,7 +163,11 @@ def rescale(
             ones; 1 for those that are not listed.
         choices: factors that each rescalable group draws from, with equal probability.
         seed: of the draw.
-        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
+        example_inputs: as for :func:`fxpath.analyze`.
+        example_kwargs: as for :func:`fxpath.analyze`.
+        batch_dim: as for :func:`fxpath.analyze`.
+        until: as for :func:`fxpath.analyze`.
+        outputs: as for :func:`fxpath.analyze`.
 
     Returns:
         A deep copy with rescaled parameters and running means.
@@ -168,7 +188,9 @@ def rescale(
         >>> fxpath.path_norm(model) == fxpath.path_norm(other)
         True
     """
-    captured, lifted = _lifted(model, input_shape, example_inputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    captured, signed = take_in(model, given)
+    lifted = unsign(signed)
     found = _open(captured, lifted)
     values = torch.ones(len(found), dtype=torch.float64)
     rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
@@ -190,7 +212,14 @@ def rescale(
 @plain_mode()
 @torch.no_grad()
 def normalize(
-    model: nn.Module, input_shape: Shapes = None, *, example_inputs: tuple[Any, ...] | None = None
+    model: nn.Module,
+    input_shape: Shapes = None,
+    *,
+    example_inputs: Inputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    batch_dim: int | None = 0,
+    until: str | None = None,
+    outputs: Outputs = None,
 ) -> nn.Module:
     """A model of the same function whose hidden neurons have incoming l^1 norms of at most 1.
 
@@ -206,8 +235,12 @@ def normalize(
 
     Args:
         model: a module, in either mode; it is not changed.  The function is that of eval mode.
-        input_shape: shape of the input without the batch axis.
-        example_inputs: inputs as for ``torch.export.export``, instead of ``input_shape``.
+        input_shape: as for :func:`fxpath.analyze`.
+        example_inputs: as for :func:`fxpath.analyze`.
+        example_kwargs: as for :func:`fxpath.analyze`.
+        batch_dim: as for :func:`fxpath.analyze`.
+        until: as for :func:`fxpath.analyze`.
+        outputs: as for :func:`fxpath.analyze`.
 
     Returns:
         A deep copy with rescaled parameters and running means (see :func:`rescale`).
@@ -226,7 +259,9 @@ def normalize(
         >>> bool(torch.allclose(first.weight.abs().sum(1) + first.bias.abs(), torch.ones(3)))
         True
     """
-    captured, lifted = _lifted(model, input_shape, example_inputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    captured, signed = take_in(model, given)
+    lifted = unsign(signed)
     live = captured.live()
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
     found = _open(captured, lifted)
@@ -267,14 +302,6 @@ class _Norms(fx.Interpreter):
 
 
 # -- finding groups --------------------------------------------------------------------------------
-
-
-def _lifted(
-    model: Model, input_shape: Shapes, example_inputs: tuple[Any, ...] | None
-) -> tuple[Captured, fx.GraphModule]:
-    captured = capture(model, input_shape, example_inputs)
-    fold_batch_norm(captured)
-    return captured, unsign(lift(captured))
 
 
 def _open(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:

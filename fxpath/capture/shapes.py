@@ -31,6 +31,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxpath.capture.copies import skeleton
+
 Shape = tuple[int, ...]
 
 # torchvision's whole models by class name; their building blocks are not in the table.
@@ -210,9 +212,6 @@ def infer_input_shape(model: nn.Module) -> Shape:
     for layer in layers:
         if any(isinstance(p, nn.UninitializedParameter) for p in layer.parameters()):
             raise _unknown(model, f"a {type(layer).__name__} has not seen an input yet")
-
-    # Imported here: capturing a model infers its shape, so capture imports this file.
-    from fxpath.capture import skeleton
 
     probe = _Probe(skeleton(model))
     reasons = []

@@ -1,0 +1,78 @@
+"""A captured model, and the tensors that it is read from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+__all__ = ["Captured", "Model", "Shape", "check_finite", "named_tensors"]
+
+Model = nn.Module | ExportedProgram
+Shape = Sequence[int]
+
+
+@dataclass
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph_module: flat ATen graph; placeholders are tensors of the model, then its inputs.
+        tensors: placeholder name -> qualified name of the tensor in the model.
+        parameters: those qualified names that are parameters.
+        source: where the live tensors are read from.
+        constants: tensors that the graph holds itself (literals of the forward code).
+    """
+
+    graph_module: fx.GraphModule
+    tensors: dict[str, str]
+    parameters: frozenset[str]
+    source: Model
+    constants: dict[str, Tensor]
+
+    def live(self) -> dict[str, Tensor]:
+        """The model's tensors as they are now: placeholder name -> tensor.
+
+        Raises:
+            KeyError: if a tensor that was captured is no longer part of the model.
+        """
+        named = {**self.constants, **named_tensors(self.source)}
+        missing = [name for name in self.tensors.values() if name not in named]
+        if missing:
+            raise KeyError(
+                f"{', '.join(missing)}: no longer in the model; its structure has changed since it "
+                "was captured, so call fxpath.compile again"
+            )
+        return {placeholder: named[name] for placeholder, name in self.tensors.items()}
+
+
+def named_tensors(model: Model) -> dict[str, Tensor]:
+    """Parameters and buffers by qualified name, tied ones under each of their names."""
+    if isinstance(model, ExportedProgram):
+        return {**model.state_dict, **{k: v for k, v in model.constants.items() if _is_tensor(v)}}
+    named: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    named.update(model.named_parameters(remove_duplicate=False))
+    return named
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that are not numbers.
+
+    Raises:
+        ValueError: naming every tensor with a NaN or infinite entry.
+    """
+    bad = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            lo, hi = torch.aminmax(tensor.detach())
+            if not bool(torch.isfinite(lo) & torch.isfinite(hi)):
+                bad.append(name)
+    if bad:
+        raise ValueError(f"NaN or infinite entries in {', '.join(bad)}: no path-norm is defined")

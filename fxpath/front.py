@@ -1,0 +1,23 @@
+"""From a model to its signed graph: what every verb does first."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxpath.capture import Captured, Given, Model, capture
+from fxpath.passes.fold import fold_batch_norm
+from fxpath.passes.lift import lift
+
+__all__ = ["take_in"]
+
+
+def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
+    """Capture a model, fold its batch norms and write its signed graph.
+
+    Raises:
+        UnsupportedModelError: listing every operation without an exact rule.
+        ValueError: for inputs that do not fit, an unknown ``until`` or ``outputs``.
+    """
+    captured = capture(model, given)
+    fold_batch_norm(captured)
+    return captured, lift(captured)
