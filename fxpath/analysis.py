@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, TypedDict
 
-import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from fxpath.evaluation import absolute
 from fxpath.layers import Layer, find_layers, neuron_shares
 from fxpath.program import PathProgram
 
@@ -67,8 +67,7 @@ class Analysis:
         self.scores: dict[str, Tensor] = evaluation.shares
         self.path_norm: float = evaluation.path_norm
         self.log10_path_norm: float = evaluation.log10_path_norm
-        self._mass = evaluation.mass
-        self._sparsity = evaluation.sparsity
+        self._evaluation = evaluation
         layers = find_layers(program.lifted)
         self._layers = list(layers)
         self.neuron_shares: dict[str, Tensor] = {
@@ -84,22 +83,23 @@ class Analysis:
 
         Returns:
             Tensor of the parameter's shape, >= 0; for q other than 1 in units of ``||Phi||_q^q``.
+            In the scores' dtype, or in float64 where that has no digits for small entries.
 
         Raises:
             KeyError: if ``name`` has no score.
-            OverflowError: if an entry does not fit the scores' dtype; ``log10_path_norm`` does.
+            OverflowError: if an entry is too large for the scores' dtype, or too small for float64;
+                ``log10_path_norm`` and the scores are not.
         """
         if name not in self.scores:
             raise KeyError(f"{name!r} has no score; scored are {', '.join(self.scores)}")
         shares = self.scores[name]
-        mass, largest = self._mass, torch.finfo(shares.dtype).max
-        top = float(shares.max()) if shares.numel() else 0.0
-        if top and top * mass > largest:
+        try:
+            return absolute(shares, self._evaluation.mantissa, self._evaluation.exponent)
+        except OverflowError:
             raise OverflowError(
                 f"Path-Mag of {name} does not fit {shares.dtype}: the path-norm is "
                 f"10^{self.log10_path_norm:.2f}; use scores[{name!r}] (shares) and log10_path_norm"
-            )
-        return (shares.double() * mass if top else shares).to(shares.dtype)
+            ) from None
 
     @cached_property
     def layers(self) -> list[LayerRow]:
@@ -114,7 +114,7 @@ class Analysis:
             operation=layer.operation,
             shape=layer.shape,
             parameters=sum(self.scores[name].numel() for name in names),
-            sparsity=self._sparsity[names[0]],
+            sparsity=self._evaluation.sparsity[names[0]],
             share=share,
             quantiles=_quantiles(self.scores[names[0]]),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxpath import adjoints, ops
 from fxpath.interpret import PathNorm, Total
 from fxpath.kernels.operator import KERNELS
+from fxpath.modes import TRACING
 from fxpath.schema import arguments, target
 
 __all__ = ["Compiled", "Run", "coordinates", "evaluate", "score_shapes"]
@@ -92,11 +93,17 @@ def score_shapes(module: fx.GraphModule) -> dict[str, tuple[int, ...]]:
 
 
 def coordinates(
-    module: fx.GraphModule, tensors: Mapping[str, Tensor]
+    module: fx.GraphModule, tensors: Mapping[str, Tensor], names: Container[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Entries of the effective parameter vector theta, one array after the other."""
+    """Entries of the effective parameter vector theta, one array after the other.
+
+    Args:
+        module: a lifted graph.
+        tensors: the model's tensors by the names of the graph's placeholders.
+        names: of the coordinates that are asked for; all of them by default.
+    """
     for node in module.graph.nodes:
-        if node.target is ops.coordinate:
+        if node.target is ops.coordinate and (names is None or arguments(node)[1] in names):
             yield str(arguments(node)[1]), _value(module, arguments(node)[0], tensors)
 
 
@@ -157,16 +164,35 @@ class Compiled:
         buffers = [] if scores is None else list(scores.values())
         # A trace holds for one form of tensors: layers change theirs, as by model.double().
         form = scores is None, *((t.dtype, t.stride(), t.device) for t in (*values, *buffers))
-        if form not in self._compiled:
-            names = None if scores is None else list(scores)
-            traced = self._trace(list(tensors), values, names, buffers)
-            self._compiled[form] = torch.compile(
-                traced, fullgraph=True, dynamic=False, backend=_as_captured
-            )
         with torch.no_grad():
-            found = self._compiled[form](*values, *buffers)
+            if form in self._compiled:
+                found = self._compiled[form](*values, *buffers)
+            else:
+                found = self._first(form, list(tensors), values, scores, buffers)
         mantissa, scale, smallest, *mass = found
         return Run(Total(mantissa, scale), smallest, mass[0] if mass else None)
+
+    def _first(
+        self,
+        form: Any,
+        keys: list[str],
+        values: list[Tensor],
+        scores: Mapping[str, Tensor] | None,
+        buffers: list[Tensor],
+    ) -> Any:
+        """The first run for one form, which compiles; other threads wait for it."""
+        with TRACING:
+            if form not in self._compiled:
+                names = None if scores is None else list(scores)
+                traced = self._trace(keys, values, names, buffers)
+                compiled = torch.compile(
+                    traced, fullgraph=True, dynamic=False, backend=_as_captured
+                )
+                found = compiled(*values, *buffers)
+                # Known to others only now: a second thread must not compile it at the same time.
+                self._compiled[form] = compiled
+                return found
+        return self._compiled[form](*values, *buffers)
 
     def _trace(
         self,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 
-__all__ = ["plain_mode"]
+__all__ = ["TRACING", "plain_mode"]
+
+#: Held while torch traces or compiles: neither is safe in two threads at once.
+TRACING = threading.RLock()
 
 
 @contextlib.contextmanager

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 
 from fxpath import ops
-from fxpath.capture import Captured, Given, Model, check_finite
+from fxpath.buffers import check_buffers, check_holds, writable
+from fxpath.capture import Captured, Given, Model, Shapes, check_finite
+from fxpath.capture.gradients import own_gradients
+from fxpath.errors import SupportReport, UnsupportedModelError
 from fxpath.evaluate import Compiled, Run, coordinates, evaluate, score_shapes
+from fxpath.evaluation import LEAST_EXPONENT, Evaluation, fitted
 from fxpath.front import take_in
 from fxpath.interpret import PathNorm, Total
 from fxpath.kernels.scales import MASS, SMALLEST, least
@@ -25,62 +31,16 @@ from fxpath.sizes import SizeRow, sizes
 __all__ = ["Evaluation", "PathProgram", "build"]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What one run found.
-
-    ``||Phi||_q^q = mantissa * 2 ** exponent``; ``shares`` and the ``sparsity`` of each coordinate
-    array are keyed by name.
-    """
-
-    mantissa: float
-    exponent: int
-    shares: dict[str, Tensor]
-    sparsity: dict[str, float]
-    q: float
-
-    @property
-    def mass(self) -> float:
-        """``||Phi||_q^q``; inf beyond float64."""
-        try:
-            return math.ldexp(self.mantissa, self.exponent)
-        except OverflowError:
-            return math.inf
-
-    @property
-    def log10_mass(self) -> float:
-        """Decimal logarithm of ``||Phi||_q^q``."""
-        if self.mantissa == 0:
-            return -math.inf
-        return math.log10(self.mantissa) + self.exponent * math.log10(2)
-
-    @property
-    def path_norm(self) -> float:
-        """``||Phi||_q``; inf beyond float64."""
-        if self.q in (0, 1):
-            return self.mass
-        if self.mantissa == 0:
-            return 0.0
-        # Part of the exponent is a multiple of q, so that the root fits where the mass does not.
-        whole = math.floor(self.exponent / self.q)
-        rest = self.exponent - whole * self.q
-        try:
-            return math.ldexp((self.mantissa * 2.0**rest) ** (1 / self.q), whole)
-        except OverflowError:
-            return math.inf
-
-    @property
-    def log10_path_norm(self) -> float:
-        """Decimal logarithm of ``||Phi||_q``."""
-        return self.log10_mass / (self.q or 1)
-
-
 class PathProgram:
     """Path-norm and Path-Mag of one model, captured once and evaluated many times.
 
     The program reads the model's tensors anew at every call, so it follows training and pruning in
-    place.  It is bound to the model's structure: after a parameter was replaced by another kind of
-    thing (a new layer, a parametrization), compile again.
+    place.  It is bound to what the graph was made for: modules and their configuration, which
+    tensors are one, masks and lists of positions.  A change of these is an error that names it, and
+    says to compile again.  Python numbers that the model's own forward code reads are not watched.
+
+    It deep-copies and pickles as its model and what was asked of it: the copy is bound to the
+    copied model, and captured anew.
 
     Attributes:
         graph_module: the rewritten network, an FX graph module over the vocabulary of
@@ -113,9 +73,11 @@ class PathProgram:
         q: float,
         compiled: bool = False,
         reduced: bool = True,
+        given: Given | None = None,
     ) -> None:
         """Programs are made by :func:`fxpath.compile`."""
         self.captured = captured
+        self.given = given
         self.signed = signed
         self.lifted = unsign(signed)
         self.reduced = reduce(self.lifted, q) if reduced else self.lifted
@@ -144,7 +106,12 @@ class PathProgram:
         Raises:
             ValueError: for a NaN or infinite parameter, by name.
             FloatingPointError: if float64 does not suffice.
+            UnsupportedModelError: if a weight is computed by an ``autograd.Function``, whose
+                backward is not captured.
         """
+        problems = own_gradients(self.captured)
+        if problems:
+            raise UnsupportedModelError(SupportReport(tuple(problems)))
         for dtype in self._formats():
             norm = PathNorm(self.graph_module, dtype, self.q)
             total: Total = norm.run(self.captured.live(), live=True)
@@ -161,17 +128,22 @@ class PathProgram:
 
         Returns:
             Parameter name -> tensor of the parameter's shape, entries in [0, 1] (unless an entry is
-            used twice on a path); ``out`` itself holds the tensors if it was given.
+            used twice on a path), in the program's number format; in float64 where float32 would
+            make zeros of small ones.  ``out`` itself holds the tensors if it was given.
 
         Raises:
-            ValueError: if ``out`` has other names or shapes than the scores, or integers.
+            ValueError: if ``out`` has other names or shapes than the scores, integers, a format
+                that does not hold them, or memory that two of them or the model share.
         """
         if out is None:
             return self.evaluate(scores=True).shares
-        _check_buffers(out, score_shapes(self.graph_module))
+        live = self.captured.live()
+        read = {self.captured.tensors[key]: tensor for key, tensor in live.items()}
+        check_buffers(out, score_shapes(self.graph_module), read)
         shares = self.evaluate(scores=True, out=out).shares
         for name, share in shares.items():
             if share is not out[name]:
+                check_holds(name, share, out[name])
                 with torch.no_grad():
                     out[name].copy_(share)
         return dict(out)
@@ -188,7 +160,25 @@ class PathProgram:
         """
         exponent = _exponent(q)
         reduced = self.reduced is not self.lifted
-        return PathProgram(self.captured, self.signed, self.dtype, exponent, reduced=reduced)
+        return PathProgram(
+            self.captured, self.signed, self.dtype, exponent, reduced=reduced, given=self.given
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if isinstance(self.captured.source, ExportedProgram):
+            raise TypeError(
+                "a program of an ExportedProgram does not pickle: save that with "
+                "torch.export.save, and compile again"
+            )
+        return _rebuild, (self.captured.source, *self._request())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PathProgram:
+        return _rebuild(copy.deepcopy(self.captured.source, memo), *self._request())
+
+    def _request(self) -> tuple[Any, ...]:
+        """What :func:`build` was asked for."""
+        reduced = self.reduced is not self.lifted
+        return self.given, self.q, self.dtype, self._compiled is not None, reduced
 
     def sizes(self) -> list[SizeRow]:
         """Extents and multiply-adds of each activation, at full resolution and as kept."""
@@ -219,9 +209,42 @@ class PathProgram:
             if self._healthy(dtype, run):
                 zeros = self._sparsity(live) if sparsity else {}
                 mantissa, exponent = run.total.mantissa.item(), int(run.total.scale[0])
-                found = {name: share.to(self.dtype) for name, share in (shares or {}).items()}
+                found = {} if shares is None else self._fitted(dtype, shares, live)
                 return Evaluation(mantissa, exponent, found, zeros, self.q)
         raise self._failure()
+
+    def _fitted(
+        self, dtype: torch.dtype, shares: dict[str, Tensor], live: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Shares in the program's format; in float64 where that cannot hold them."""
+        if dtype == torch.float64:
+            return {name: fitted(share, self.dtype) for name, share in shares.items()}
+        short = self._short(shares, live)
+        if not short:
+            return shares
+        wide = self._buffers(torch.float64, live, {})
+        run = evaluate(PathNorm(self.graph_module, torch.float64, self.q), live, wide)
+        if not self._healthy(torch.float64, run):
+            raise self._failure()
+        # The others stay as they are, where the caller wants them.
+        again = {name: fitted(wide[name], self.dtype) for name in short}
+        kept = {name: share for name, share in again.items() if share.dtype != self.dtype}
+        return {**shares, **kept}
+
+    def _short(self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> set[str]:
+        """Scores with an entry below the normal numbers of their format, though theta is not 0.
+
+        Most of them belong to dead neurons; which ones do not, float64 tells.
+        """
+        tiny = torch.finfo(self.dtype).tiny
+        names = [name for name, share in shares.items() if share.numel()]
+        least = torch.stack([shares[name].amin() for name in names]).tolist() if names else []
+        low = {name for name, value in zip(names, least, strict=True) if value < tiny}
+        return {
+            name
+            for name, theta in coordinates(self.lifted, live, low)
+            if bool(((shares[name] < tiny) & (theta != 0)).any())
+        }
 
     def _buffers(
         self, dtype: torch.dtype, live: Mapping[str, Tensor], out: Mapping[str, Tensor]
@@ -230,7 +253,7 @@ class PathProgram:
         device = next((t.device for t in live.values()), torch.device("cpu"))
         return {
             name: out[name]
-            if name in out and _writable(out[name], dtype, device)
+            if name in out and writable(out[name], dtype, device)
             else torch.empty(shape, dtype=dtype, device=device)
             for name, shape in score_shapes(self.graph_module).items()
         }
@@ -291,19 +314,20 @@ class PathProgram:
 @plain_mode()
 def build(
     model: Model,
-    given: Given,
+    given: Given | Shapes = None,
     q: float = 1.0,
     dtype: torch.dtype | None = None,
     compiled: bool = False,
     reduced: bool = True,
 ) -> PathProgram:
-    """Capture and rewrite a model.
+    """Capture and rewrite a model, for what the caller says about inputs or their shape alone.
 
     Raises:
         ValueError: for a NaN or infinite parameter, a shape that cannot be inferred, q < 0.
         UnsupportedModelError: listing every operation without an exact rule.
     """
     exponent = _exponent(q)
+    given = given if isinstance(given, Given) else Given(given)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(
             f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64"
@@ -314,31 +338,21 @@ def build(
     if dtype is None:
         double = any(tensor.dtype == torch.float64 for tensor in live.values())
         dtype = torch.float64 if double else torch.float32
-    return PathProgram(captured, signed, dtype, exponent, compiled, reduced)
+    return PathProgram(captured, signed, dtype, exponent, compiled, reduced, given)
+
+
+def _rebuild(
+    model: Model, given: Given | None, q: float, dtype: torch.dtype, compiled: bool, reduced: bool
+) -> PathProgram:
+    """A copy of a program, for a copy of its model."""
+    return build(model, given, q, dtype, compiled, reduced)
 
 
 def _exponent(q: float) -> float:
     if not 0 <= q < math.inf:
         raise ValueError(f"q = {q}: the exponent must be a finite number >= 0")
+    if 0 < q < LEAST_EXPONENT:
+        raise ValueError(
+            f"q = {q}: below {LEAST_EXPONENT:g} float64 cannot tell the norm; q = 0 counts paths"
+        )
     return float(q)
-
-
-def _writable(out: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    return (
-        out.dtype == dtype
-        and out.device == device
-        and out.is_contiguous()
-        and not out.requires_grad
-        and not out.is_inference()
-    )
-
-
-def _check_buffers(out: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    if out.keys() != shapes.keys():
-        difference = sorted(out.keys() ^ shapes.keys())
-        raise ValueError(f"out must have one tensor for each score; differs in {difference}")
-    for name, shape in shapes.items():
-        if out[name].shape != shape:
-            raise ValueError(f"out[{name!r}] has shape {tuple(out[name].shape)}, its score {shape}")
-        if not out[name].is_floating_point():
-            raise ValueError(f"out[{name!r}] holds {out[name].dtype}, which has no shares below 1")

@@ -6,6 +6,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
 
+from fxpath.capture.form import attached, form_of
 from fxpath.capture.functional import functionalize
 from fxpath.capture.model import Captured, Model, named_tensors
 
@@ -46,7 +47,10 @@ def adopt(program: ExportedProgram, model: nn.Module | None = None) -> Captured:
         tensors[node.name] = name
     _keep_outputs(graph, signature)
     _drop_dead(graph)
-    return Captured(fx.GraphModule({}, graph), tensors, frozenset(parameters), source, constants)
+    shapes = {node.name: node.meta["val"].shape for node in first.values()}
+    form = form_of(source, live, attached(source, constants), shapes)
+    module = fx.GraphModule({}, graph)
+    return Captured(module, tensors, frozenset(parameters), source, constants, form)
 
 
 def _keep_outputs(graph: fx.Graph, signature: ExportGraphSignature) -> None:

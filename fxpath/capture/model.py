@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+
+from fxpath.capture.form import Form, attached_now, changes
 
 __all__ = ["Captured", "Model", "Shape", "check_finite", "named_tensors"]
 
@@ -25,6 +27,9 @@ class Captured:
         parameters: those qualified names that are parameters.
         source: where the live tensors are read from.
         constants: tensors that the graph holds itself (literals of the forward code).
+        form: what else about the model the graph was made for.
+        baked: tensors whose numbers the graph was made for, such as masks and index lists: name ->
+            copy as it was then.
     """
 
     graph_module: fx.GraphModule
@@ -32,21 +37,41 @@ class Captured:
     parameters: frozenset[str]
     source: Model
     constants: dict[str, Tensor]
+    form: Form
+    baked: dict[str, Tensor] = field(default_factory=dict)
 
     def live(self) -> dict[str, Tensor]:
         """The model's tensors as they are now: placeholder name -> tensor.
 
         Raises:
-            KeyError: if a tensor that was captured is no longer part of the model.
+            ValueError: if anything that the graph was made for has changed since, by name.
         """
-        named = {**self.constants, **named_tensors(self.source)}
-        missing = [name for name in self.tensors.values() if name not in named]
-        if missing:
-            raise KeyError(
-                f"{', '.join(missing)}: no longer in the model; its structure has changed since it "
-                "was captured, so call fxpath.compile again"
+        named = {
+            **self.constants,
+            **named_tensors(self.source),
+            **attached_now(self.source, self.form.attached),
+        }
+        live = {key: named[name] for key, name in self.tensors.items() if name in named}
+        changed = [
+            *(f"{name} is gone" for name in self.tensors.values() if name not in named),
+            *changes(self.source, self.form, named),
+            *(
+                f"{self.tensors[key]} has shape {tuple(tensor.shape)}"
+                for key, tensor in live.items()
+                if tensor.shape != self.form.shapes[key]
+            ),
+            *(
+                f"{name} has other entries, which select or were read as numbers"
+                for name, known in self.baked.items()
+                if name in named and not _same(named[name], known)
+            ),
+        ]
+        if changed:
+            raise ValueError(
+                f"the model has changed since it was captured: {'; '.join(changed)}. "
+                "Call fxpath.compile again"
             )
-        return {placeholder: named[name] for placeholder, name in self.tensors.items()}
+        return live
 
 
 def named_tensors(model: Model) -> dict[str, Tensor]:
@@ -56,6 +81,10 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
     named.update(model.named_parameters(remove_duplicate=False))
     return named
+
+
+def _same(now: Tensor, then: Tensor) -> bool:
+    return now.dtype == then.dtype and torch.equal(now.detach().to(then.device), then)
 
 
 def _is_tensor(value: object) -> bool:

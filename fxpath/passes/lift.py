@@ -281,8 +281,12 @@ class Lift:
             return torch.tensor(value)
         if value.op == "placeholder":
             name = self.captured.tensors.get(value.name)
-            live = self.captured.live() if name not in self.captured.parameters else {}
-            return live.get(value.name)
+            if name is None or name in self.captured.parameters:
+                return None
+            number = self.captured.live()[value.name].detach()
+            # The graph is made for it.
+            self.captured.baked.setdefault(name, number.clone())
+            return number
         args = [n for n in value.all_input_nodes if self.constant(n) is None]
         if args or value in self._active or value.op != "call_function":
             return None
