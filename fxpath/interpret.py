@@ -211,10 +211,6 @@ class PathNorm(Interpretation):
     ) -> Tensor:
         return (ops if self.live else adjoints.run).folded_bias(bias, factor, beta, mean)
 
-    def folded_weight(self, weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
-        # In float64, whatever the run's format: a large factor often meets a small one.
-        return ops.folded_weight(weight.double(), factor, axis, groups)
-
     def coordinate(self, value: Tensor, name: str) -> Tensor | Streamed:
         """Entries of theta: a leaf of its own for each use, or left to the operation that reads."""
         converted = self._is_converted(value)

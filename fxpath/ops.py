@@ -91,10 +91,11 @@ def normalizer(gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
 def folded_weight(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
     """Weight of a map followed by a frozen batch norm: ``factor`` along its output channels.
 
+    In float64, like the factor: a large one often meets a small weight, whose product is no zero.
     ``axis`` is the output axis of ``weight``; a transposed convolution (axis 1) lists the output
     channels of each of its ``groups`` apart, in blocks along axis 0.
     """
-    factor = factor.to(weight.dtype)
+    weight = weight.to(factor.dtype)
     if axis == 0:
         return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
     blocks = weight.reshape(groups, -1, *weight.shape[1:])

@@ -10,7 +10,7 @@ from torch import fx
 from torch.autograd import Function
 
 from fxpath.capture.model import Captured
-from fxpath.errors import Problem, problem
+from fxpath.errors import Problem, problem, source_line
 
 __all__ = ["own_gradients"]
 
@@ -61,14 +61,25 @@ def _bodies(kind: type[Function]) -> Iterator[tuple[tuple[str, int], str]]:
         yield from _bodies(function)
 
 
+def _returned(node: fx.Node) -> bool:
+    """Whether a forward returned its argument: torch then puts in a view, or detaches it.
+
+    A user's own detach() is told apart by what is written where it happens.
+    """
+    aten = torch.ops.aten
+    if node.target is aten.view_as.default:
+        return node.args[0] is node.args[1]
+    code = source_line(node)
+    return node.target is aten.detach.default and not ("detach" in code or ".data" in code)
+
+
 def _nothing() -> None:
     """Stands for a function without a forward."""
 
 
 def _function(node: fx.Node, bodies: dict[tuple[str, int], str]) -> str | None:
     """The function in whose forward an operation was called."""
-    # A forward that returns its argument leaves this trace of the machinery around it.
-    if node.target is torch.ops.aten.view_as.default and node.args[0] is node.args[1]:
+    if _returned(node):
         return "an autograd.Function that returns its argument"
     for line in (node.meta.get("stack_trace") or "").splitlines():
         if line.strip().startswith('File "'):

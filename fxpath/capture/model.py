@@ -47,7 +47,7 @@ class Captured:
             ValueError: if anything that the graph was made for has changed since, by name.
         """
         named = {
-            **self.constants,
+            **{k: v for k, v in self.constants.items() if k not in self.form.attached},
             **named_tensors(self.source),
             **attached_now(self.source, self.form.attached),
         }

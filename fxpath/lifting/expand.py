@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.lifting.dag import Dag, Edges
@@ -134,8 +133,6 @@ class _Expansion:
                 self.known[node] = self.live[node.name]
             else:
                 args, kwargs = fx.map_arg((arguments(node), node.kwargs), self.value)
-                if node.target is ops.folded_weight:
-                    args = (args[0].double(), *args[1:])
                 self.known[node] = target(node)(*args, **kwargs)
         return self.known[node]
 

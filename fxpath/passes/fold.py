@@ -110,7 +110,7 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
         folded = graph.call_function(
             ops.folded_weight, (weight, factor, int(transposed), bound.get("groups", 1))
         )
-    folded.meta["val"] = weight.meta["val"]
+    folded.meta["val"] = weight.meta["val"].double()
     folded.meta["coordinate"] = (
         coordinate_name(captured, weight, node, "weight") or f"{_prefix(node)}weight"
     )
