@@ -252,12 +252,11 @@ class Computed(nn.Module):
         return self.o(torch.relu(self.behind(F.linear(x, self.effective()))))
 
 
-@pytest.mark.parametrize(("function", "name"), [(Sign, "Sign"), (Halved, "returns its argument")])
-def test_a_backward_of_its_own_is_refused(function: Any, name: str) -> None:
-    model = Computed(function.apply, nn.Identity())
+def test_a_backward_of_its_own_is_refused() -> None:
+    model = Computed(Sign.apply, nn.Identity())
     program = fxpath.compile(model, (3,))
     assert program.path_norm() > 0
-    with pytest.raises(fxpath.UnsupportedModelError, match=f"{name}.*backward"):
+    with pytest.raises(fxpath.UnsupportedModelError, match="Sign computes.*backward"):
         program.log_path_norm()
 
 

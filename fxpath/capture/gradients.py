@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 from torch.autograd import Function
 
 from fxpath.capture.model import Captured
-from fxpath.errors import Problem, problem, source_line
+from fxpath.errors import Problem, problem
 
 __all__ = ["own_gradients"]
 
@@ -61,26 +60,12 @@ def _bodies(kind: type[Function]) -> Iterator[tuple[tuple[str, int], str]]:
         yield from _bodies(function)
 
 
-def _returned(node: fx.Node) -> bool:
-    """Whether a forward returned its argument: torch then puts in a view, or detaches it.
-
-    A user's own detach() is told apart by what is written where it happens.
-    """
-    aten = torch.ops.aten
-    if node.target is aten.view_as.default:
-        return node.args[0] is node.args[1]
-    code = source_line(node)
-    return node.target is aten.detach.default and not ("detach" in code or ".data" in code)
-
-
 def _nothing() -> None:
     """Stands for a function without a forward."""
 
 
 def _function(node: fx.Node, bodies: dict[tuple[str, int], str]) -> str | None:
     """The function in whose forward an operation was called."""
-    if _returned(node):
-        return "an autograd.Function that returns its argument"
     for line in (node.meta.get("stack_trace") or "").splitlines():
         if line.strip().startswith('File "'):
             _, path, rest = line.split('"', 2)
