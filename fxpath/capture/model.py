@@ -9,10 +9,40 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-__all__ = ["Captured", "Model", "Shape", "check_finite", "named_tensors"]
+__all__ = ["Captured", "Model", "Sample", "Shape", "check_finite", "named_tensors"]
 
 Model = nn.Module | ExportedProgram
 Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The inputs that a model was traced with.
+
+    Attributes:
+        shapes: input name -> shape, the batch axis included.
+        batch_dim: the batch axis, of length 1 in ``shapes``; ``None`` if there is none.
+        assumed: whether the shapes are a convention (224 x 224 images) that neither the caller nor
+            the model named.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    batch_dim: int | None = 0
+    assumed: bool = False
+
+    def __str__(self) -> str:
+        named = [
+            f"{name} {' x '.join(map(str, self._own(shape))) or 'scalar'}"
+            for name, shape in self.shapes.items()
+        ]
+        notes = ["assumed"] * self.assumed + ["no batch axis"] * (self.batch_dim is None)
+        return ", ".join(named) + (f" ({', '.join(notes)})" if notes else "")
+
+    def _own(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.batch_dim is None or not shape:
+            return shape
+        axis = self.batch_dim % len(shape)
+        return shape[:axis] + shape[axis + 1 :]
 
 
 @dataclass
@@ -25,6 +55,9 @@ class Captured:
         parameters: those qualified names that are parameters.
         source: where the live tensors are read from.
         constants: tensors that the graph holds itself (literals of the forward code).
+        inputs: shapes of the sample that was traced.
+        baked: tensors whose values were read as Python numbers, as they were: the graph holds for
+            these values only.
     """
 
     graph_module: fx.GraphModule
@@ -32,6 +65,8 @@ class Captured:
     parameters: frozenset[str]
     source: Model
     constants: dict[str, Tensor]
+    inputs: Sample
+    baked: dict[str, Tensor]
 
     def live(self) -> dict[str, Tensor]:
         """The model's tensors as they are now: placeholder name -> tensor.
