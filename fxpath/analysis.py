@@ -43,6 +43,7 @@ class Analysis:
 
     Attributes:
         q: exponent of the path-norm.
+        inputs: shapes of the sample that was analysed, and whether they are an assumption.
         path_norm: ``||Phi(theta)||_q``; ``inf`` only where float64 cannot hold it.
         log10_path_norm: decimal logarithm of ``||Phi(theta)||_q``; -inf if the norm is 0.
         scores: parameter name -> tensor of its shape: the *shares* Path-Mag / path-norm, the part
@@ -64,6 +65,7 @@ class Analysis:
         """Evaluate a program once; made by :func:`fxpath.analyze`."""
         evaluation = program.evaluate(scores=True, sparsity=True)
         self.q = program.q
+        self.inputs = program.captured.inputs
         self.scores: dict[str, Tensor] = evaluation.shares
         self.path_norm: float = evaluation.path_norm
         self.log10_path_norm: float = evaluation.log10_path_norm
@@ -124,6 +126,8 @@ class Analysis:
         norm, log10 = self.path_norm, self.log10_path_norm
         return {
             "q": self.q,
+            "inputs": {name: list(shape) for name, shape in self.inputs.shapes.items()},
+            "input_shape_assumed": self.inputs.assumed,
             "path_norm": norm if math.isfinite(norm) else None,
             "log10_path_norm": log10 if math.isfinite(log10) else None,
             "parameters": sum(score.numel() for score in self.scores.values()),
@@ -132,15 +136,15 @@ class Analysis:
 
     def __str__(self) -> str:
         table = tabulate(self._cells(), headers="keys")
-        return f"{self._headline()}\n{self._legend()}\n\n{table}"
+        return f"{self._headline()}\ninput {self.inputs}\n{self._legend()}\n\n{table}"
 
     def _repr_html_(self) -> str:
         table = tabulate(self._cells(), headers="keys", tablefmt="html")
-        text = html.escape(f"{self._headline()}. {self._legend()}")
+        text = html.escape(f"{self._headline()}; input {self.inputs}. {self._legend()}")
         return f"<p>{text}</p>{table}"
 
     def __repr__(self) -> str:
-        return f"<Analysis: {self._headline()}>"
+        return f"<Analysis: {self._headline()}, input {self.inputs}>"
 
     def _headline(self) -> str:
         scored = sum(score.numel() for score in self.scores.values())

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import operator
+import os
 from dataclasses import asdict, dataclass
 
 import torch.fx
 from tabulate import tabulate
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+#: What helps where something smooth stands at the end of a network.
+CUT = 'cut the model before it with until="..."'
 
 __all__ = ["Problem", "SupportReport", "UnsupportedModelError"]
 
@@ -119,7 +125,11 @@ def source_line(node: torch.fx.Node) -> str:
             number = rest.split("line ", 1)[1].split(",", 1)[0]
             code = lines[i + 1].strip() if i + 1 < len(lines) else ""
             frames.append((path, f"{path}:{number}: {code}"))
-    ours = [text for path, text in frames if "/torch/nn/" not in path and "/torch/_" not in path]
+    ours = [
+        text
+        for path, text in frames
+        if "/torch/nn/" not in path and "/torch/_" not in path and not path.startswith(_PACKAGE)
+    ]
     return (ours or [text for _, text in frames] or ["unknown"])[-1]
 
 

@@ -10,7 +10,8 @@ import torch
 
 __all__ = ["TRACING", "plain_mode"]
 
-#: Held while torch traces or compiles: neither is safe in two threads at once.
+#: Held while torch traces or compiles: neither is safe in two threads at once, and what a model's
+#: own code did to the caller's containers meanwhile is undone behind it.
 TRACING = threading.RLock()
 
 

@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-from torch import Tensor, fx, nn
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from fxpath.capture import formats
 from fxpath.capture.form import attached, form_of
 from fxpath.capture.functional import functionalize
-from fxpath.capture.model import Captured, Model, named_tensors
+from fxpath.capture.given import Outputs
+from fxpath.capture.model import Captured, Model, Sample, named_tensors
+from fxpath.errors import SupportReport, UnsupportedModelError
 
 __all__ = ["adopt"]
 
 TENSOR_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
-def adopt(program: ExportedProgram, model: nn.Module | None = None) -> Captured:
-    """Turn an exported program into a functional graph with canonical tensor names."""
+def adopt(
+    program: ExportedProgram,
+    source: Model,
+    outputs: Outputs,
+    baked: dict[str, Tensor],
+    batch_dim: int | None,
+    assumed: bool,
+) -> Captured:
+    """Turn an exported program into a functional graph with canonical tensor names.
+
+    Args:
+        program: what torch.export gave.
+        source: whose live tensors count.
+        outputs: those of the outputs to keep.
+        baked: values that the code read as Python numbers.
+        batch_dim: axis of the one sample that was traced.
+        assumed: whether its shape is a convention.
+
+    Raises:
+        ValueError: if ``outputs`` names none.
+        UnsupportedModelError: naming tensors in formats that no path-norm is computed in.
+    """
     graph, signature = functionalize(program)
-    source: Model = program if model is None else model
     held = {**program.constants, **dict(program.state_dict)}
     live = named_tensors(source)
     canonical: dict[int, str] = {}
-    parameters = dict(program.named_parameters() if model is None else model.named_parameters())
+    parameters = dict(source.named_parameters())
     for name, tensor in (*parameters.items(), *live.items()):
         canonical.setdefault(id(tensor), name)
 
@@ -45,23 +71,82 @@ def adopt(program: ExportedProgram, model: nn.Module | None = None) -> Captured:
             continue
         first[name] = node
         tensors[node.name] = name
-    _keep_outputs(graph, signature)
+    shapes = {
+        spec.arg.name: tuple(node.meta["val"].shape)
+        for node, spec in zip(placeholders, signature.input_specs, strict=True)
+        if spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), Tensor)
+    }
+    _keep_outputs(graph, program, signature, outputs)
     _drop_dead(graph)
-    shapes = {node.name: node.meta["val"].shape for node in first.values()}
-    form = form_of(source, live, attached(source, constants), shapes)
-    module = fx.GraphModule({}, graph)
-    return Captured(module, tensors, frozenset(parameters), source, constants, form)
+    held_shapes = {node.name: node.meta["val"].shape for node in first.values()}
+    captured = Captured(
+        fx.GraphModule({}, graph),
+        tensors,
+        frozenset(parameters),
+        source,
+        constants,
+        Sample(shapes, batch_dim, assumed),
+        form_of(source, live, attached(source, constants), held_shapes),
+        baked,
+    )
+    _check_formats(captured)
+    return captured
 
 
-def _keep_outputs(graph: fx.Graph, signature: ExportGraphSignature) -> None:
-    """Drop outputs that stand for mutated inputs and buffers, and those that are no tensors."""
+def _check_formats(captured: Captured) -> None:
+    """Refuse tensors and results that are no dense real numbers."""
+    live = captured.live()
+    read = {
+        captured.tensors[node.name]: live[node.name]
+        for node in captured.graph_module.graph.nodes
+        if node.name in live and node.users
+    }
+    problems = formats.of_graph(captured.graph_module.graph, read, captured.parameters)
+    if problems:
+        raise UnsupportedModelError(SupportReport(tuple(problems)))
+
+
+def _keep_outputs(
+    graph: fx.Graph, program: ExportedProgram, signature: ExportGraphSignature, outputs: Outputs
+) -> None:
+    """Drop outputs that stand for mutated inputs and buffers, and those that nobody asked for."""
     output = next(iter(reversed(graph.nodes)))
     users = [
         value
         for value, spec in zip(output.args[0], signature.output_specs, strict=True)
-        if spec.kind == OutputKind.USER_OUTPUT and isinstance(value, fx.Node)
+        if spec.kind == OutputKind.USER_OUTPUT
     ]
-    output.args = (tuple(users),)
+    if outputs is not None:
+        several: Sequence[int | str]
+        result = tree_unflatten(users, program.call_spec.out_spec)
+        several = outputs if not isinstance(outputs, int | str) else [outputs]
+        # No tree but what nodes are in it: an fx.Node is a leaf.
+        users = tree_leaves([_pick(result, key) for key in several])
+    output.args = (tuple(value for value in users if isinstance(value, fx.Node)),)
+
+
+def _pick(result: Any, key: int | str) -> Any:
+    """One of several outputs."""
+    if isinstance(result, fx.Node):
+        names: Any = []
+    elif isinstance(result, Mapping):
+        names = list(result)
+    elif isinstance(result, tuple | list) and isinstance(key, int):
+        names = range(-len(result), len(result))
+    else:
+        names = [name for name in vars(result)] if hasattr(result, "__dict__") else []
+    if key not in names:
+        known = (
+            f"{len(result)} outputs, counted from 0"
+            if isinstance(result, tuple | list)
+            else f"the outputs {', '.join(map(repr, names))}"
+            if names
+            else "one output"
+        )
+        raise ValueError(f"outputs={key!r} names no output: the model has {known}")
+    if isinstance(result, Mapping | tuple | list):
+        return result[key]  # type: ignore[index]
+    return getattr(result, str(key))
 
 
 def _drop_dead(graph: fx.Graph) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Attribute", "Form", "attached", "attached_now", "changes", "form_of"]
+__all__ = ["Attribute", "Form", "attached", "attached_now", "changes", "form_of", "tensors_in"]
 
 #: Where a tensor that no module has registered is found: module, attribute, keys inside of it.
 Attribute = tuple[str, str, tuple[Any, ...]]
@@ -93,7 +93,7 @@ def attached(model: object, constants: Mapping[str, Tensor]) -> dict[str, Attrib
         for attribute, value in vars(module).items():
             if attribute in ("_parameters", "_buffers", "_modules"):
                 continue
-            for keys, tensor in _tensors(value):
+            for keys, tensor in tensors_in(value):
                 name = wanted.get(_place(tensor))
                 if name is not None:
                     found.setdefault(name, (path, attribute, keys))
@@ -117,14 +117,14 @@ def attached_now(model: object, attached: Mapping[str, Attribute]) -> dict[str, 
     return found
 
 
-def _tensors(value: object, depth: int = 3) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+def tensors_in(value: object, depth: int = 3) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """Tensors in a value, through lists, tuples and dicts, with the keys that lead to them."""
     if isinstance(value, Tensor):
         yield (), value
     elif depth and isinstance(value, (list, tuple, dict)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in list(items):
-            for keys, tensor in _tensors(item, depth - 1):
+            for keys, tensor in tensors_in(item, depth - 1):
                 yield (key, *keys), tensor
 
 

@@ -12,6 +12,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 
+from fxpath.capture.inline import flat
+
 __all__ = ["functionalize"]
 
 aten = torch.ops.aten
@@ -34,21 +36,14 @@ def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportGraphSignat
     functionalization does it, with an empty decomposition table so that convolutions and linear
     maps stay whole.
     """
-    graph = _copy(program.graph)
+    graph = flat(program)
     if not _rename(graph):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = program.run_decompositions({})
-        graph = _copy(program.graph)
+        graph = flat(program)
     graph.lint()
     return graph, program.graph_signature
-
-
-def _copy(original: fx.Graph) -> fx.Graph:
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(original, copied))
-    return graph
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,10 +11,40 @@ from torch.export import ExportedProgram
 
 from fxpath.capture.form import Form, attached_now, changes
 
-__all__ = ["Captured", "Model", "Shape", "check_finite", "named_tensors"]
+__all__ = ["Captured", "Model", "Sample", "Shape", "check_finite", "named_tensors"]
 
 Model = nn.Module | ExportedProgram
 Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The inputs that a model was traced with.
+
+    Attributes:
+        shapes: input name -> shape, the batch axis included.
+        batch_dim: the batch axis, of length 1 in ``shapes``; ``None`` if there is none.
+        assumed: whether the shapes are a convention (224 x 224 images) that neither the caller nor
+            the model named.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    batch_dim: int | None = 0
+    assumed: bool = False
+
+    def __str__(self) -> str:
+        named = [
+            f"{name} {' x '.join(map(str, self._own(shape))) or 'scalar'}"
+            for name, shape in self.shapes.items()
+        ]
+        notes = ["assumed"] * self.assumed + ["no batch axis"] * (self.batch_dim is None)
+        return ", ".join(named) + (f" ({', '.join(notes)})" if notes else "")
+
+    def _own(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.batch_dim is None or not shape:
+            return shape
+        axis = self.batch_dim % len(shape)
+        return shape[:axis] + shape[axis + 1 :]
 
 
 @dataclass
@@ -27,9 +57,10 @@ class Captured:
         parameters: those qualified names that are parameters.
         source: where the live tensors are read from.
         constants: tensors that the graph holds itself (literals of the forward code).
+        inputs: shapes of the sample that was traced.
         form: what else about the model the graph was made for.
-        baked: tensors whose numbers the graph was made for, such as masks and index lists: name ->
-            copy as it was then.
+        baked: tensors whose numbers the graph was made for, such as masks, index lists, and what
+            was read as Python numbers: name -> copy as it was then.
     """
 
     graph_module: fx.GraphModule
@@ -37,8 +68,9 @@ class Captured:
     parameters: frozenset[str]
     source: Model
     constants: dict[str, Tensor]
+    inputs: Sample
     form: Form
-    baked: dict[str, Tensor] = field(default_factory=dict)
+    baked: dict[str, Tensor]
 
     def live(self) -> dict[str, Tensor]:
         """The model's tensors as they are now: placeholder name -> tensor.

@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxpath.capture.copies import skeleton
+from fxpath.capture.state import untouched
 
 Shape = tuple[int, ...]
 
@@ -201,10 +202,15 @@ def infer_input_shape(model: nn.Module) -> Shape:
         >>> infer_input_shape(nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 48, 5)))
         (2, 50)
     """
+    return guess_input_shape(model)[0]
+
+
+def guess_input_shape(model: nn.Module) -> tuple[Shape, bool]:
+    """The same, and whether it is a convention rather than the model's only shape."""
     model = _unwrap(model)
     known = _torchvision_shape(model)
     if known is not None:
-        return known
+        return known, True
 
     layers = _first_layers(model)
     if not layers:
@@ -213,6 +219,12 @@ def infer_input_shape(model: nn.Module) -> Shape:
         if any(isinstance(p, nn.UninitializedParameter) for p in layer.parameters()):
             raise _unknown(model, f"a {type(layer).__name__} has not seen an input yet")
 
+    with untouched(model):
+        return _probed(model, layers)
+
+
+def _probed(model: nn.Module, layers: list[nn.Module]) -> tuple[Shape, bool]:
+    """The shape that goes through a copy, and whether it is a convention."""
     probe = _Probe(skeleton(model))
     reasons = []
     for layer in layers:
@@ -226,7 +238,7 @@ def infer_input_shape(model: nn.Module) -> Shape:
             assert isinstance(layer, nn.Conv1d)
             shape = _signal_shape(probe, layer.in_channels)
         if not isinstance(shape, str):
-            return shape
+            return shape, isinstance(layer, nn.Conv2d) and _takes_any(probe, layer.in_channels)
         reasons.append(shape)
     raise _unknown(model, "; ".join(reasons))
 
@@ -288,6 +300,11 @@ def _image_shape(probe: _Probe, channels: int) -> Shape | str:
     if len(fitting) == 1:
         return (channels, fitting[0], fitting[0])
     return f"no square image of up to {longest} pixels goes through ({probe.failure})"
+
+
+def _takes_any(probe: _Probe, channels: int) -> bool:
+    """Whether images of every size go through, so that the usual one is a convention."""
+    return probe.fit((channels, _LONGEST[2], _LONGEST[2])) is _Fit.FITS
 
 
 def _signal_shape(probe: _Probe, channels: int) -> Shape | str:

@@ -1,75 +1,306 @@
-"""torch.export, and what it says where it cannot trace a model."""
+"""torch.export on a stand-in, and what to say where it cannot trace a model."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+import os
+import threading
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._pytree import tree_map_only
 
+from fxpath.capture.copies import HOOKS, duplicate, locate
 from fxpath.capture.inputs import Call
+from fxpath.capture.numbers import Numbers, ParameterRead
+from fxpath.capture.state import Reachable, untouched
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.modes import TRACING
 
-__all__ = ["export", "stop_at"]
+__all__ = ["Traced", "run", "trace"]
 
 
-def export(model: nn.Module, call: Call) -> ExportedProgram:
-    """One run of torch.export.
+#: What hooks are told that read values of activations; nothing may depend on it.
+_PRETENCES = (0.0, 1e9, -1e9)
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+@dataclass(frozen=True)
+class Traced:
+    """An exported program, and the values of tensors that its code read as Python numbers."""
+
+    program: ExportedProgram
+    baked: dict[str, Tensor]
+
+
+class _Stop(BaseException):
+    """Ends a forward pass at the output of a module; no ``except Exception`` holds it up."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+class _Refused(Exception):
+    """Carries a problem out of torch.export."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.reason)
+        self.problem = problem
+
+
+def trace(model: nn.Module, call: Call, until: str | None = None) -> Traced:
+    """Export a copy of a model up to the last call of ``until``.
 
     Raises:
-        UnsupportedModelError: with the user's own line, if the model cannot be traced.
+        ValueError: if ``until`` names no module, or one that is not called.
+        UnsupportedModelError: if the model cannot be captured as one graph.
     """
+    last = 1 if until is None else _count(model, call, until)
+    with TRACING, untouched(model) as state:
+        traced, pretended = _export(model, call, until, last, state, _PRETENCES[0])
+        if pretended:
+            for pretence in _PRETENCES[1:]:
+                other, _ = _export(model, call, until, last, state, pretence)
+                if _text(other.program) != _text(traced.program):
+                    _refuse(_hook_problem(model))
+        return traced
+
+
+def run(model: nn.Module, call: Call) -> Any:
+    """The output of a copy of a model for real inputs, which stay as they are."""
+    with TRACING, _quiet(), untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        copied, _ = duplicate(model)
+        args, kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), call)
+        return copied(*args, **kwargs)
+
+
+# -- the cut ---------------------------------------------------------------------------------------
+
+
+def find(model: nn.Module, until: str) -> str:
+    """The name of a module as the model has it; wrappers may be left out.
+
+    Raises:
+        ValueError: if there is no such module.
+    """
+    names = dict(model.named_modules())
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        if until and prefix + until in names:
+            return prefix + until
+    known = [name for name in names if name]
+    raise ValueError(f"until={until!r} names no module; the last ones are {', '.join(known[-5:])}")
+
+
+def _count(model: nn.Module, call: Call, until: str) -> int:
+    """How often a forward pass calls a module, as far as it comes."""
+    name, calls = find(model, until), list[None]()
+    failed = False
+    with TRACING, untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        copied, _ = duplicate(model)
+        copied.get_submodule(name).register_forward_hook(lambda *_: calls.append(None))
+        args, kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), call)
+        try:
+            with _quiet():
+                copied(*args, **kwargs)
+        # What stands behind the cut is not asked to work.
+        except Exception:
+            failed = True
+    if not calls and not failed:
+        raise ValueError(f"until={until!r}: this module is not called by the model's forward")
+    return max(1, len(calls))
+
+
+def _stop_at(module: nn.Module, call: int) -> None:
+    calls = list[None]()
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        calls.append(None)
+        if len(calls) == call:
+            raise _Stop(output)
+
+    module.register_forward_hook(stop)
+
+
+# -- one trace -------------------------------------------------------------------------------------
+
+
+def _export(
+    model: nn.Module,
+    call: Call,
+    until: str | None,
+    last: int,
+    state: Reachable,
+    pretence: float,
+) -> tuple[Traced, int]:
+    """A trace in which hooks read ``pretence``, and how often they did."""
+    copied, memo = duplicate(model)
+    names = {id(module): name for name, module in copied.named_modules()}
+    numbers = Numbers(copied, pretence)
+    changed = state.watch(key for key, value in memo.items() if id(value) != key)
+    for path, module in copied.named_modules():
+        for attribute in HOOKS:
+            hooks = getattr(module, attribute)
+            for key, hook in hooks.items():
+                hooks[key] = _watched(hook, path, numbers, changed)
+    stop = None if until is None else copied.get_submodule(find(copied, until))
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        numbers.start()
+        if stop is not None:
+            _stop_at(stop, last)
+        stack = getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", {})
+        depth = len(stack)
+        with numbers:
+            try:
+                return copied._call_impl(*args, **kwargs)
+            except _Stop as stopped:
+                # The tracer notes which module is running, and expects each of them to return.
+                while len(stack) > depth:
+                    stack.popitem()
+                return stopped.output
+
+    for module in copied.modules():
+        module._compiled_call_impl = None
+    # Hooks of the model itself run inside of it, which a replaced forward would not see.
+    copied._compiled_call_impl = entry
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with _quiet(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, *call, strict=False)
+            program = torch.export.export(copied, *call, strict=False)
     except Exception as error:
-        raise UnsupportedModelError(SupportReport((_capture_problem(error),))) from error
+        _refuse(_capture_problem(error, names), error)
+    written = changed()
+    if written is not None:
+        _refuse(_written(written, type(model).__name__, "", "unknown"))
+    return Traced(program, numbers.read), numbers.pretended
 
 
-def _capture_problem(error: Exception) -> Problem:
+def _watched(
+    hook: Callable[..., Any], path: str, numbers: Numbers, changed: Callable[[], str | None]
+) -> Callable[..., Any]:
+    """A hook that may read made-up numbers, and that must not write to the model itself."""
+
+    @functools.wraps(hook, updated=())
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before, numbers.in_hook = numbers.in_hook, True
+        try:
+            result = hook(*args, **kwargs)
+        finally:
+            numbers.in_hook = before
+        written = changed()
+        if written is not None:
+            raise _Refused(_written(written, _name(hook), path, locate(hook)))
+        return result
+
+    return watched
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch's own log says nothing in this thread."""
+    here = threading.get_ident()
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    loggers = [
+        logger
+        for name, logger in list(logging.root.manager.loggerDict.items())
+        if isinstance(logger, logging.Logger) and (name == "torch" or name.startswith("torch."))
+    ]
+    for logger in loggers:
+        logger.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(elsewhere)
+
+
+def _text(program: ExportedProgram) -> tuple[str, dict[str, Any]]:
+    """A program as something that can be compared."""
+    constants = {
+        name: value.tolist() if isinstance(value, Tensor) else repr(value)
+        for name, value in program.constants.items()
+    }
+    return str(program.graph), constants
+
+
+# -- what went wrong -------------------------------------------------------------------------------
+
+
+def _refuse(problem: Problem, error: Exception | None = None) -> NoReturn:
+    raise UnsupportedModelError(SupportReport((problem,))) from error
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
+
+
+def _written(what: str, name: str, path: str, where: str) -> Problem:
+    return Problem(
+        name,
+        "(capture)",
+        path,
+        where,
+        f"it writes to the model itself ({what}), which it holds by a way that a copy of the model "
+        "does not follow, so that what the copy computes need not be what the model does",
+        "remove the hook, or let it reach the model through its arguments",
+    )
+
+
+def _hook_problem(model: nn.Module) -> Problem:
+    path, hook = next(
+        (path, hook)
+        for path, module in model.named_modules()
+        for attribute in HOOKS
+        for hook in getattr(module, attribute).values()
+    )
+    return Problem(
+        _name(hook),
+        "(capture)",
+        path,
+        locate(hook),
+        "a hook reads values of activations as Python numbers, and what the model computes depends "
+        "on them",
+        "remove the hook, or let it compute with tensors",
+    )
+
+
+def _capture_problem(error: Exception, names: dict[int, str]) -> Problem:
     """What torch.export could not trace, with the user's own line."""
-    frames = []
+    if isinstance(error, _Refused):
+        return error.problem
+    where, path = "unknown", ""
     trace = error.__traceback__
     while trace is not None:
-        path = trace.tb_frame.f_code.co_filename
-        frames.append((path, trace.tb_lineno))
+        frame = trace.tb_frame
+        file = frame.f_code.co_filename
+        path = names.get(id(frame.f_locals.get("self")), path)
+        if "/torch/" not in file and not file.startswith((_PACKAGE, "<")):
+            where = f"{file}:{trace.tb_lineno}"
         trace = trace.tb_next
-    package = __file__.rsplit("/", 1)[0]
-    ours = [f for f in frames if "/torch/" not in f[0] and not f[0].startswith((package, "<"))]
     text = next(iter(str(error).strip().splitlines()), "")
-    if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
+    if isinstance(error, ParameterRead):
+        reason = (
+            f"the value of the parameter {text} is read as a Python number, which has no scores"
+        )
+        remedy = "compute with the parameter as a tensor, or make it a buffer"
+    elif "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         reason = f"control flow that depends on the values of activations ({text})"
-        remedy = "replace the branch by tensor operations, or cut the model before it with until="
+        remedy = (
+            'replace the branch by tensor operations, or cut the model before it with until="..."'
+        )
     else:
         reason = f"torch.export cannot trace the model: {type(error).__name__}: {text}"
         remedy = "check input_shape/example_inputs against a plain call of the model"
-    where = f"{ours[-1][0]}:{ours[-1][1]}" if ours else "unknown"
-    return Problem("torch.export.export", "(capture)", "", where, reason, remedy)
-
-
-def stop_at(model: nn.Module, until: str) -> None:
-    """Make ``model`` return the last output of its submodule; later operations are dead."""
-    try:
-        stop = model.get_submodule(until)
-    except AttributeError as error:
-        known = [name for name, _ in model.named_modules() if name]
-        raise ValueError(
-            f"until={until!r} names no module; the last ones are {', '.join(known[-5:])}"
-        ) from error
-    outputs: list[Any] = []
-    stop.register_forward_hook(lambda module, args, output: outputs.append(output))
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def truncated(*args: Any, **kwargs: Any) -> Any:
-        outputs.clear()
-        forward(*args, **kwargs)
-        if not outputs:
-            raise ValueError(f"until={until!r}: this module is not called by the model's forward")
-        return outputs[-1]
-
-    model.forward = truncated
+    return Problem("torch.export.export", "(capture)", path, where, reason, remedy)

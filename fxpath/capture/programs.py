@@ -1,0 +1,118 @@
+"""Exported programs: they know their inputs, and most of them no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from fxpath.capture.adopt import adopt
+from fxpath.capture.given import Given
+from fxpath.capture.inputs import Call, batch_size, first_sample, from_shapes, from_values
+from fxpath.capture.model import Captured
+from fxpath.capture.rows import rows_meet, same_row
+from fxpath.capture.trace import run, trace
+from fxpath.errors import UnsupportedModelError
+
+__all__ = ["from_program"]
+
+
+def from_program(program: ExportedProgram, given: Given) -> Captured:
+    """Capture a program: as it is for one sample, else traced once more.
+
+    A program with fixed shapes takes inputs of these shapes only; its own batch is cut to one
+    sample where the program runs on one.
+
+    Raises:
+        ValueError: for inputs of other shapes, or a batch that cannot be cut.
+        UnsupportedModelError: if it cannot be traced once more.
+    """
+    if given.until is not None:
+        raise ValueError(
+            "until needs a module to stop at, and an ExportedProgram has none: "
+            "export the model up to there, or pass the nn.Module itself"
+        )
+    own = _own_call(program)
+    asked = _asked(program, given)
+    call = own if asked is None else asked
+    number = batch_size(call, given.batch_dim)
+    sample = first_sample(call, given.batch_dim)
+    if _is_dynamic(program):
+        # Shapes must be numbers; tracing the program once more makes them so.
+        return _traced_again(program, sample, given)
+    if _shapes(call) != _shapes(own) and _shapes(sample) != _shapes(_sample(own, given)):
+        raise ValueError(
+            f"the program was exported for inputs of the shapes {_shapes(own)} and takes no other, "
+            f"such as {_shapes(call)}: export it with dynamic shapes, or pass the nn.Module itself"
+        )
+    number = batch_size(own, given.batch_dim)
+    if number == 1:
+        return adopt(program, program, given.outputs, {}, given.batch_dim, False)
+    assert given.batch_dim is not None
+    inner = program.module(check_guards=False)
+
+    def evaluate(inputs: Call) -> Any:
+        return run(inner, inputs)
+
+    try:
+        if same_row(evaluate, own, given.batch_dim):
+            return _traced_again(program, _sample(own, given), given)
+    # Whatever an operation raises that has the batch size written into it.
+    except (RuntimeError, UnsupportedModelError) as error:
+        failure: Exception | None = error
+    else:
+        failure = None
+    if rows_meet(evaluate, own, given.batch_dim):
+        return adopt(program, program, given.outputs, {}, None, False)
+    raise ValueError(
+        f"the program was exported for a batch of {number}, which is written into it: export it "
+        "for one sample or with a dynamic batch axis, or pass batch_dim=None to count all of them"
+    ) from failure
+
+
+def _sample(own: Call, given: Given) -> Call:
+    return first_sample(own, given.batch_dim)
+
+
+def _asked(program: ExportedProgram, given: Given) -> Call | None:
+    """The inputs that the caller names, if any."""
+    if given.example_inputs is not None or given.example_kwargs:
+        return from_values(given)
+    if given.input_shape is not None:
+        return from_shapes(program.module(check_guards=False), given)
+    return None
+
+
+def _traced_again(program: ExportedProgram, sample: Call, given: Given) -> Captured:
+    traced = trace(program.module(check_guards=False), sample)
+    return adopt(traced.program, program, given.outputs, traced.baked, given.batch_dim, False)
+
+
+def _own_call(program: ExportedProgram) -> Call:
+    """Zeros in the shapes that the program was exported with."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    leaves = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.USER_INPUT:
+            value = values.get(spec.arg.name)
+            if isinstance(value, Tensor):
+                shape = [n if isinstance(n, int) else int(n.node.hint) for n in value.shape]
+                value = torch.zeros(shape, dtype=value.dtype, device=value.device)
+            leaves.append(value)
+    args, kwargs = tree_unflatten(leaves, program.call_spec.in_spec)
+    return args, kwargs
+
+
+def _shapes(call: Call) -> list[tuple[int, ...]]:
+    return [tuple(x.shape) for x in tree_leaves(call) if isinstance(x, Tensor)]
+
+
+def _is_dynamic(program: ExportedProgram) -> bool:
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return any(
+        isinstance(v, Tensor) and any(not isinstance(n, int) for n in v.shape) for v in values
+    )

@@ -1,0 +1,255 @@
+"""The caller's own objects that code of a model can reach: seen before a trace, restored after it.
+
+A trace runs ``forward`` and hooks on fake tensors.  What they write on the traced copy goes with
+the copy; what they write elsewhere (globals, class attributes, containers that a closure holds,
+``lru_cache``) is put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+__all__ = ["Reachable", "global_names", "has_state", "is_own", "parts", "untouched"]
+
+#: Code of these is neither read nor restored.
+_FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "fxpath", "__future__"}
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, range, Tensor)
+_MISSING = object()
+
+
+def is_own(name: str | None) -> bool:
+    """Whether a Python module is neither torch's nor the standard library's."""
+    return name is not None and (name == "__main__" or name.split(".")[0] not in _FOREIGN)
+
+
+def has_state(value: Any) -> bool:
+    """Whether an object is a module, or of a class of the caller's, with attributes to look at."""
+    kind = type(value)
+    return (
+        isinstance(getattr(value, "__dict__", None), dict)
+        and not isinstance(value, type | types.ModuleType | types.FunctionType)
+        and (isinstance(value, nn.Module | types.SimpleNamespace) or is_own(kind.__module__))
+    )
+
+
+def global_names(function: types.FunctionType) -> set[str]:
+    """Names of globals that a function or one nested in it reads or writes."""
+    return set(_names(function.__code__))
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    if code.co_names:
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME"):
+                yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def parts(value: Any) -> Iterable[Any]:
+    """What an object holds, as far as it is plain Python."""
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        yield from value
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        yield from (value.__func__, value.__self__)
+    elif isinstance(value, staticmethod | classmethod):
+        yield value.__func__
+    elif isinstance(value, property):
+        yield from (value.fget, value.fset)
+    elif isinstance(value, types.FunctionType):
+        yield from _function_parts(value)
+    elif isinstance(value, type):
+        yield from vars(value).values() if is_own(value.__module__) else ()
+    elif has_state(value):
+        yield from vars(value).values()
+    wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
+    if isinstance(wrapped, types.FunctionType):
+        yield wrapped
+
+
+def _function_parts(function: types.FunctionType) -> Iterable[Any]:
+    if not is_own(function.__module__):
+        return
+    for cell in function.__closure__ or ():
+        yield _contents(cell)
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for name in global_names(function):
+        yield function.__globals__.get(name)
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return _MISSING
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One thing that can be written to: how it is read, and how it is put back."""
+
+    owner: Any
+    what: str
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+    before: Any
+
+    def changed(self) -> bool:
+        """Whether it holds other objects than before, or in another order."""
+        now, before = self.read(), self.before
+        if isinstance(before, dict):
+            return list(now) != list(before) or any(now[k] is not before[k] for k in before)
+        if isinstance(before, list):
+            return len(now) != len(before) or any(
+                a is not b for a, b in zip(now, before, strict=True)
+            )
+        return now is not before
+
+
+class Reachable:
+    """Everything that the code of a model can write to, as it is now.
+
+    Attributes:
+        objects: by id, whatever was found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.objects: dict[int, Any] = {}
+        self._places: list[_Place] = []
+        for path, module in model.named_modules(remove_duplicate=False):
+            self._visit(module, path or type(module).__name__)
+        for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
+            for hook in hooks.values():
+                self._visit(hook, "a global hook")
+
+    def watch(self, ids: Iterable[int]) -> Callable[[], str | None]:
+        """A function that says what was written to among the objects of these ids, if anything."""
+        among = set(ids)
+        places = [place for place in self._places if id(place.owner) in among]
+        return lambda: next((place.what for place in places if place.changed()), None)
+
+    def restore(self) -> None:
+        """Put everything back that was written to."""
+        for place in self._places:
+            if place.changed():
+                place.write(place.before)
+
+    def _visit(self, start: Any, name: str) -> None:
+        pending = [(start, name)]
+        while pending:
+            value, what = pending.pop()
+            if isinstance(value, _ATOMS) or id(value) in self.objects or value is _MISSING:
+                continue
+            self.objects[id(value)] = value
+            self._note(value, what)
+            pending.extend((part, what) for part in parts(value))
+            if not isinstance(value, type) and is_own(type(value).__module__):
+                pending.extend((cls, cls.__name__) for cls in type(value).__mro__)
+
+    def _note(self, value: Any, what: str) -> None:
+        if isinstance(value, dict):
+            self._add(value, what, lambda: value, functools.partial(_refill, value), dict(value))
+        elif isinstance(value, list | deque):
+            self._add(value, what, lambda: value, functools.partial(_extend, value), list(value))
+        elif isinstance(value, set):
+            self._add(
+                value,
+                what,
+                lambda: sorted(value, key=id),
+                functools.partial(_refill, value),
+                sorted(value, key=id),
+            )
+        elif isinstance(value, functools._lru_cache_wrapper):
+            misses = value.cache_info().misses
+            self._add(
+                value,
+                what,
+                lambda: value.cache_info().misses == misses or None,
+                lambda _: value.cache_clear(),
+                True,
+            )
+        elif isinstance(value, types.FunctionType):
+            if is_own(value.__module__):
+                self._note_function(value)
+        elif isinstance(value, type):
+            if is_own(value.__module__):
+                for name, held in list(vars(value).items()):
+                    if not name.startswith("__"):
+                        self._note_attribute(value, name, held)
+        elif has_state(value):
+            held = vars(value)
+            self._add(value, what, lambda: held, functools.partial(_refill, held), dict(held))
+
+    def _note_function(self, function: types.FunctionType) -> None:
+        names = function.__code__.co_freevars
+        for name, cell in zip(names, function.__closure__ or (), strict=True):
+            if id(cell) not in self.objects:
+                self.objects[id(cell)] = cell
+                read = functools.partial(_contents, cell)
+                self._add(cell, name, read, functools.partial(_fill, cell), read())
+        for name in global_names(function):
+            space = function.__globals__
+            read = functools.partial(space.get, name, _MISSING)
+            self._add(space, name, read, functools.partial(_put, space, name), read())
+
+    def _note_attribute(self, cls: type, name: str, held: Any) -> None:
+        def read() -> Any:
+            return vars(cls).get(name, _MISSING)
+
+        self._add(cls, f"{cls.__name__}.{name}", read, functools.partial(setattr, cls, name), held)
+
+    def _add(
+        self, owner: Any, what: str, read: Callable[[], Any], write: Callable[[Any], None], now: Any
+    ) -> None:
+        self._places.append(_Place(owner, what, read, write, now))
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[Reachable]:
+    """Restore on the way out whatever the code of a model could write to."""
+    state = Reachable(model)
+    try:
+        yield state
+    finally:
+        state.restore()
+
+
+def _refill(container: Any, before: Any) -> None:
+    container.clear()
+    container.update(before)
+
+
+def _extend(container: Any, before: Any) -> None:
+    container.clear()
+    container.extend(before)
+
+
+def _fill(cell: types.CellType, before: Any) -> None:
+    if before is _MISSING:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = before
+
+
+def _put(space: dict[str, Any], name: str, before: Any) -> None:
+    if before is _MISSING:
+        space.pop(name, None)
+    else:
+        space[name] = before
