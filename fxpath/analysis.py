@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 from tabulate import tabulate
 from torch import Tensor
 
-from fxpath.evaluation import absolute
 from fxpath.layers import Layer, find_layers, neuron_shares
 from fxpath.program import PathProgram
 
@@ -63,7 +62,7 @@ class Analysis:
 
     def __init__(self, program: PathProgram) -> None:
         """Evaluate a program once; made by :func:`fxpath.analyze`."""
-        evaluation = program.evaluate(scores=True, sparsity=True)
+        evaluation = program.evaluate(scores=True, details=True)
         self.q = program.q
         self.inputs = program.captured.inputs
         self.scores: dict[str, Tensor] = evaluation.shares
@@ -96,7 +95,7 @@ class Analysis:
             raise KeyError(f"{name!r} has no score; scored are {', '.join(self.scores)}")
         shares = self.scores[name]
         try:
-            return absolute(shares, self._evaluation.mantissa, self._evaluation.exponent)
+            return self._evaluation.absolute(name)
         except OverflowError:
             raise OverflowError(
                 f"Path-Mag of {name} does not fit {shares.dtype}: the path-norm is "

@@ -38,9 +38,16 @@ class Run:
 
 
 def evaluate(
-    norm: PathNorm, tensors: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None
+    norm: PathNorm,
+    tensors: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor] | None,
+    raised: int = 0,
 ) -> Run:
-    """Run a lowered graph; the shares of path mass (14) are written into ``scores``."""
+    """Run a lowered graph; the shares of path mass (14) are written into ``scores``.
+
+    With ``raised`` they are multiplied by 2 ** raised: those that would be below the number format
+    are within it, and those of other entries beyond.
+    """
     # Only the leaves are differentiated: nothing has to be recorded between them and the model.
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
     with torch.set_grad_enabled(scores is not None):
@@ -48,17 +55,18 @@ def evaluate(
         smallest = adjoints.run.least(norm.watch.scales)
         if scores is None:
             return Run(total, smallest, None)
-        _share(norm, total, scores)
+        _share(norm, total, scores, raised)
     found = Total(total.mantissa.detach(), total.scale)
     return Run(found, smallest, adjoints.run.most(norm.watch.masses))
 
 
-def _share(norm: PathNorm, total: Total, scores: Mapping[str, Tensor]) -> None:
+def _share(norm: PathNorm, total: Total, scores: Mapping[str, Tensor], raised: int) -> None:
     """Leaf * d log / d leaf (14), summed over the uses of a coordinate."""
     leaves = [leaf for _, leaf, _ in norm.leaves]
     grads: Sequence[Tensor | None] = [None] * len(leaves)
     if total.mantissa.requires_grad:
         seed = adjoints.run.inverse(total.mantissa.detach())
+        seed = seed * 2.0**raised if raised else seed
         # What is streamed writes its scores while this runs.
         _, *grads = torch.autograd.grad(
             total.mantissa, [norm.anchor, *leaves], seed, allow_unused=True

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST_EXPONENT", "Evaluation", "absolute", "fitted"]
+__all__ = ["LEAST_EXPONENT", "RAISED", "Evaluation", "fitted"]
 
 #: Exponents q below it, but for 0, are refused: float64 holds |w|^q to 1e-16, and its q-th root
 #: would lose all digits.
 LEAST_EXPONENT = 1e-6
+
+#: Exponent of two by which shares are raised that float64 would make zeros of.
+RAISED = 900
 
 #: Exponents up to which the q-th root of the mantissa is taken as it is, which is the most exact.
 SMALL = 1 / 64
@@ -23,13 +26,15 @@ class Evaluation:
     """What one run found.
 
     ``||Phi||_q^q = mantissa * 2 ** exponent``; ``shares`` and the ``sparsity`` of each coordinate
-    array are keyed by name.
+    array are keyed by name.  ``raised`` has 2^RAISED times the shares, where some are below
+    float64.
     """
 
     mantissa: float
     exponent: int
     shares: dict[str, Tensor]
     sparsity: dict[str, float]
+    raised: dict[str, Tensor]
     q: float
 
     @property
@@ -66,6 +71,25 @@ class Evaluation:
         """Decimal logarithm of ``||Phi||_q``."""
         return self.log10_mass / (self.q or 1)
 
+    def absolute(self, name: str) -> Tensor:
+        """Path-Mag: a share times the norm, in float64 where its own format has no digits for it.
+
+        Raises:
+            OverflowError: if an entry is too large for the share's format, or too small for
+                float64.
+        """
+        share = self.shares[name]
+        value = _times(share.double() * self.mantissa, self.exponent)
+        if name in self.raised:
+            raised = _times(self.raised[name] * self.mantissa, self.exponent - RAISED)
+            value = torch.where(share == 0, raised, value)
+            share = share.double()
+        info = torch.finfo(share.dtype)
+        if bool((value > info.max).any()) or bool(((value == 0) & (share > 0)).any()):
+            raise OverflowError
+        small = (value > 0) & (value < info.tiny)
+        return value if bool(small.any()) else value.to(share.dtype)
+
 
 def _ldexp(mantissa: float, exponent: int) -> float:
     try:
@@ -80,20 +104,9 @@ def fitted(share: Tensor, dtype: torch.dtype) -> Tensor:
     return share if bool(small.any()) else share.to(dtype)
 
 
-def absolute(share: Tensor, mantissa: float, exponent: int) -> Tensor:
-    """``share * mantissa * 2 ** exponent``, in float64 where the format of ``share`` has no digits.
-
-    Raises:
-        OverflowError: if an entry is too large for the format of ``share``, or too small for
-            float64.
-    """
-    value = share.double() * mantissa
-    # In steps: 2 ** exponent may be beyond float64 where the product is not.
+def _times(value: Tensor, exponent: int) -> Tensor:
+    """``value * 2 ** exponent``, in steps: the power may be beyond float64 where this is not."""
     while exponent:
         step = max(-1000, min(1000, exponent))
         value, exponent = value * 2.0**step, exponent - step
-    info = torch.finfo(share.dtype)
-    if bool((value > info.max).any()) or bool(((value == 0) & (share > 0)).any()):
-        raise OverflowError
-    small = (value > 0) & (value < info.tiny)
-    return value if bool(small.any()) else value.to(share.dtype)
+    return value

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath import adjoints, ops
+from fxpath.kernels.scales import times
 from fxpath.schema import arguments
 
 __all__ = ["Interpretation", "PathNorm", "Scaled", "Total", "Watch", "power"]
@@ -262,7 +263,7 @@ class PathNorm(Interpretation):
             _, scale = adjoints.run.settle(detached, scales, fixed, axis, dim)
             if weight is not None:
                 mantissas[0] = mantissas[0] * ops.beside(weight, mantissas[0], axis)
-            terms = [m * float(f) for m, f in zip(mantissas, scale[2:], strict=True)]
+            terms = [times(m, int(e)) for m, e in zip(mantissas, scale[2:], strict=True)]
             settled = sum(terms[1:], terms[0]) if dim is None else torch.cat(terms, dim)
         else:
             masses = self.watch.masses
@@ -389,7 +390,7 @@ class PathNorm(Interpretation):
             return Total(*adjoints.Sum.apply(scales, *mantissas))
         _, scale = adjoints.run.total([m.detach() for m in mantissas], scales)
         sums = [
-            m.double().sum().cpu() * float(f) for m, f in zip(mantissas, scale[2:], strict=True)
+            times(m.double().sum().cpu(), int(e)) for m, e in zip(mantissas, scale[2:], strict=True)
         ]
         return Total(sum(sums[1:], sums[0]), scale)
 

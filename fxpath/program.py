@@ -17,7 +17,7 @@ from fxpath.capture import Captured, Given, Model, Shapes, check_finite
 from fxpath.capture.gradients import own_gradients
 from fxpath.errors import SupportReport, UnsupportedModelError
 from fxpath.evaluate import Compiled, Run, coordinates, evaluate, score_shapes
-from fxpath.evaluation import LEAST_EXPONENT, Evaluation, fitted
+from fxpath.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
 from fxpath.front import take_in
 from fxpath.interpret import PathNorm, Total
 from fxpath.kernels.scales import MASS, SMALLEST, least
@@ -186,13 +186,13 @@ class PathProgram:
 
     @plain_mode()
     def evaluate(
-        self, scores: bool, sparsity: bool = False, out: Mapping[str, Tensor] | None = None
+        self, scores: bool, details: bool = False, out: Mapping[str, Tensor] | None = None
     ) -> Evaluation:
         """Run in the program's number format, or in float64 where it does not suffice.
 
         Args:
             scores: whether to differentiate.
-            sparsity: whether to count the zeros of theta.
+            details: whether to count the zeros of theta, and to look for shares below float64.
             out: tensors that are used for the scores, where they have the right form.
 
         Raises:
@@ -207,10 +207,11 @@ class PathProgram:
             else:
                 run = evaluate(PathNorm(self.graph_module, dtype, self.q), live, shares)
             if self._healthy(dtype, run):
-                zeros = self._sparsity(live) if sparsity else {}
+                zeros = self._sparsity(live) if details else {}
                 mantissa, exponent = run.total.mantissa.item(), int(run.total.scale[0])
                 found = {} if shares is None else self._fitted(dtype, shares, live)
-                return Evaluation(mantissa, exponent, found, zeros, self.q)
+                raised = self._raised(found, live) if details else {}
+                return Evaluation(mantissa, exponent, found, zeros, raised, self.q)
         raise self._failure()
 
     def _fitted(
@@ -219,7 +220,7 @@ class PathProgram:
         """Shares in the program's format; in float64 where that cannot hold them."""
         if dtype == torch.float64:
             return {name: fitted(share, self.dtype) for name, share in shares.items()}
-        short = self._short(shares, live)
+        short = self._short(shares, live, torch.finfo(self.dtype).tiny)
         if not short:
             return shares
         wide = self._buffers(torch.float64, live, {})
@@ -231,19 +232,31 @@ class PathProgram:
         kept = {name: share for name, share in again.items() if share.dtype != self.dtype}
         return {**shares, **kept}
 
-    def _short(self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> set[str]:
-        """Scores with an entry below the normal numbers of their format, though theta is not 0.
+    def _raised(
+        self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """2^RAISED times the shares of those scores that have some below float64."""
+        below = self._short(shares, live, torch.finfo(torch.float64).tiny)
+        if not below:
+            return {}
+        raised = self._buffers(torch.float64, live, {})
+        evaluate(PathNorm(self.graph_module, torch.float64, self.q), live, raised, RAISED)
+        return {name: raised[name] for name in below if bool((raised[name] > 0).any())}
 
-        Most of them belong to dead neurons; which ones do not, float64 tells.
+    def _short(
+        self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor], tiny: float
+    ) -> set[str]:
+        """Scores with an entry below ``tiny`` although theta is not 0 there.
+
+        Most of them belong to dead neurons; which ones do not, a wider range tells.
         """
-        tiny = torch.finfo(self.dtype).tiny
         names = [name for name, share in shares.items() if share.numel()]
         least = torch.stack([shares[name].amin() for name in names]).tolist() if names else []
         low = {name for name, value in zip(names, least, strict=True) if value < tiny}
         return {
             name
             for name, theta in coordinates(self.lifted, live, low)
-            if bool(((shares[name] < tiny) & (theta != 0)).any())
+            if bool(((shares[name].double() < tiny) & (theta != 0)).any())
         }
 
     def _buffers(

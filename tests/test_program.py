@@ -137,6 +137,22 @@ def test_dead_neurons_do_have_zeros() -> None:
     assert scores["0.weight"][1].eq(0).all() and scores["0.weight"][0].gt(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_absolute_values_whose_shares_are_below_float64(dtype: torch.dtype) -> None:
+    """Along a chain of norm 1e400: Path-Mag of a bias is its size times what comes behind it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(20))).to(dtype)
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.fill_(1e20)
+    analysis = fxpath.analyze(model, (1,))
+    assert analysis.log10_path_norm > 390
+    for i in (19, 18, 10, 6):
+        expected = model[i].bias.abs().double() * (1e20 ** (19 - i))
+        found = analysis.path_magnitude(f"{i}.bias").double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
 def test_absolute_values_below_float32() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
     with torch.no_grad():

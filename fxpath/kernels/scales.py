@@ -14,7 +14,7 @@ from torch import Tensor
 from fxpath import ops
 from fxpath.kernels.operator import host, operator, scalar
 
-__all__ = ["MASS", "SMALLEST", "least", "sum_to"]
+__all__ = ["MASS", "SMALLEST", "least", "sum_to", "times"]
 
 #: Entries of new tensors that are at least so large lost no digit to underflow, which is below
 #: 2^-126 (2^-1022) for each of at most some 2^17 terms of a sum.
@@ -32,6 +32,17 @@ VOID = -(10**9)
 
 #: Exponents that one power of two can undo in each number format.
 LIMIT = {torch.float32: 120, torch.float64: 1000}
+
+#: Exponents below it make a zero of any number.
+NOTHING = -10000
+
+
+def times(value: Tensor, exponent: int) -> Tensor:
+    """``value * 2 ** exponent``, a new tensor; the power of two alone may be beyond float64."""
+    exponent = max(exponent, NOTHING)
+    while exponent < -1000:
+        value, exponent = value * 2.0**-1000, exponent + 1000
+    return value * 2.0**exponent
 
 
 def _fake_settle(
@@ -72,7 +83,7 @@ def settle(
     Returns:
         The result with its largest entry near 1, and its scale: a 1-d tensor of the exponent, the
         smallest entry before scaling in units of the coarsest rounding that went into it, and the
-        factor that each tensor was multiplied by.
+        exponents of the powers of two that each tensor was multiplied by.
     """
     limit = LIMIT[values[0].dtype]
     weighed = [1.0]
@@ -83,7 +94,8 @@ def settle(
     powers = [int(scale.tolist()[0]) for scale in scales]
     tops = [_top(v, scale) for v, scale in zip(values, scales, strict=True)]
     common = max(tops)
-    factors = [2.0 ** max(-2 * limit, min(limit, power - common)) for power in powers]
+    exponents = [min(limit, power - common) for power in powers]
+    factors = [2.0 ** max(-2 * limit, exponent) for exponent in exponents]
     # Rounding of a factor of the first term is multiplied by the other one.
     coarsest = max(1.0, factors[0] * max(weighed), *factors)
     terms = [_times(v, f) for v, f in zip(values, factors, strict=True)]
@@ -92,12 +104,12 @@ def settle(
     step = _exponent(high, limit)
     if abs(step) > SLACK:
         joined = joined * 2.0**-step
-        factors = [f * 2.0**-step for f in factors]
     else:
         step = 0
         if joined is values[0] and weight is None:
             joined = joined.clone()  # an operator must not return its argument
-    return joined.contiguous(), host([common + step if high else VOID, low / coarsest, *factors])
+    found = [common + step if high else VOID, low / coarsest, *(e - step for e in exponents)]
+    return joined.contiguous(), host(found)
 
 
 def _top(value: Tensor, scale: Tensor) -> int:
@@ -139,26 +151,29 @@ def settle_backward(
     dim: int | None,
 ) -> list[Tensor]:
     """Gradients of the terms of :func:`settle`, and the largest sum of any gradient in it."""
-    factors: list[float] = scale.tolist()[2:]
+    exponents = [int(exponent) for exponent in scale.tolist()[2:]]
     if dim is None:
         pieces = [grad] * len(values)
         sums = [float(grad.sum())] * len(values)
     else:
         pieces = list(grad.split([v.shape[dim] for v in values], dim))
         sums = [float(piece.sum()) for piece in pieces]
-    masses = [*sums, *(s * f for s, f in zip(sums, factors, strict=True))]
+    masses = [
+        *sums,
+        *(math.ldexp(s, max(NOTHING, e)) for s, e in zip(sums, exponents, strict=True)),
+    ]
     # New tensors: an operator must not return its argument.
     if weight is None:
-        first = pieces[0] * factors[0]
+        first = times(pieces[0], exponents[0])
     else:
-        scaled = _times(pieces[0], factors[0])
+        scaled = times(pieces[0], exponents[0]) if exponents[0] else pieces[0]
         masses.append(float(torch.dot(scaled.reshape(-1), values[0].reshape(-1))))
         first = scaled * ops.beside(weight, grad, axis)
         masses.append(float(first.sum()))
     # Summed before they are scaled: a bias has few entries.
     others = [
-        sum_to(piece, value) * factor
-        for piece, value, factor in zip(pieces[1:], values[1:], factors[1:], strict=True)
+        times(sum_to(piece, value), exponent)
+        for piece, value, exponent in zip(pieces[1:], values[1:], exponents[1:], strict=True)
     ]
     grads = [sum_to(first, values[0]), *others]
     return [*(g.contiguous() for g in grads), host(max(masses))]
@@ -180,9 +195,9 @@ def total(values: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, T
     powers = [int(scale[0]) for scale in scales]
     tops = [e + _exponent(s, limit) for s, e in zip(sums, powers, strict=True) if s != 0]
     common = max(tops, default=0)
-    factors = [2.0 ** max(-2 * limit, e - common) for e in powers]
-    mantissa = sum(s * f for s, f in zip(sums, factors, strict=True))
-    return host(mantissa), host([common, 0.0, *factors])
+    exponents = [e - common for e in powers]
+    mantissa = sum(math.ldexp(s, max(NOTHING, e)) for s, e in zip(sums, exponents, strict=True))
+    return host(mantissa), host([common, 0.0, *exponents])
 
 
 @operator(
@@ -191,8 +206,11 @@ def total(values: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, T
 )
 def total_backward(grad: Tensor, scale: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the terms of :func:`total`."""
-    outer, factors = float(grad), scale[2:].tolist()
-    return [torch.full_like(v, outer * f) for v, f in zip(values, factors, strict=True)]
+    outer, exponents = float(grad), scale[2:].tolist()
+    return [
+        torch.full_like(v, math.ldexp(outer, max(NOTHING, int(e))))
+        for v, e in zip(values, exponents, strict=True)
+    ]
 
 
 @operator("sum_of(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(a.shape))
