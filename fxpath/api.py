@@ -226,12 +226,12 @@ def check(
         (False, '1')
     """
     try:
-        take_in(
+        captured, _ = take_in(
             model, Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
         )
     except UnsupportedModelError as error:
         return error.report
-    return SupportReport(())
+    return SupportReport((), captured.inputs)
 
 
 def _program(

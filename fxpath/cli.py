@@ -12,22 +12,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
+import io
 import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tabulate import tabulate
 
 import fxpath
-from fxpath.loading import KINDS, Model, UsageError, load_model, one_line
+from fxpath.loading import Model, UsageError, load_model, one_line
+from fxpath.options import in_options, make_parser, model_options
 from fxpath.sizes import SizeRow
 
 __all__ = ["main"]
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 if something was wrong with the arguments or with a model.
+        The exit code: 0; 2 if something was wrong with the arguments or with a model; 130 after a
+        Ctrl-C.
 
     Raises:
         SystemExit: After `--help`, `--version` and arguments that do not parse, as argparse does.
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["analyze", "--checkpoint", "a.pt", "alexnet", "vgg16"])
         2
     """
-    parser = _parser()
+    parser = make_parser({"analyze": _analyze, "graph": _graph, "check": _check, "bench": _bench})
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command is not _bench:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         _complain(str(error))
         return 2
+    except KeyboardInterrupt:
+        print("fxpath: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # A reader that has seen enough, as in `fxpath graph resnet18 | head`, is no error; the
         # interpreter must not find a closed stream at exit.
@@ -107,13 +111,10 @@ def _analyze_one(name: str, arguments: argparse.Namespace) -> tuple[list[str], d
     with _explained(name, arguments):
         model = load_model(name, arguments.weights, arguments.checkpoint)
         start = time.perf_counter()
-        analysis = fxpath.analyze(
-            model,
-            _input_shape(arguments),
-            q=arguments.q,
-            until=arguments.until,
-            compile=arguments.compile,
-        )
+        with _without_print_outs(arguments):
+            analysis = fxpath.analyze(
+                model, q=arguments.q, compile=arguments.compile, **model_options(arguments)
+            )
     seconds = time.perf_counter() - start
     print(f"{name} ({_origin(name, arguments)})\n{analysis}\n", flush=True)
     norm = _number(analysis.path_norm, analysis.log10_path_norm)
@@ -145,7 +146,9 @@ def _graph(arguments: argparse.Namespace) -> int:
     """Prints the rewritten graph."""
     with _explained(arguments.model, arguments):
         model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
-        program = fxpath.compile(model, _input_shape(arguments), until=arguments.until)
+        with _without_print_outs(arguments):
+            program = fxpath.compile(model, **model_options(arguments))
+    print(f"# input {program.captured.inputs}")
     if arguments.sizes:
         print(_sizes_table(program.sizes()))
     else:
@@ -157,8 +160,9 @@ def _check(arguments: argparse.Namespace) -> int:
     """Prints the support report."""
     with _explained(arguments.model, arguments):
         model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
-        report = fxpath.check(model, _input_shape(arguments), until=arguments.until)
-    print(report)
+        with _without_print_outs(arguments):
+            report = fxpath.check(model, **model_options(arguments))
+    print(in_options(str(report)))
     return 0 if report else 2
 
 
@@ -176,6 +180,18 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
+def _without_print_outs(arguments: argparse.Namespace) -> Iterator[None]:
+    """Drops what is printed on standard error, unless `--traceback` asks for more.
+
+    Where torch.export fails, torch prints the whole graph there.
+    """
+    with contextlib.ExitStack() as stack:
+        if not arguments.traceback:
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+@contextlib.contextmanager
 def _explained(name: str, arguments: argparse.Namespace) -> Iterator[None]:
     """Turns what goes wrong with a model into a message, unless `--traceback` asks for more."""
     try:
@@ -186,31 +202,21 @@ def _explained(name: str, arguments: argparse.Namespace) -> Iterator[None]:
         problems = error.report.problems
         if arguments.traceback:
             raise
-        if [problem.operation for problem in problems] == ["torch.export.export"]:
-            # Not one operation of the model but its capture: most often the input does not fit.
-            text = f"{problems[0].reason}; check --input-shape"
-            raise UsageError(f"{name}: {_in_options(one_line(text))}") from error
+        if [problem.node for problem in problems] == ["(capture)"]:
+            # Not one operation of the model but its capture.
+            (problem,) = problems
+            where = "" if problem.source_line in ("", "unknown") else f" ({problem.source_line})"
+            text = f"{one_line(problem.reason)}{where}; {problem.remedy}"
+            raise UsageError(f"{name}: {in_options(one_line(text))}") from error
         count = f"{len(problems)} operation{'s' * (len(problems) != 1)}"
-        raise UsageError(f"{name}: no exact rule for {count}\n{error.report}") from error
+        report = in_options(str(error.report))
+        raise UsageError(f"{name}: no exact rule for {count}\n{report}") from error
     # A model is other people's code and may raise anything.
     except Exception as error:
         if arguments.traceback:
             raise
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise UsageError(f"{name}: {_in_options(one_line(text))}") from error
-
-
-def _in_options(text: str) -> str:
-    """A message about arguments of the API in the words of the command line.
-
-    Example:
-        >>> _in_options("pass input_shape=(3, 224, 224), or until='features'")
-        "pass --input-shape 3,224,224, or --until 'features'"
-    """
-    text = re.sub(
-        r"input_shape=\(([\d, ]+)\)", lambda m: "--input-shape " + m[1].replace(" ", ""), text
-    )
-    return text.replace("input_shape=", "--input-shape ").replace("until=", "--until ")
+        raise UsageError(f"{name}: {in_options(one_line(text))}") from error
 
 
 def _origin(name: str, arguments: argparse.Namespace) -> str:
@@ -262,105 +268,6 @@ def _finite(value: Any) -> Any:
 
 def _complain(text: str) -> None:
     print(f"fxpath: error: {text}", file=sys.stderr)
-
-
-def _input_shape(arguments: argparse.Namespace) -> Any:
-    shapes = arguments.input_shape
-    return shapes[0] if shapes and len(shapes) == 1 else shapes
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: positive numbers with commas and without the batch axis, as in 3,224,224"
-        )
-    return shape
-
-
-def _parse_exponent(text: str) -> float:
-    try:
-        q = float(text)
-    except ValueError:
-        q = -1.0
-    if not 0 <= q < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number that is not negative, as in 2")
-    return int(q) if q.is_integer() else q
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is a `--help` away."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fxpath: error: {message} (see {self.prog} --help)\n")
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("fxpath")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
-def _parser() -> argparse.ArgumentParser:
-    common = _Parser(add_help=False)
-    common.add_argument(
-        "--input-shape",
-        type=_parse_shape,
-        action="append",
-        metavar="3,224,224",
-        help="shape of one sample; once per input if there are several (default: from the model)",
-    )
-    common.add_argument(
-        "--weights",
-        metavar="NAME",
-        help="torchvision's own weights, e.g. DEFAULT (default: random)",
-    )
-    common.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="state dict (.safetensors, .pt, .pth)"
-    )
-    common.add_argument("--until", metavar="MODULE", help="stop at the output of this module")
-    common.add_argument("--traceback", action="store_true", help="show where an error comes from")
-
-    parser = _Parser(
-        prog="fxpath",
-        description="Path-norm and Path-Mag of ReLU networks, exact or refused.",
-        epilog=f"A{KINDS[1:]}.",
-    )
-    parser.add_argument("--version", action="version", version=f"fxpath {_version()}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    analyze = commands.add_parser("analyze", parents=[common], help="path-norm and Path-Mag")
-    analyze.add_argument("model", nargs="+", metavar="MODEL", help=KINDS)
-    analyze.add_argument(
-        "-q", type=_parse_exponent, default=1, metavar="Q", help="exponent of the norm (default 1)"
-    )
-    analyze.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    analyze.add_argument("--compile", action="store_true", help="run through torch.compile")
-    analyze.set_defaults(command=_analyze)
-
-    graph = commands.add_parser("graph", parents=[common], help="print the rewritten graph")
-    graph.add_argument("model", metavar="MODEL", help=KINDS)
-    graph.add_argument(
-        "--sizes",
-        action="store_true",
-        help="print extents and multiply-adds of each activation, at full resolution and as kept",
-    )
-    graph.set_defaults(command=_graph)
-
-    check = commands.add_parser("check", parents=[common], help="print the support report")
-    check.add_argument("model", metavar="MODEL", help=KINDS)
-    check.set_defaults(command=_check)
-
-    # Its options are the benchmark's own.
-    bench = commands.add_parser(
-        "bench", add_help=False, help="time pruning criteria as in the paper's Table 3"
-    )
-    bench.set_defaults(command=_bench, traceback=True)
-    return parser
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ from __future__ import annotations
 import operator
 import os
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch.fx
 from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from fxpath.capture.model import Sample
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -47,9 +51,15 @@ class SupportReport:
         >>> report = fxpath.check(torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Sigmoid()))
         >>> bool(report), [problem.operation for problem in report.problems]
         (False, ['aten.sigmoid.default'])
+
+    Attributes:
+        problems: one entry for each operation in the way.
+        inputs: shapes of the sample that was traced, and whether they are an assumption; ``None``
+            if tracing failed.
     """
 
     problems: tuple[Problem, ...]
+    inputs: Sample | None = None
 
     @property
     def supported(self) -> bool:
@@ -60,8 +70,9 @@ class SupportReport:
         return self.supported
 
     def __str__(self) -> str:
+        traced = f"input {self.inputs}\n" if self.inputs is not None else ""
         if self.supported:
-            return "supported: every operation has an exact rule"
+            return f"{traced}supported: every operation has an exact rule"
         kinds: dict[tuple[str, str, str], list[Problem]] = {}
         for problem in self.problems:
             kinds.setdefault((problem.operation, problem.reason, problem.remedy), []).append(
@@ -80,11 +91,18 @@ class SupportReport:
             for (operation, reason, remedy), found in kinds.items()
         ]
         table = tabulate(rows, headers=["node", "module", "source"])
-        return f"{table}\n\n" + "\n".join(advice)
+        return f"{traced}{table}\n\n" + "\n".join(advice)
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain data."""
-        return {"supported": self.supported, "problems": [asdict(p) for p in self.problems]}
+        found: dict[str, object] = {
+            "supported": self.supported,
+            "problems": [asdict(p) for p in self.problems],
+        }
+        if self.inputs is not None:
+            found["inputs"] = {name: list(shape) for name, shape in self.inputs.shapes.items()}
+            found["input_shape_assumed"] = self.inputs.assumed
+        return found
 
 
 def _ending(text: str, width: int, keep_start: bool = False) -> str:

@@ -1,11 +1,13 @@
 """The command line: what it prints, what it writes, and one line with exit code 2 otherwise."""
 
 import json
+import logging
 import math
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 from torch import nn
 
 import fxpath
+import fxpath_main
 from fxpath import cli
+from fxpath.loading import load_model
 
 models = pytest.importorskip("torchvision.models")
 
@@ -36,6 +40,48 @@ def huge():
     for layer in layers:
         nn.init.constant_(layer.weight, 1e3)
     return nn.Sequential(*layers)
+
+
+def branching():
+    class Branching(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    return Branching(4, 4)
+
+
+def two_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 2), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    return Two()
+
+
+def two_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 2), nn.Linear(3, 2)
+
+        def forward(self, x, *, y):
+            return self.a(x) + self.b(y)
+
+    return Two()
+
+
+def pooled():
+    return nn.Sequential(
+        nn.Conv2d(3, 2, 7, stride=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
+    )
+
+
+def pooled_head():
+    return nn.Sequential(*pooled(), nn.Sigmoid())
 
 
 def shapeless():
@@ -142,6 +188,38 @@ def test_until_and_q(nets: Path) -> None:
     assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
 
 
+def test_outputs(nets: Path) -> None:
+    argv = ["analyze", "some_nets:two_outputs", "--input-shape", "4", "--json", "out.json"]
+    import some_nets
+
+    torch.manual_seed(0)
+    net = some_nets.two_outputs()
+    both = fxpath.path_norm(net, (4,))
+    alone = fxpath.path_norm(net.b, (4,))
+    for option, expected in ((["--outputs", "1"], alone), (["--outputs", "0,1"], both), ([], both)):
+        assert cli.main([*argv, *option]) == 0
+        (result,) = json.loads(Path("out.json").read_text())
+        assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
+
+
+def test_inputs_by_name_and_without_a_batch_axis(nets: Path) -> None:
+    import some_nets
+
+    torch.manual_seed(0)
+    net = some_nets.two_inputs()
+    expected = fxpath.path_norm(net, {"x": (4,), "y": (3,)})
+    argv = ["analyze", "some_nets:two_inputs", "--json", "out.json"]
+    for shapes in (["x=4", "y=3"], ["y=3", "x=4"]):
+        options = [part for shape in shapes for part in ("--input-shape", shape)]
+        assert cli.main([*argv, *options]) == 0
+        (result,) = json.loads(Path("out.json").read_text())
+        assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
+    options = ["--input-shape", "x=1,4", "--input-shape", "y=1,3", "--no-batch"]
+    assert cli.main([*argv, *options]) == 0
+    (result,) = json.loads(Path("out.json").read_text())
+    assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
+
+
 def test_pt2(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = torch.export.export(seeded_mlp(nets).eval(), (torch.zeros(1, 4),))
     torch.export.save(program, "net.pt2")
@@ -196,6 +274,8 @@ def test_checkpoint(nets: Path, form: str) -> None:
         (["analyze", "some_nets:broken"], "no such data set"),
         (["analyze", "some_nets:shapeless"], "--input-shape 3,224,224"),
         (["analyze", "some_nets:mlp", "--weights", "DEFAULT"], "--checkpoint"),
+        (["analyze", "some_nets:mlp", "--input-shape", "x=4", "--input-shape", "4"], "or none"),
+        (["analyze", "some_nets:branching", "--input-shape", "4"], "--until"),
         (["analyze", "some_nets:mlp", "--checkpoint", "missing.pt"], "no such file"),
         (["analyze", "alexnet", "vgg16", "--checkpoint", "missing.pt"], "one MODEL"),
         (["analyze"], "--help"),
@@ -220,7 +300,7 @@ def test_checkpoint_that_does_not_fit(nets: Path, capsys: pytest.CaptureFixture[
     assert "1 missing: 0.bias" in message({k: v for k, v in state.items() if k != "0.bias"})
     assert "1 unexpected: extra" in message({**state, "extra": torch.zeros(1)})
     assert "0.bias (7, not 3)" in message({**state, "0.bias": torch.zeros(7)})
-    assert "not a state dict" in message([torch.zeros(1)])
+    assert "holds no state dict" in message([torch.zeros(1)])
     assert "torch.save(model.state_dict(), FILE)" in message(seeded_mlp(nets))
 
 
@@ -242,6 +322,30 @@ def test_no_network(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     assert "network" in fails(capsys, "analyze", "squeezenet1_1", "--weights", "DEFAULT")
+
+
+def test_pretrained_weights_are_only_tensors(
+    nets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, ("marker",)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(nets))
+    url = models.SqueezeNet1_1_Weights.DEFAULT.url
+    file = nets / "checkpoints" / url.rpartition("/")[2]
+    file.parent.mkdir()
+    argv = ["analyze", "squeezenet1_1", "--weights", "DEFAULT", "--input-shape", "3,32,32"]
+    torch.save({"x": Bomb()}, file)
+    assert "remove that file" in fails(capsys, *argv)
+    assert not Path("marker").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    net = models.squeezenet1_1(weights=None)
+    torch.save(net.state_dict(), file)
+    loaded = load_model("squeezenet1_1", weights="DEFAULT")
+    assert isinstance(loaded, nn.Module)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), net.parameters(), strict=True)
+    )
 
 
 def test_unsupported_model_prints_the_report(
@@ -285,6 +389,62 @@ def test_check(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "some_nets:with_head"]) == 2
     out = capsys.readouterr().out
     assert "softmax" in out and "sigmoid" in out
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "assumed"])
+@pytest.mark.parametrize("name", ["pooled", "pooled_head"])
+def test_the_input_shape_is_in_every_print_out(
+    nets: Path, capsys: pytest.CaptureFixture[str], name: str, given: bool
+) -> None:
+    shape = ["--input-shape", "3,224,224"] if given else []
+    for verb in (["check"], ["analyze"], ["graph"], ["graph", "--sizes"]):
+        cli.main([*verb, f"some_nets:{name}", *shape])
+        out, err = capsys.readouterr()
+        assert "input input 3 x 224 x 224" in out + err
+        assert ("(assumed)" in out + err) is not given
+
+
+@pytest.mark.parametrize("name", ["mlp", "with_head", "branching", "two_outputs", "shapeless"])
+def test_check_and_analyze_agree(nets: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    shape = [] if name in ("mlp", "with_head", "shapeless") else ["--input-shape", "4"]
+    codes = [cli.main([verb, f"some_nets:{name}", *shape]) for verb in ("check", "analyze")]
+    capsys.readouterr()
+    assert codes[0] == codes[1]
+
+
+def test_ctrl_c(
+    nets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    disabled = logging.root.manager.disable
+    monkeypatch.setattr(fxpath, "analyze", interrupted)
+    assert cli.main(["analyze", "some_nets:mlp", "some_nets:instance"]) == 130
+    assert capsys.readouterr() == ("", "fxpath: interrupted\n")
+    assert logging.root.manager.disable == disabled
+    # While the package is imported: the command starts outside of it.
+    monkeypatch.setitem(sys.modules, "fxpath.cli", types.ModuleType("fxpath.cli"))
+    monkeypatch.setattr(sys.modules["fxpath.cli"], "__getattr__", interrupted, raising=False)
+    assert fxpath_main.main() == 130
+    assert capsys.readouterr() == ("", "fxpath: interrupted\n")
+
+
+def test_a_signal_during_the_import(tmp_path: Path) -> None:
+    # The import of torch takes a second or more; the signal comes in the middle of it.
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    root = str(Path(fxpath.__file__).parent.parent)
+    result = subprocess.run(
+        [sys.executable, "-m", "fxpath_main", "analyze", "resnet18"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])},
+    )
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr == "fxpath: interrupted\n"
 
 
 def test_as_a_process(nets: Path) -> None:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from fxpath import ops
 from fxpath.capture import Captured, Given, Model, check_finite, named_tensors
 from fxpath.errors import module_path
+from fxpath.loading.states import fit_state_dict
 from fxpath.pairs.pair import LEAVES, Pair, Side
 from fxpath.passes.links import mark_static, static
 from fxpath.passes.unsign import unsign
@@ -111,55 +112,30 @@ def _from_state(
     captured: Captured, lifted: fx.GraphModule, state: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The tensors of a state dict for the placeholders of a captured model."""
-    own = named_tensors(captured.source)
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        aliases.setdefault(id(tensor), []).append(name)
-    unknown = sorted(set(state) - set(own) - set(_stored(captured.source)))
+    own, stored = named_tensors(captured.source), _stored(captured.source)
     read = {
         node.name: captured.tensors[node.name]
         for node in captured.graph_module.graph.nodes
         if node.op == "placeholder" and node.users and node.name in captured.tensors
     }
-    tensors = dict(captured.live())
-    missing, shapes = [], []
-    for placeholder, name in read.items():
-        if name in captured.constants:
-            continue
-        same = [a for a in aliases[id(own[name])] if a in state]
-        if not same:
-            # A buffer that no state dict holds is taken as it is in the model.
-            if name in _stored(captured.source):
-                missing.append(name)
-            continue
-        value = state[same[0]]
-        if any(not torch.equal(value, state[a]) for a in same[1:]):
-            raise ValueError(
-                f"other: {', '.join(same)} are one tensor in the model, but differ in the state "
-                "dict: it belongs to another architecture"
-            )
-        if tuple(value.shape) != tuple(own[name].shape):
-            shapes.append(f"{name} {tuple(value.shape)}, in the model {tuple(own[name].shape)}")
-        tensors[placeholder] = value
-    problems = [
-        f"{what}: {', '.join(found)}"
-        for what, found in (("missing", missing), ("unknown", unknown), ("other shapes", shapes))
-        if found
-    ]
-    if problems:
+    # What the graph does not read may be missing; so may a buffer that no state dict holds.
+    needed = {name for name in read.values() if name in stored and name not in captured.constants}
+    try:
+        given = fit_state_dict(state, {**stored, **own}, optional={*stored, *own} - needed)
+    except ValueError as error:
         raise ValueError(
-            f"other: this state dict is not one of the model ({'; '.join(problems)}); if its "
-            "weights are held in another way (pruned, parametrized), pass the model itself"
-        )
+            f"other: {error}; if its weights are held in another way, pass the model itself"
+        ) from None
+    tensors = {**captured.live(), **{key: given[n] for key, n in read.items() if n in given}}
     _check_other(read, {key: tensors[key] for key in read})
     _check_baked(lifted, read, captured.live(), tensors)
     device = {key: value.device for key, value in captured.live().items()}
     return {key: value.to(device[key]) for key, value in tensors.items()}
 
 
-def _stored(model: Model) -> set[str]:
-    """Names that the model's own state dict has."""
-    return set(model.state_dict) if isinstance(model, ExportedProgram) else set(model.state_dict())
+def _stored(model: Model) -> dict[str, Tensor]:
+    """The model's own state dict."""
+    return dict(model.state_dict if isinstance(model, ExportedProgram) else model.state_dict())
 
 
 def _check_baked(

@@ -19,7 +19,8 @@ import io
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,16 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-__all__ = ["KINDS", "Model", "UsageError", "load_model", "one_line"]
+from fxpath.loading.archives import load_program
+from fxpath.loading.checkpoints import SUFFIXES, advice, read_checkpoint
+from fxpath.loading.states import fit_state_dict
+from fxpath.loading.words import UsageError, one_line
+
+__all__ = ["KINDS", "Model", "load_model"]
 
 Model = nn.Module | ExportedProgram
 
 KINDS = "a MODEL is a torchvision name, package.module:callable or a .pt2 file"
-# Frameworks wrap the state dict of a model into a larger one under these names.
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-
-
-class UsageError(Exception):
-    """What the user can put right, said in one line."""
 
 
 def load_model(name: str, weights: str | None = None, checkpoint: Path | None = None) -> Model:
@@ -63,14 +63,14 @@ def load_model(name: str, weights: str | None = None, checkpoint: Path | None = 
     """
     if weights is not None and checkpoint is not None:
         raise UsageError("--weights and --checkpoint exclude each other")
-    if Path(name).suffix in (".pt", ".pth", ".safetensors"):
-        raise UsageError(f"{name} holds weights, not a model: fxpath ... MODEL --checkpoint {name}")
+    if name.lower().endswith(SUFFIXES):
+        raise UsageError(f"{name}: {_described(Path(name))}")
     if weights is not None and (":" in name or name.endswith(".pt2")):
         raise UsageError(f"{name}: --weights is for torchvision models; use --checkpoint FILE")
     if name.endswith(".pt2"):
         if checkpoint is not None:
             raise UsageError(f"{name} has its own weights: leave --checkpoint out")
-        return _load_exported(name)
+        return load_program(name)
     with torch.random.fork_rng(devices=[]):
         _seed()
         model = _load_callable(name) if ":" in name else _load_torchvision(name, weights)
@@ -79,21 +79,16 @@ def load_model(name: str, weights: str | None = None, checkpoint: Path | None = 
     return model
 
 
+def _described(path: Path) -> str:
+    """What a file is that was given as a model and cannot be one."""
+    if not path.is_file():
+        return f"no such file; weights go with a model: fxpath ... MODEL --checkpoint {path}"
+    return advice(path) or f"holds weights, not a model: fxpath ... MODEL --checkpoint {path}"
+
+
 def _seed() -> None:
     """Fixes the random numbers of the CPU only: `torch.manual_seed` would change those of GPUs."""
     torch.default_generator.manual_seed(0)
-
-
-def _load_exported(path: str) -> ExportedProgram:
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file; write it with torch.export.save")
-    try:
-        return torch.export.load(path)
-    # The format is a zip archive of several parts, each with errors of its own.
-    except Exception as error:
-        raise UsageError(
-            f"{path}: cannot be read ({one_line(error)}); write it with torch.export.save"
-        ) from error
 
 
 def _load_callable(name: str) -> nn.Module:
@@ -142,8 +137,13 @@ def _load_pretrained(models: Any, name: str, weights: str) -> nn.Module:
     if weights not in choices.__members__:
         raise UsageError(f"{name} has no weights {weights!r}: {', '.join(choices.__members__)}")
     try:
-        with _announced():
+        with _announced(), _weights_only():
             return models.get_model(name, weights=choices[weights])
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{name}: its weights in {torch.hub.get_dir()}/checkpoints hold more than tensors, and "
+            "reading them may run code: remove that file"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"{name}: cannot download its weights ({one_line(error)}); check the network, leave "
@@ -162,79 +162,36 @@ def _announced() -> Iterator[None]:
         yield
 
 
-def _apply_checkpoint(model: nn.Module, name: str, path: Path) -> None:
-    """Loads a state dict whose keys and shapes must be exactly the model's."""
-    state = _read_state_dict(path)
-    expected = model.state_dict()
-    reshaped = [
-        f"{key} ({_shape(state[key])}, not {_shape(value)})"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    faults = {"of another shape": reshaped}
-    if not reshaped:
-        result = model.load_state_dict(dict(state), strict=False)
-        faults = {"missing": result.missing_keys, "unexpected": result.unexpected_keys}
-    found = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys]
-    if found:
-        raise UsageError(f"{path} does not fit {name}: {'; '.join(found)}")
-
-
-def _read_state_dict(path: Path) -> Mapping[str, torch.Tensor]:
-    """A state dict from a .safetensors file or from one of torch.save."""
-    if not path.is_file():
-        raise UsageError(f"--checkpoint {path}: no such file")
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Has torch.hub, which would unpickle anything, read tensors only."""
+    force, lift = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (force, lift)}
+    os.environ[force] = "1"
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise UsageError(
-            f"--checkpoint {path}: safetensors is not installed: pip install 'fxpath[safetensors]'"
-        ) from error
-    # Damaged files raise whatever the zip, pickle or safetensors reader trips over.
-    except Exception as error:
-        reason = one_line(error)
-        if isinstance(error, pickle.UnpicklingError):
-            # torch's own text advises to load without weights_only, which may run foreign code.
-            reason = "damaged, or more than tensors in it"
-        raise UsageError(
-            f"--checkpoint {path}: cannot be read ({reason}); "
-            "save it with torch.save(model.state_dict(), FILE) or as .safetensors"
-        ) from error
-    for key in _WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in state.values()
-    ):
-        raise UsageError(
-            f"--checkpoint {path}: not a state dict; save it with "
-            "torch.save(model.state_dict(), FILE)"
-        )
-    if state and all(key.startswith("module.") for key in state):
-        # Saved from inside DataParallel.
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def one_line(text: object) -> str:
-    r"""The first line that says something; the type's name for an exception that has none.
-
-    Example:
-        >>> one_line(RuntimeError("two\nlines")), one_line(KeyboardInterrupt())
-        ('two', 'KeyboardInterrupt')
-    """
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    return lines[0].rstrip(":") if lines else type(text).__name__
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _some(keys: Sequence[str], most: int = 4) -> str:
-    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+def _apply_checkpoint(model: nn.Module, name: str, path: Path) -> None:
+    """Loads the tensors of a checkpoint that must be exactly the model's, by name and shape."""
+    content = read_checkpoint(path)
+    own, buffers = model.state_dict(), dict(model.named_buffers(remove_duplicate=False))
+    # Older versions of a model may have saved buffers that it makes itself today.
+    made = buffers.keys() - own.keys()
+    try:
+        state = fit_state_dict(content, {**own, **{n: buffers[n] for n in made}}, optional=made)
+    except ValueError as error:
+        raise UsageError(f"--checkpoint {path}: {error} ({name})") from error
+    if {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float64}:
+        # Rounding them to float32 would be another network.
+        model.double()
+    with torch.no_grad():
+        for key in made & state.keys():
+            buffers[key].copy_(state.pop(key))
+    loaded = OrderedDict({**own, **state})
+    # Names and shapes are those of this version of the model, whichever the file was saved from.
+    loaded._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
+    model.load_state_dict(loaded)
