@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +89,30 @@ def test_zeros_are_counted() -> None:
         model[6].weight[0] = 0
     analysis = fxpath.analyze(model, (2, 6, 6))
     assert analysis.layers[-1]["sparsity"] == pytest.approx(1 / 3)
+
+
+def test_zeros_that_only_float32_would_make_do_not_count() -> None:
+    """The effective weight of a layer with a batch norm is formed in float64."""
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3), nn.Linear(3, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1e-30)
+        model[1].weight.fill_(1e-20)
+        model[2].weight.fill_(1e30)
+        model[0].weight[1, 0] = 0
+    analysis = fxpath.analyze(model, (2,))
+    assert analysis.layers[0]["sparsity"] == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"compile": True}, {"reduce": False}, {"dtype": torch.float64}]
+)
+def test_every_verb_takes_the_options_of_analyze(options: dict[str, Any]) -> None:
+    model = net()
+    shape = (2, 6, 6)
+    expected = fxpath.analyze(model, shape)
+    assert fxpath.path_norm(model, shape, **options) == pytest.approx(expected.path_norm)
+    norms = fxpath.path_norms(model, shape, q=(1,), **options)
+    assert norms[1] == pytest.approx(expected.path_norm)
+    magnitudes = fxpath.path_magnitude(model, shape, **options)
+    for scores in (magnitudes, fxpath.criteria.path_magnitude(model, shape, **options)):
+        assert scores.keys() == expected.scores.keys()
