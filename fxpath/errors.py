@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
+#: Stands in a remedy for the name of a module, until one is known that helps.
+BLANK = 'until="..."'
 #: What helps where something smooth stands at the end of a network.
-CUT = 'cut the model before it with until="..."'
+CUT = f"cut the model before it with {BLANK}"
 
 __all__ = ["Problem", "SupportReport", "UnsupportedModelError"]
 

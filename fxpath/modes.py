@@ -17,9 +17,12 @@ TRACING = threading.RLock()
 
 @contextlib.contextmanager
 def plain_mode() -> Iterator[None]:
-    """Neither inference mode nor autocast: gradients exist, and number formats are our own."""
+    """No inference mode, autocast or meta device: gradients, number formats and values exist."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
             stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.empty(0).is_meta:
+            # A device without values is what a model is built on, not what it is evaluated on.
+            stack.enter_context(torch.device("cpu"))
         yield

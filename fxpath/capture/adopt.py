@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -15,10 +15,15 @@ from fxpath.capture.form import attached, form_of
 from fxpath.capture.functional import functionalize
 from fxpath.capture.given import Outputs
 from fxpath.capture.model import Captured, Model, Sample, named_tensors
-from fxpath.errors import SupportReport, UnsupportedModelError
+from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 
 __all__ = ["adopt"]
 
+_COMPUTED = (
+    "it was computed from parameters in an earlier pass, an activation or a weight, and does not "
+    "follow them",
+    "compute it in forward, or detach it if it is a constant",
+)
 TENSOR_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -76,7 +81,7 @@ def adopt(
         for node, spec in zip(placeholders, signature.input_specs, strict=True)
         if spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), Tensor)
     }
-    _keep_outputs(graph, program, signature, outputs)
+    kept = _keep_outputs(graph, program, signature, outputs)
     _drop_dead(graph)
     held_shapes = {node.name: node.meta["val"].shape for node in first.values()}
     captured = Captured(
@@ -88,6 +93,7 @@ def adopt(
         Sample(shapes, batch_dim, assumed),
         form_of(source, live, attached(source, constants), held_shapes),
         baked,
+        kept,
     )
     _check_formats(captured)
     return captured
@@ -102,27 +108,42 @@ def _check_formats(captured: Captured) -> None:
         if node.name in live and node.users
     }
     problems = formats.of_graph(captured.graph_module.graph, read, captured.parameters)
+    problems += [
+        Problem(name, name, name.rpartition(".")[0], "unknown", *_COMPUTED)
+        for name, tensor in read.items()
+        if name in captured.constants and tensor.grad_fn is not None
+    ]
     if problems:
         raise UnsupportedModelError(SupportReport(tuple(problems)))
 
 
 def _keep_outputs(
     graph: fx.Graph, program: ExportedProgram, signature: ExportGraphSignature, outputs: Outputs
-) -> None:
-    """Drop outputs that stand for mutated inputs and buffers, and those that nobody asked for."""
+) -> tuple[int | str, ...]:
+    """Drop outputs that stand for mutated inputs and buffers, and those that nobody asked for.
+
+    Returns the position or key of each that is left.
+    """
     output = next(iter(reversed(graph.nodes)))
     users = [
         value
         for value, spec in zip(output.args[0], signature.output_specs, strict=True)
         if spec.kind == OutputKind.USER_OUTPUT
     ]
+    result = tree_unflatten(users, program.call_spec.out_spec)
+    named: Iterable[tuple[int | str, Any]]
     if outputs is not None:
         several: Sequence[int | str]
-        result = tree_unflatten(users, program.call_spec.out_spec)
         several = outputs if not isinstance(outputs, int | str) else [outputs]
-        # No tree but what nodes are in it: an fx.Node is a leaf.
-        users = tree_leaves([_pick(result, key) for key in several])
-    output.args = (tuple(value for value in users if isinstance(value, fx.Node)),)
+        named = [(key, _pick(result, key)) for key in several]
+    elif isinstance(result, Mapping):
+        named = result.items()
+    else:
+        named = enumerate(result if isinstance(result, tuple | list) else [result])
+    # An fx.Node is a leaf; what is none is no tensor.
+    kept = [(key, x) for key, part in named for x in tree_leaves(part) if isinstance(x, fx.Node)]
+    output.args = (tuple(node for _, node in kept),)
+    return tuple(key for key, _ in kept)
 
 
 def _pick(result: Any, key: int | str) -> Any:

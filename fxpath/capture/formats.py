@@ -11,6 +11,14 @@ from fxpath.errors import Problem, problem
 
 __all__ = ["of_graph", "of_model"]
 
+aten = torch.ops.aten
+
+#: Operations whose tensors have one number format.
+_ONE_FORMAT = {
+    *(aten.linear, aten.matmul, aten.mm, aten.bmm, aten.mv, aten.addmm, aten.addmv, aten.baddbmm),
+    *(aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution, aten.conv_transpose1d),
+    *(aten.conv_transpose2d, aten.conv_transpose3d, aten.einsum),
+}
 _FORMATS = (
     "a path-norm is defined for real weights",
     "pass a real model, e.g. with real and imaginary parts as channels",
@@ -46,14 +54,22 @@ def of_graph(graph: fx.Graph, tensors: Mapping[str, Tensor], parameters: Set[str
     read = [(name, x) for name, x in tensors.items() if name in parameters or x.is_complex()]
     found = _named(read)
     for node in graph.nodes:
+        kinds = {str(x.dtype) for x in _sources(node) if x.is_floating_point()}
+        if len(kinds) > 1 and getattr(node.target, "overloadpacket", None) in _ONE_FORMAT:
+            reason = f"it reads {' and '.join(sorted(kinds))} at once, which torch does not compute"
+            found.append(problem(node, reason, "convert the model to one number format"))
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_complex():
             continue
-        sources = [n.meta.get("val") for n in node.all_input_nodes]
-        made = not any(isinstance(x, Tensor) and x.is_complex() for x in sources)
+        made = not any(x.is_complex() for x in _sources(node))
         if made and (node.op == "call_function" or node.name not in tensors) and not found:
             found.append(problem(node, f"its result is complex, and {_FORMATS[0]}", _FORMATS[1]))
     return found
+
+
+def _sources(node: fx.Node) -> list[Tensor]:
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    return [x for x in values if isinstance(x, Tensor)]
 
 
 def _named(tensors: Iterable[tuple[str, Tensor]]) -> list[Problem]:

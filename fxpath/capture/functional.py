@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 
 from fxpath.capture.inline import flat
+from fxpath.errors import SupportReport, UnsupportedModelError, problem
 
 __all__ = ["functionalize"]
 
@@ -37,10 +38,18 @@ def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportGraphSignat
     maps stay whole.
     """
     graph = flat(program)
-    if not _rename(graph):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = program.run_decompositions({})
+    through_alias = _rename(graph)
+    if through_alias is not None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = program.run_decompositions({})
+        # Of the many types that torch raises for what it cannot follow.
+        except Exception as error:
+            text = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = f"it writes through a view, which torch cannot make functional ({text})"
+            written = problem(through_alias, reason, "compute the result without writing in place")
+            raise UnsupportedModelError(SupportReport((written,))) from error
         graph = flat(program)
     graph.lint()
     return graph, program.graph_signature
@@ -50,8 +59,8 @@ def _mutates(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _rename(graph: fx.Graph) -> bool:
-    """Make in-place operations functional; false if one of them writes through an alias."""
+def _rename(graph: fx.Graph) -> fx.Node | None:
+    """Make in-place operations functional; returns the first that writes through an alias."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     storage: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -67,12 +76,12 @@ def _rename(graph: fx.Graph) -> bool:
             for other, root in storage.items()
         )
         if functional is None or shared:
-            return False
+            return node
         node.target = functional
         for user in list(target.users):
             if order[user] > order[node]:
                 user.replace_input_with(target, node)
-    return True
+    return None
 
 
 def _aliases(node: fx.Node) -> bool:

@@ -61,6 +61,7 @@ class Captured:
         form: what else about the model the graph was made for.
         baked: tensors whose numbers the graph was made for, such as masks, index lists, and what
             was read as Python numbers: name -> copy as it was then.
+        outputs: for each output of the graph, the position or key by which the model returns it.
     """
 
     graph_module: fx.GraphModule
@@ -71,6 +72,7 @@ class Captured:
     inputs: Sample
     form: Form
     baked: dict[str, Tensor]
+    outputs: tuple[int | str, ...]
 
     def live(self) -> dict[str, Tensor]:
         """The model's tensors as they are now: placeholder name -> tensor.
@@ -127,8 +129,14 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse parameters that are not numbers.
 
     Raises:
-        ValueError: naming every tensor with a NaN or infinite entry.
+        ValueError: naming every tensor with a NaN or infinite entry, or without values.
     """
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise ValueError(
+            f"{', '.join(empty)}: on the meta device, where tensors have no values; load the "
+            "weights first"
+        )
     bad = []
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():

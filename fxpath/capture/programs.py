@@ -20,6 +20,21 @@ from fxpath.errors import UnsupportedModelError
 
 __all__ = ["from_program"]
 
+aten = torch.ops.aten
+
+#: Operations that hold no size of their inputs.
+_SIZELESS = {
+    *(aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution, aten.batch_norm),
+    *(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
+    *(aten.relu, aten.relu_, aten.relu6, aten.leaky_relu, aten.leaky_relu_, aten.prelu),
+    *(aten.hardtanh, aten.hardtanh_, aten.dropout, aten.dropout_, aten.feature_dropout),
+    *(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.avg_pool1d, aten.avg_pool2d),
+    *(aten.avg_pool3d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d),
+    *(aten.adaptive_avg_pool3d, aten.adaptive_max_pool1d, aten.adaptive_max_pool2d),
+    *(aten.add, aten.add_, aten.sub, aten.mul, aten.neg, aten.cat, aten.flatten, aten.mean),
+    *(aten.sum, aten.amax, aten.permute, aten.transpose, aten.contiguous, aten.detach),
+}
+
 
 def from_program(program: ExportedProgram, given: Given) -> Captured:
     """Capture a program: as it is for one sample, else traced once more.
@@ -45,10 +60,7 @@ def from_program(program: ExportedProgram, given: Given) -> Captured:
         # Shapes must be numbers; tracing the program once more makes them so.
         return _traced_again(program, sample, given)
     if _shapes(call) != _shapes(own) and _shapes(sample) != _shapes(_sample(own, given)):
-        raise ValueError(
-            f"the program was exported for inputs of the shapes {_shapes(own)} and takes no other, "
-            f"such as {_shapes(call)}: export it with dynamic shapes, or pass the nn.Module itself"
-        )
+        return _other_shape(program, sample, own, given)
     number = batch_size(own, given.batch_dim)
     if number == 1:
         return adopt(program, program, given.outputs, {}, given.batch_dim, False)
@@ -72,6 +84,33 @@ def from_program(program: ExportedProgram, given: Given) -> Captured:
         f"the program was exported for a batch of {number}, which is written into it: export it "
         "for one sample or with a dynamic batch axis, or pass batch_dim=None to count all of them"
     ) from failure
+
+
+def _other_shape(program: ExportedProgram, sample: Call, own: Call, given: Given) -> Captured:
+    """Trace a program of fixed shapes on others, if no operation has a size written into it."""
+    fixed = sorted(
+        {
+            str(node.target)
+            for node in program.graph.nodes
+            if node.op == "call_function" and _packet(node.target) not in _SIZELESS
+        }
+    )
+    failure: Exception | None = None
+    try:
+        if not fixed:
+            return _traced_again(program, sample, given)
+    except UnsupportedModelError as error:
+        failure = error
+    reason = f"; {', '.join(fixed)} may have its sizes written into it" if fixed else ""
+    raise ValueError(
+        f"the program was exported for inputs of the shapes {_shapes(own)} and takes no other, "
+        f"such as {_shapes(sample)}{reason}: export it with dynamic shapes, or pass the nn.Module "
+        "itself"
+    ) from failure
+
+
+def _packet(target: Any) -> Any:
+    return getattr(target, "overloadpacket", target)
 
 
 def _sample(own: Call, given: Given) -> Call:

@@ -190,9 +190,8 @@ class Reachable:
                 self._note_function(value)
         elif isinstance(value, type):
             if is_own(value.__module__):
-                for name, held in list(vars(value).items()):
-                    if not name.startswith("__"):
-                        self._note_attribute(value, name, held)
+                read = functools.partial(_attributes, value)
+                self._add(value, what, read, functools.partial(_set_attributes, value), read())
         elif has_state(value):
             held = vars(value)
             self._add(value, what, lambda: held, functools.partial(_refill, held), dict(held))
@@ -208,12 +207,6 @@ class Reachable:
             space = function.__globals__
             read = functools.partial(space.get, name, _MISSING)
             self._add(space, name, read, functools.partial(_put, space, name), read())
-
-    def _note_attribute(self, cls: type, name: str, held: Any) -> None:
-        def read() -> Any:
-            return vars(cls).get(name, _MISSING)
-
-        self._add(cls, f"{cls.__name__}.{name}", read, functools.partial(setattr, cls, name), held)
 
     def _add(
         self, owner: Any, what: str, read: Callable[[], Any], write: Callable[[Any], None], now: Any
@@ -234,6 +227,18 @@ def untouched(model: nn.Module) -> Iterator[Reachable]:
 def _refill(container: Any, before: Any) -> None:
     container.clear()
     container.update(before)
+
+
+def _attributes(cls: type) -> dict[str, Any]:
+    return {name: held for name, held in vars(cls).items() if not name.startswith("__")}
+
+
+def _set_attributes(cls: type, before: dict[str, Any]) -> None:
+    for name in _attributes(cls).keys() - before.keys():
+        delattr(cls, name)
+    for name, held in before.items():
+        if vars(cls).get(name) is not held:
+            setattr(cls, name, held)
 
 
 def _extend(container: Any, before: Any) -> None:
