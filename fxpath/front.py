@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from fxpath.capture import Captured, Given, Model, capture
+from fxpath.capture.sources import unreliable
 from fxpath.errors import BLANK, Problem, SupportReport, UnsupportedModelError
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
@@ -37,8 +38,16 @@ def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
 
 
 def _lifted(captured: Captured) -> fx.GraphModule:
+    problems = unreliable(captured)
     fold_batch_norm(captured)
-    return lift(captured)
+    try:
+        module = lift(captured)
+    except UnsupportedModelError as error:
+        named = {problem.node for problem in problems}
+        problems += [problem for problem in error.report.problems if problem.node not in named]
+    if problems:
+        raise UnsupportedModelError(SupportReport(tuple(problems)))
+    return module
 
 
 def _with_advice(report: SupportReport, advice: str) -> SupportReport:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.export import ExportedProgram
 
 from fxpath.errors import CUT, Problem, SupportReport, UnsupportedModelError, problem
 
-__all__ = ["flat"]
+__all__ = ["CHOICE", "flat"]
 
 #: Higher-order operator -> position of its subgraph among the arguments.
 _SUBGRAPH = {
@@ -24,7 +25,8 @@ _SUBGRAPH = {
     "wrap_activation_checkpoint": 0,
     "tag_activation_checkpoint": 0,
 }
-_CHOICE = (
+#: Why a choice between subgraphs is refused, and what to do.
+CHOICE = (
     "data-dependent control flow: values at run time decide which of its subgraphs runs, and a "
     "path-lifting belongs to one graph",
     f"replace the branch by tensor operations, or {CUT}",
@@ -86,12 +88,16 @@ def _block(
 ) -> Any:
     position = _SUBGRAPH.get(_name(node))
     if position is None:
-        problems.append(problem(node, *_CHOICE))
+        problems.append(problem(node, *CHOICE))
         return _stand_in(graph, node)
     inner = _attribute(module, _node(node.args[position]))
     reason = _lowers_precision(node, inner)
     if reason is not None:
-        problems.append(problem(node, *reason))
+        # The block has no source line of its own.
+        first = next((n for n in inner.graph.nodes if n.meta.get("stack_trace")), node)
+        problems.append(
+            replace(problem(first, *reason), operation=str(node.target), node=node.name)
+        )
         return _stand_in(graph, node)
     operands = fx.map_arg(list(node.args[position + 1 :]), values.__getitem__)
     return _copy(graph, inner, operands, problems)

@@ -10,8 +10,9 @@ reads is a made-up number, and a trace with another one must give the same graph
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["Numbers", "ParameterRead"]
+__all__ = ["Numbers", "Overwritten", "ParameterRead"]
 
 _READ: frozenset[Any] = frozenset(
     {
@@ -48,10 +49,15 @@ _MADE: frozenset[Any] = frozenset(
         *(torch.tril_indices, torch.triu_indices, torch.hann_window, torch.hamming_window),
     }
 )
+_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 _AUGMENTED = {"__setitem__"} | {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 }
+
+
+class Overwritten(Exception):
+    """A Python number was read from a tensor that was written to while it was traced."""
 
 
 class ParameterRead(Exception):
@@ -60,10 +66,13 @@ class ParameterRead(Exception):
 
 @dataclass
 class _Known:
-    """A traced tensor whose value is known: it itself, its value when asked for, its origins."""
+    """A traced tensor whose value is known: it itself, its value when asked for, its origins.
+
+    Without a value where it was known until somebody wrote to it by a view.
+    """
 
     tensor: Tensor
-    value: Callable[[], Any]
+    value: Callable[[], Any] | None
     names: frozenset[str]
 
 
@@ -104,6 +113,8 @@ class Numbers(TorchFunctionMode):
             known = [self._lookup(x) for x in tensors]
             if tensors and all(k is not None for k in known):
                 self._note(known)
+                if any(k is not None and k.value is None for k in known):
+                    raise Overwritten
                 return self._evaluate(func, args, kwargs)
             if self.in_hook:
                 self.pretended += 1
@@ -112,9 +123,13 @@ class Numbers(TorchFunctionMode):
             answer = self._sized(func, args, kwargs, tensors)
             if answer is not None:
                 return answer
+        if func == _DATA:
+            # The same values, and torch.export would take what it gives for a constant.
+            return args[0].detach()
+        written = self._before_write(func, args, kwargs, tensors)
         result = func(*args, **kwargs)
-        if tensors and _writes(func, kwargs):
-            self._forget(tensors[0])
+        if written is not None:
+            self._known[id(tensors[0])] = written
         elif (tensors or func in _MADE) and isinstance(result, Tensor | tuple | list):
             self._follow(func, args, kwargs, tensors, result)
         return result
@@ -136,20 +151,42 @@ class Numbers(TorchFunctionMode):
         if any(k is None for k in known):
             return
         names = frozenset().union(*(k.names for k in known if k is not None))
+        lost = any(k is not None and k.value is None for k in known)
         # What the call was made of, as it is now: a later write must not reach it.
         values = {id(x): k for x, k in zip(tensors, known, strict=True) if k is not None}
         whole = functools.cache(lambda: tree_leaves(_run(func, args, kwargs, values)))
         for i, leaf in enumerate(tree_leaves(result)):
             if isinstance(leaf, FakeTensor) and id(leaf) not in self._known:
-                self._known[id(leaf)] = _Known(leaf, functools.partial(_item, whole, i), names)
+                value = None if lost else functools.partial(_item, whole, i)
+                self._known[id(leaf)] = _Known(leaf, value, names)
 
-    def _forget(self, tensor: Tensor) -> None:
-        """A tensor was written to: neither its value nor that of its views is known any more."""
-        if isinstance(tensor, FakeTensor):
-            storage = tensor.untyped_storage()._cdata
-            for key, known in list(self._known.items()):
-                if known.tensor.untyped_storage()._cdata == storage:
-                    del self._known[key]
+    def _before_write(
+        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]
+    ) -> _Known | None:
+        """What a tensor will hold that a call writes to; its views are not known any more."""
+        if not tensors or not _writes(func, kwargs):
+            return None
+        target = tensors[0]
+        known = [self._lookup(x) for x in tensors]
+        if known[0] is None:
+            return None
+        names = frozenset().union(*(k.names for k in known if k is not None))
+        value = None
+        if all(k is not None and k.value is not None for k in known) and "out" not in kwargs:
+            real = [k.value() for k in known if k is not None and k.value is not None]
+            real[0] = _snapshot(real[0])
+            values = {
+                id(x): _Known(x, functools.partial(_same, r), names)
+                for x, r in zip(reversed(tensors), reversed(real), strict=True)
+            }
+            _run(func, args, kwargs, values)
+            value = functools.partial(_same, real[0])
+        if isinstance(target, FakeTensor):
+            storage = target.untyped_storage()._cdata
+            for other in self._known.values():
+                if other.tensor.untyped_storage()._cdata == storage:
+                    other.value = None
+        return _Known(target, value, names)
 
     def _note(self, known: list[_Known | None]) -> None:
         for name in sorted({name for k in known if k is not None for name in k.names}):
@@ -157,7 +194,7 @@ class Numbers(TorchFunctionMode):
             if name in self._parameters and real is not None and real.is_floating_point():
                 raise ParameterRead(name)
             found = real if real is not None else _held(self._model)[name]
-            self.read.setdefault(name, found.detach().clone())
+            self.read.setdefault(name, _snapshot(found))
 
     def _evaluate(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -170,7 +207,7 @@ class Numbers(TorchFunctionMode):
             # Masks become positions; what they select from may be an activation.
             masks = [x for x in tensors[1:] if x.dtype in (torch.bool, torch.uint8)]
             known = [self._lookup(x) for x in masks]
-            if not masks or any(k is None for k in known):
+            if not masks or any(k is None or k.value is None for k in known):
                 return None
             self._note(known)
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -182,7 +219,7 @@ class Numbers(TorchFunctionMode):
                     positions.append(part)
             return func(args[0], tuple(positions))
         known = [self._lookup(x) for x in tensors]
-        if not tensors or any(k is None for k in known):
+        if not tensors or any(k is None or k.value is None for k in known):
             return None
         self._note(known)
         return self._evaluate(func, args, kwargs)
@@ -195,7 +232,7 @@ class Numbers(TorchFunctionMode):
             value = self._pretence if dtype.is_floating_point else int(self._pretence > 0)
             return torch.full(x.shape, value, dtype=dtype)
 
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
+        with _aside():
             args, kwargs = tree_map_only(Tensor, made_up, (args, kwargs))
             return func(*args, **kwargs)
 
@@ -227,10 +264,27 @@ def _item(leaves: Callable[[], list[Any]], position: int) -> Any:
     return leaves()[position]
 
 
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """Outside of the trace."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        yield
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    with _aside():
+        return tensor.detach().clone()
+
+
+def _value(known: _Known) -> Any:
+    assert known.value is not None
+    return known.value()
+
+
 def _run(func: Any, args: Any, kwargs: Any, known: Mapping[int, _Known]) -> Any:
     """A call on real values, outside of the trace."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
-        real = tree_map_only(Tensor, lambda x: known[id(x)].value(), (args, kwargs))
+    with _aside():
+        real = tree_map_only(Tensor, lambda x: _value(known[id(x)]), (args, kwargs))
         return func(*real[0], **real[1])
 
 

@@ -19,8 +19,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map_only
 
 from fxpath.capture.copies import HOOKS, duplicate, locate
+from fxpath.capture.inline import CHOICE
 from fxpath.capture.inputs import Call
-from fxpath.capture.numbers import Numbers, ParameterRead
+from fxpath.capture.numbers import Numbers, Overwritten, ParameterRead
 from fxpath.capture.state import Reachable, untouched
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.modes import TRACING
@@ -47,6 +48,18 @@ class _Stop(BaseException):
     def __init__(self, output: Any) -> None:
         super().__init__()
         self.output = output
+
+
+class _Failed(Exception):
+    """An error of the model's code; torch.export prints the graph that it can hang on to one."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "partial_fx_graph":
+            super().__setattr__(name, value)
 
 
 class _Refused(Exception):
@@ -167,6 +180,8 @@ def _export(
                 while len(stack) > depth:
                     stack.popitem()
                 return stopped.output
+            except Exception as error:
+                raise _Failed(error) from error
 
     for module in copied.modules():
         module._compiled_call_impl = None
@@ -177,7 +192,8 @@ def _export(
             warnings.simplefilter("ignore")
             program = torch.export.export(copied, *call, strict=False)
     except Exception as error:
-        _refuse(_capture_problem(error, names), error)
+        cause = error.error if isinstance(error, _Failed) else error
+        _refuse(_capture_problem(cause, names), cause)
     written = changed()
     if written is not None:
         _refuse(_written(written, type(model).__name__, "", "unknown"))
@@ -295,6 +311,11 @@ def _capture_problem(error: Exception, names: dict[int, str]) -> Problem:
             f"the value of the parameter {text} is read as a Python number, which has no scores"
         )
         remedy = "compute with the parameter as a tensor, or make it a buffer"
+    elif type(error).__name__ == "UncapturedHigherOrderOpError":
+        reason, remedy = CHOICE
+    elif isinstance(error, Overwritten):
+        reason = "a Python number is read from a tensor that forward itself has written to"
+        remedy = "compute the number without writing in place"
     elif "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         reason = f"control flow that depends on the values of activations ({text})"
         remedy = (
