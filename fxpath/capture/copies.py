@@ -211,20 +211,25 @@ class _Rebinding:
         if id(function) not in self.functions:
             space = function.__globals__
             leading = [n for n in global_names(function) if self._leads_back(space.get(n))]
-            if not leading and not function.__closure__:
+            defaults = (function.__defaults__, function.__kwdefaults__)
+            if not (leading or function.__closure__ or self._leads_back(defaults)):
                 return function
             # Before the cells are filled: a function may close over itself.
             made = types.FunctionType(
                 function.__code__,
                 {**space} if leading else space,
                 function.__name__,
-                function.__defaults__,
+                None,
                 tuple(self._cell(cell) for cell in function.__closure__ or ()) or None,
             )
-            made.__kwdefaults__ = function.__kwdefaults__
             made.__dict__.update(function.__dict__)
             made.__qualname__, made.__module__ = function.__qualname__, function.__module__
             self.functions[id(function)] = self.functions[id(made)] = made
+            made.__defaults__, made.__kwdefaults__ = self.value(
+                _copied(
+                    (function.__defaults__, function.__kwdefaults__), self.memo, self.path, function
+                )
+            )
             for name in leading:
                 copied = _copied(space[name], self.memo, self.path, function)
                 made.__globals__[name] = self.value(copied)
