@@ -226,9 +226,7 @@ class _Rebinding:
             made.__qualname__, made.__module__ = function.__qualname__, function.__module__
             self.functions[id(function)] = self.functions[id(made)] = made
             made.__defaults__, made.__kwdefaults__ = self.value(
-                _copied(
-                    (function.__defaults__, function.__kwdefaults__), self.memo, self.path, function
-                )
+                _copied(defaults, self.memo, self.path, function)
             )
             for name in leading:
                 copied = _copied(space[name], self.memo, self.path, function)
