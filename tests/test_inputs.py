@@ -227,6 +227,45 @@ def test_an_exported_program_with_its_sizes_written_in() -> None:
     assert fxpath.path_norm(nodes) == fxpath.path_norm(graph, (6, 3), batch_dim=None)
 
 
+class Data(nn.Module):
+    """torch.export takes what `.data` gives for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, *, more: dict[str, Tensor]) -> Tensor:
+        return self.b(torch.relu(self.a(x)).data + more["h"])
+
+
+def test_programs_of_every_kind() -> None:
+    model = Data().eval()
+    call = (torch.randn(4, 3),), {"more": {"h": torch.randn(4, 4)}}
+    want = pytest.approx(fxpath.path_norm(model, example_inputs=call[0], example_kwargs=call[1]))
+    strict = torch.export.export(model, *call, strict=True)
+    for verb in (fxpath.path_norm, fxpath.path_magnitude):
+        with pytest.raises(fxpath.UnsupportedModelError, match="x.detach"):
+            verb(strict)
+    assert not fxpath.check(strict)
+
+    class Detached(Data):
+        def forward(self, x: Tensor, *, more: dict[str, Tensor]) -> Tensor:
+            return self.b(torch.relu(self.a(x)).detach() + more["h"])
+
+    twin = Detached().eval()
+    twin.load_state_dict(model.state_dict())
+    batch = torch.export.Dim("batch", min=2, max=8)
+    shapes = {"x": {0: batch}, "more": {"h": {0: batch}}}
+    for program in (
+        torch.export.export(twin, *call),
+        torch.export.export(twin, *call, strict=True),
+        torch.export.export(twin, *call).run_decompositions(),
+        torch.export.export(twin, *call, dynamic_shapes=shapes),
+    ):
+        assert fxpath.path_norm(program) == want
+        assert fxpath.check(program)
+
+
 def test_what_is_no_model_or_no_input() -> None:
     with pytest.raises(TypeError, match="pass an nn.Module"):
         fxpath.path_norm("resnet18")  # type: ignore[arg-type]

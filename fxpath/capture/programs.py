@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
@@ -16,7 +17,7 @@ from fxpath.capture.inputs import Call, batch_size, first_sample, from_shapes, f
 from fxpath.capture.model import Captured
 from fxpath.capture.rows import rows_meet, same_row
 from fxpath.capture.trace import run, trace
-from fxpath.errors import UnsupportedModelError
+from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 
 __all__ = ["from_program"]
 
@@ -51,6 +52,7 @@ def from_program(program: ExportedProgram, given: Given) -> Captured:
             "until needs a module to stop at, and an ExportedProgram has none: "
             "export the model up to there, or pass the nn.Module itself"
         )
+    _refuse_without_values(program)
     own = _own_call(program)
     asked = _asked(program, given)
     call = own if asked is None else asked
@@ -84,6 +86,25 @@ def from_program(program: ExportedProgram, given: Given) -> Captured:
         f"the program was exported for a batch of {number}, which is written into it: export it "
         "for one sample or with a dynamic batch axis, or pass batch_dim=None to count all of them"
     ) from failure
+
+
+def _refuse_without_values(program: ExportedProgram) -> None:
+    """A strict export of ``x.data`` holds that activation as a constant that has no values."""
+    problems = tuple(
+        Problem(
+            name,
+            name,
+            name.rpartition(".")[0],
+            "unknown",
+            "the exported program holds a tensor without values, an activation that torch.export "
+            "took for a constant (as it does with x.data)",
+            "write x.detach() instead and export again, or pass the nn.Module itself",
+        )
+        for name, value in {**program.state_dict, **program.constants}.items()
+        if isinstance(value, FakeTensor)
+    )
+    if problems:
+        raise UnsupportedModelError(SupportReport(problems))
 
 
 def _other_shape(program: ExportedProgram, sample: Call, own: Call, given: Given) -> Captured:
