@@ -27,8 +27,15 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, Tensor, type, types.ModuleType)
 
 
+class _Passthrough(nn.Module):
+    """Stands for a data-parallel wrapper: names and hooks stay, the scattering goes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_submodule("module")(*args, **kwargs)
+
+
 class _DataParallel(nn.DataParallel[nn.Module]):
-    """One replica: names, hooks and a subclass's own methods stay, the scattering goes."""
+    """The same behind a subclass, whose own methods may call ``super().forward()``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -98,8 +105,10 @@ def _unscatter(module: nn.Module) -> None:
     ):
         if isinstance(module, wrapper):
             cls = type(module)
-            # In front of the wrapper, behind a subclass that may call super().forward().
-            module.__class__ = plain if cls is wrapper else type(cls.__name__, (cls, plain), {})
+            module.__class__ = (
+                _Passthrough if cls is wrapper else type(cls.__name__, (cls, plain), {})
+            )
+            return
 
 
 def _read_by_classes(model: nn.Module) -> dict[int, Any]:
