@@ -14,7 +14,7 @@ from torch import fx
 
 from fxpath import ops
 from fxpath.passes.classes import Classes, Partition
-from fxpath.passes.links import extents, links
+from fxpath.passes.links import extents
 from fxpath.schema import arguments
 
 __all__ = ["Choose", "cheapest", "cost", "edges"]
@@ -44,8 +44,8 @@ def cost(classes: Classes, node: fx.Node, sums: bool) -> int:
 def edges(classes: Classes) -> list[tuple[fx.Node, fx.Node]]:
     """Pairs (read, reader) that must not go from sums back to values."""
     pairs = []
-    for node in classes.reachable:
-        for argument, axes in links(node, classes.q):
+    for node, reads in classes.reads.items():
+        for argument, axes in reads:
             lost = any(
                 not classes.observable[argument][link.source_dim].is_trivial for link in axes
             )

@@ -333,13 +333,14 @@ class Lift:
 
 def _as_slice(stencil: Stencil) -> tuple[int, int, int] | None:
     """Start, end and step, if the stencil picks positions at a constant step."""
-    if not stencil.rows or any(len(row) != 1 or row[0][1] != 1 for row in stencil.rows):
+    if not stencil.out or len(stencil.row) != stencil.out or not stencil.is_selection:
         return None
-    positions = [row[0][0] for row in stencil.rows]
-    step = positions[1] - positions[0] if len(positions) > 1 else 1
-    if step < 1 or positions != list(range(positions[0], positions[-1] + 1, step)):
+    picked = stencil.position
+    start, end = int(picked[0]), int(picked[-1]) + 1
+    step = int(picked[1]) - start if len(picked) > 1 else 1
+    if step < 1 or not torch.equal(picked, torch.arange(start, end, step)):
         return None
-    return positions[0], positions[-1] + 1, step
+    return start, end, step
 
 
 def _meta(value: Any) -> Any:

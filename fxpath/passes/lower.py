@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath import ops
-from fxpath.passes.links import extents, tap_stencils
+from fxpath.passes.links import Kernel, extents
 from fxpath.schema import arguments
 
 __all__ = ["lower"]
@@ -205,12 +205,10 @@ def _affordable(lead: int, size: int, out: int) -> bool:
 
 def _taps(size: int, out: int, *spec: Any) -> Tensor:
     """What each tap reads along one axis: ``[taps, out, in]``."""
-    stencils = tap_stencils(size, out, *spec)
-    dense = torch.zeros(len(stencils), out, size, dtype=torch.float64)
-    for k, stencil in enumerate(stencils):
-        for o, row in enumerate(stencil.rows):
-            for position, coefficient in row:
-                dense[k, o, position] = float(coefficient)
+    kernel = Kernel(size, out, *spec)
+    dense = torch.zeros(len(kernel), out, size, dtype=torch.float64)
+    for k, tap in enumerate(kernel):
+        dense[k, tap.row, tap.position] = tap.values()
     return dense
 
 

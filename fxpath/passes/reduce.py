@@ -7,17 +7,19 @@ reachable classes, or observable ones where it is kept in sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath import ops
+from fxpath.exact import exact_sums
 from fxpath.passes.bases import Choice, Choose, cheapest, partitions
 from fxpath.passes.classes import Classes, Partition, find_classes
-from fxpath.passes.links import Link, extents, identity, links, mark_static, static
+from fxpath.passes.links import Link, extents, identity, mark_static, static
 from fxpath.schema import arguments
-from fxpath.stencil import ONE, Stencil
+from fxpath.stencil import Stencil, floats
 
 __all__ = ["reduce"]
 
@@ -81,9 +83,9 @@ class _Reduction:
             dim = int(arguments(node)[1]) % len(extents(node))
             if self._basis(node)[dim].is_trivial:
                 return self._plain_cat(node, dim)
-            read = links(node, self.classes.q)
+            read = self.classes.reads[node]
             return self._sum_up([self._mapped(node, a, axes) for a, axes in read])
-        mapped = {a: self._mapped(node, a, axes) for a, axes in links(node, self.classes.q)}
+        mapped = {a: self._mapped(node, a, axes) for a, axes in self.classes.reads[node]}
         if node.target in (ops.shift, ops.clamp):
             return self._shift(node, mapped)
         if "stencil" in node.meta or node.target is aten.expand.default:
@@ -106,7 +108,7 @@ class _Reduction:
 
     def _conv(self, node: fx.Node) -> fx.Node:
         """Taps side by side along each reduced axis, and a stride of one kernel."""
-        ((argument, axes),) = links(node, self.classes.q)
+        ((argument, axes),) = self.classes.reads[node]
         _, weight, stride, padding, dilation, transposed, output_padding, groups = arguments(node)
         spec = [list(v) for v in (stride, padding, dilation, output_padding)]
         reduced = [link for link in axes if link.dim >= 2 and not self._full(node, argument, link)]
@@ -165,8 +167,8 @@ class _Reduction:
             if size == 1:
                 bias = self._mix(bias, axis, _column(partition))
             else:
-                rows = self._rows(node, dim, identity(size), Partition.trivial(size), False)
-                bias = self._mix(bias, axis, _dense(rows, size))
+                whole = Partition.trivial(size)
+                bias = self._mix(bias, axis, self._matrix(node, dim, identity(size), whole, False))
         return bias
 
     def _static_axes(self, node: fx.Node, bias: fx.Node) -> fx.Node:
@@ -178,7 +180,7 @@ class _Reduction:
     def _plain_cat(self, node: fx.Node, dim: int) -> fx.Node:
         """Concatenation along an axis that is kept whole (channels)."""
         pieces = []
-        for argument, axes in links(node, self.classes.q):
+        for argument, axes in self.classes.reads[node]:
             others = [link for link in axes if link.dim != dim]
             piece = self._mapped(node, argument, others, partial=True)
             own = self._partition(argument)[dim]
@@ -200,7 +202,7 @@ class _Reduction:
             return x
         for dim, partition in enumerate(self._partition(argument)):
             if not partition.is_trivial:
-                x = self._mix(x, dim, torch.tensor([partition.sizes], dtype=torch.float64))
+                x = self._mix(x, dim, partition.sizes.double()[None])
         return x
 
     # -- bases ------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ class _Reduction:
         return mine.is_trivial and other.is_trivial
 
     def _mapped(
-        self, node: fx.Node, argument: fx.Node, axes: list[Link], partial: bool = False
+        self, node: fx.Node, argument: fx.Node, axes: Sequence[Link], partial: bool = False
     ) -> fx.Node:
         """An argument in the basis of its reader; axes that the reader mixes become whole."""
         x = self.env[argument]
@@ -224,10 +226,10 @@ class _Reduction:
             (tap,) = link.taps
             source = self._basis(argument)[link.source_dim]
             alike = source.is_trivial or self.choice[node] == self.choice[argument]
-            if tap.is_identity and alike and source.of == self._basis(node)[link.dim].of:
+            if tap.is_identity and alike and _alike(source, self._basis(node)[link.dim]):
                 continue
-            rows = self._rows(node, link.dim, tap, source, self.choice[argument])
-            x = self._mix(x, link.source_dim, _dense(rows, extents(x)[link.source_dim]))
+            matrix = self._matrix(node, link.dim, tap, source, self.choice[argument])
+            x = self._mix(x, link.source_dim, matrix)
         if not partial:
             x = self._whole(x, argument, {link.source_dim for link in axes})
         return x
@@ -241,27 +243,27 @@ class _Reduction:
     def _taps(self, node: fx.Node, argument: fx.Node, link: Link) -> Tensor:
         """Rows ordered by output position, then tap."""
         source = self._basis(argument)[link.source_dim]
-        size = len(source)
         stacked = [
-            _dense(self._rows(node, link.dim, tap, source, self.choice[argument]), size)
-            for tap in link.taps
+            self._matrix(node, link.dim, tap, source, self.choice[argument]) for tap in link.taps
         ]
-        return torch.stack(stacked, 1).reshape(-1, size)
+        return torch.stack(stacked, 1).reshape(-1, len(source))
 
-    def _rows(
+    def _matrix(
         self, node: fx.Node, dim: int, tap: Stencil, source: Partition, from_sums: bool
-    ) -> list[dict[int, Any]]:
-        """A stencil between two bases: output class -> {input class: coefficient}."""
+    ) -> Tensor:
+        """A stencil between two bases, ``[output classes, input classes]`` in float64."""
         target, sums = self._basis(node)[dim], self.choice[node]
-        rows: list[dict[int, Any]] = [{} for _ in range(len(target))]
-        for o in range(tap.out) if sums else target.representatives:
-            row = rows[target.of[o]]
-            for position, c in tap.rows[o]:
-                at = source.of[position]
-                # All members of an observable class are read alike; one of them stands for all.
-                if not from_sums or source.representatives[at] == position:
-                    row[at] = row.get(at, 0) + c
-        return rows
+        kept = torch.ones(len(tap.row), dtype=torch.bool)
+        if not sums:
+            kept &= target.represents[tap.row]
+        if from_sums:
+            # All members of an observable class are read alike; one of them stands for all.
+            kept &= source.represents[tap.position]
+        places = target.of[tap.row[kept]] * len(source) + source.of[tap.position[kept]]
+        places, code, table = exact_sums(places, tap.code[kept], tap.table)
+        matrix = torch.zeros(len(target) * len(source), dtype=torch.float64)
+        matrix[places] = floats(table)[code]
+        return matrix.reshape(len(target), len(source))
 
     # -- emitting ---------------------------------------------------------------------------------
 
@@ -289,21 +291,17 @@ def _meta_of(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
-def _dense(rows: list[dict[int, Any]], size: int) -> Tensor:
-    dense = [[0.0] * size for _ in rows]
-    for line, row in zip(dense, rows, strict=True):
-        for p, c in row.items():
-            line[p] = float(c)
-    return torch.tensor(dense, dtype=torch.float64).reshape(len(rows), size)
+def _alike(a: Partition, b: Partition) -> bool:
+    return a is b or torch.equal(a.of, b.of)
 
 
 def _column(partition: Partition) -> Tensor:
     """Class sizes: what a constant along an axis sums up to."""
-    return torch.tensor(partition.sizes, dtype=torch.float64)[:, None]
+    return partition.sizes.double()[:, None]
 
 
 def _expansion(partition: Partition) -> Tensor:
     """One row for each position, from one for each class of values."""
     matrix = torch.zeros(len(partition.of), len(partition), dtype=torch.float64)
-    matrix[range(len(partition.of)), partition.of] = float(ONE)
+    matrix[torch.arange(len(partition.of)), partition.of] = 1.0
     return matrix
