@@ -251,6 +251,5 @@ def row_power(stencil: Stencil, q: float) -> Stencil:
 def _power(c: Coefficient, q: float) -> Coefficient:
     if q == 0:
         return ONE if c else 0
-    if float(q).is_integer():
-        return abs(c) ** int(q)
-    return Fraction(math.pow(abs(c), q))
+    size = Fraction(abs(c))
+    return size ** int(q) if float(q).is_integer() else Fraction(math.pow(size, q))

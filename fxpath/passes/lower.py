@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath import ops
+from fxpath.meta import Forms, form
 from fxpath.passes.links import Kernel, extents
 from fxpath.schema import arguments
 
@@ -55,6 +56,9 @@ class _Lowering:
         self.root = torch.nn.Module()
         for name, buffer in module.named_buffers():
             self.root.register_buffer(name, buffer)
+        self._forms = Forms()
+        self._maps_held: dict[tuple[float, ...], list[str]] = {}
+        self._count = len(self.root._buffers)
 
     def run(self) -> fx.GraphModule:
         steps = {ops.conv: self._window, ops.mix: self._merge}
@@ -166,7 +170,7 @@ class _Lowering:
 
     def _emit(self, function: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(function, args)
-        node.meta["val"] = function(*fx.map_arg(args, lambda n: n.meta["val"].to("meta")))
+        node.meta["val"] = self._forms(function, args)
         return node
 
     def _reshape(self, x: fx.Node, shape: Any) -> fx.Node:
@@ -179,14 +183,20 @@ class _Lowering:
 
     def _constant(self, value: Tensor) -> fx.Node:
         """A buffer; equal ones are kept once."""
-        for name, known in self.root.named_buffers():
-            if name.startswith("map_") and torch.equal(known, value):
+        # Few matrices have one shape and both sums; only those are compared entry by entry.
+        ramp = torch.arange(value.numel(), dtype=value.dtype)
+        look = (*value.shape, float(value.sum()), float(value.flatten() @ ramp))
+        alike = self._maps_held.setdefault(look, [])
+        for held in alike:
+            if torch.equal(self.root.get_buffer(held), value):
                 break
         else:
-            name = f"map_{sum(1 for _ in self.root.named_buffers())}"
-            self.root.register_buffer(name, value)
-        node = self.graph.get_attr(name)
-        node.meta["val"] = value.to("meta")
+            held = f"map_{self._count}"
+            self._count += 1
+            self.root.register_buffer(held, value)
+            alike.append(held)
+        node = self.graph.get_attr(held)
+        node.meta["val"] = form(value)
         return node
 
 

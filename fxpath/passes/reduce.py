@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.exact import exact_sums
+from fxpath.meta import Forms, form
 from fxpath.passes.bases import Choice, Choose, cheapest, partitions
 from fxpath.passes.classes import Classes, Partition, find_classes
 from fxpath.passes.links import Link, extents, identity, mark_static, static
@@ -49,6 +50,7 @@ class _Reduction:
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.env: dict[fx.Node, fx.Node] = {}
+        self._forms = Forms()
         self._constants = 0
 
     def run(self) -> fx.GraphModule:
@@ -269,8 +271,7 @@ class _Reduction:
 
     def _emit(self, function: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(function, args)
-        result = function(*fx.map_arg(args, _meta_of))
-        node.meta["val"] = torch.empty(tuple(result.shape), dtype=result.dtype, device="meta")
+        node.meta["val"] = self._forms(function, args)
         return node
 
     def _buffer(self, tensor: Tensor, name: str) -> fx.Node:
@@ -278,17 +279,13 @@ class _Reduction:
         self._constants += 1
         self.root.register_buffer(target, tensor)
         node = self.graph.get_attr(target)
-        node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        node.meta["val"] = form(tensor)
         return node
 
     def _mix(self, x: fx.Node, dim: int, matrix: Tensor) -> fx.Node:
         if matrix.shape[0] == matrix.shape[1] and bool((matrix == torch.eye(len(matrix))).all()):
             return x
         return self._emit(ops.mix, x, dim, self._buffer(matrix, "matrix"))
-
-
-def _meta_of(node: fx.Node) -> Any:
-    return node.meta["val"]
 
 
 def _alike(a: Partition, b: Partition) -> bool:
