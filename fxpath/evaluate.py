@@ -14,10 +14,11 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxpath import adjoints, ops
+from fxpath.graphs import inputs_first
 from fxpath.interpret import PathNorm, Total
 from fxpath.kernels.operator import KERNELS
 from fxpath.modes import TRACING
-from fxpath.schema import arguments, inputs_first, target
+from fxpath.schema import arguments, target
 
 __all__ = ["Compiled", "Run", "coordinates", "evaluate", "score_shapes"]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from torch import fx
 from torch._ops import OpOverload
 
-__all__ = ["arguments", "bind", "inputs_first", "target"]
+__all__ = ["arguments", "bind", "target"]
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -33,26 +32,3 @@ def bind(node: fx.Node) -> dict[str, Any]:
         else:
             bound[argument.name] = argument.default_value
     return bound
-
-
-def inputs_first(
-    node: fx.Node,
-    known: Container[fx.Node],
-    inputs: Callable[[fx.Node], Iterable[fx.Node]] = lambda n: n.all_input_nodes,
-) -> list[fx.Node]:
-    """What has to be computed for a node, each after its inputs, without what is known.
-
-    Without recursion: a mask may be computed in a thousand steps.
-    """
-    order: dict[fx.Node, None] = {}
-    stack = [(node, False)]
-    while stack:
-        current, ready = stack.pop()
-        if current in known or current in order:
-            continue
-        if ready:
-            order[current] = None
-        else:
-            stack.append((current, True))
-            stack += [(n, False) for n in inputs(current)]
-    return list(order)

@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import module_path
+from fxpath.graphs import inputs_first
 from fxpath.interpret import Interpretation
-from fxpath.schema import arguments, inputs_first, target
+from fxpath.schema import arguments, target
 
 __all__ = ["LEAVES", "Pair", "PairInterpretation", "Side", "Weights", "agreement"]
 
@@ -139,6 +140,7 @@ class Side:
             buffer: Tensor = getattr(self.module, str(node.target))
             device = next((t.device for t in self.tensors.values()), buffer.device)
             return buffer.to(device)
+        args: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         if node.target is ops.folded_weight:
             return in_double(*args)

@@ -20,11 +20,11 @@ from torch import Tensor, fx
 from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
-from fxpath.meta import Forms, form
+from fxpath.graphs import Forms, drop_dead, form, inputs_first, written
 from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
 from fxpath.rules import RULES, Refusal, refusal
 from fxpath.rules.refused import ORDER, RANDOM
-from fxpath.schema import arguments, bind, inputs_first, target
+from fxpath.schema import arguments, bind, target
 from fxpath.stencil import Stencil
 
 __all__ = ["Lift", "lift"]
@@ -107,9 +107,8 @@ class Lift:
         if not outputs and not self.problems:
             raise ValueError("the model has no floating-point output, so it has no paths")
         self.graph.output(self.emit(ops.total, outputs or [self.emit(ops.source, (1,))]))
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        return fx.GraphModule(self.root, self.graph)
+        drop_dead(self.graph)
+        return written(self.root, self.graph)
 
     def _placeholder(self, node: fx.Node) -> None:
         if node.name in self.captured.tensors:

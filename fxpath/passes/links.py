@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, fx
@@ -248,8 +248,10 @@ def row_power(stencil: Stencil, q: float) -> Stencil:
     return replace(stencil, code=code, table=tuple(table))
 
 
-def _power(c: Coefficient, q: float) -> Coefficient:
+def _power(c: Any, q: float) -> Coefficient:
     if q == 0:
         return ONE if c else 0
-    size = Fraction(abs(c))
-    return size ** int(q) if float(q).is_integer() else Fraction(math.pow(size, q))
+    if not float(q).is_integer():
+        return Fraction(math.pow(abs(c), q))
+    powered: Coefficient = abs(c) ** int(q)
+    return powered

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath import ops
-from fxpath.meta import Forms, form
+from fxpath.graphs import Forms, drop_dead, form, written
 from fxpath.passes.links import Kernel, extents
 from fxpath.schema import arguments
 
@@ -67,13 +67,12 @@ class _Lowering:
             for node in reversed(self.graph.nodes):
                 if node.target is target:
                     step(node)
-            self.graph.eliminate_dead_code()
+            drop_dead(self.graph)
         for node in list(self.graph.nodes):
             if node.target is ops.folded_weight:
                 self._scale_outputs(node)
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        return fx.GraphModule(self.root, self.graph)
+        drop_dead(self.graph)
+        return written(self.root, self.graph)
 
     # -- fixed maps -------------------------------------------------------------------------------
 

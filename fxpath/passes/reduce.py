@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.exact import exact_sums
-from fxpath.meta import Forms, form
+from fxpath.graphs import Forms, drop_dead, form, written
 from fxpath.passes.bases import Choice, Choose, cheapest, partitions
 from fxpath.passes.classes import Classes, Partition, find_classes
 from fxpath.passes.links import Link, extents, identity, mark_static, static
@@ -66,9 +66,8 @@ class _Reduction:
                 self.env[node] = self._reduce(node)
                 self.env[node].meta.setdefault("origin", node.meta.get("origin"))
                 self.env[node].meta["full"] = node
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        return fx.GraphModule(self.root, self.graph)
+        drop_dead(self.graph)
+        return written(self.root, self.graph)
 
     # -- one operation ----------------------------------------------------------------------------
 
