@@ -119,7 +119,7 @@ class _Lowering:
         x, weight, stride, padding, dilation, transposed, _, groups = arguments(node)
         source, before = self._maps(x)
         kernel, out, sizes = extents(weight)[2:], extents(node)[2:], extents(x)[2:]
-        if transposed or not (before or math.prod(out) <= FEW):
+        if transposed or "whole" in node.meta or not (before or math.prod(out) <= FEW):
             return
         if any(n * o * k > LARGEST_MATRIX for n, o, k in zip(sizes, out, kernel, strict=True)):
             return

@@ -7,6 +7,7 @@ reachable classes, or observable ones where it is kept in sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from fxpath.passes.bases import Choice, Choose, cheapest, partitions
 from fxpath.passes.classes import Classes, Partition, find_classes
 from fxpath.passes.links import Link, extents, identity, mark_static, static
 from fxpath.schema import arguments
+from fxpath.sizes import multiply_adds
 from fxpath.stencil import Stencil, floats
 
 __all__ = ["reduce"]
@@ -113,6 +115,8 @@ class _Reduction:
         _, weight, stride, padding, dilation, transposed, output_padding, groups = arguments(node)
         spec = [list(v) for v in (stride, padding, dilation, output_padding)]
         reduced = [link for link in axes if link.dim >= 2 and not self._full(node, argument, link)]
+        if reduced and self._cheaper_whole(node, argument, axes, reduced):
+            return self._whole_conv(node, argument, axes)
         weight = self.env[weight]
         if transposed and reduced:
             reduced = [link for link in axes if link.dim >= 2]
@@ -128,6 +132,45 @@ class _Reduction:
         return self._emit(
             ops.conv, x, weight, stride, padding, dilation, transposed, output_padding, groups
         )
+
+    def _cheaper_whole(
+        self, node: fx.Node, argument: fx.Node, axes: Sequence[Link], reduced: Sequence[Link]
+    ) -> bool:
+        """Whether it costs less to expand a map, convolve it as it was, and take the classes then.
+
+        So it is where each channel is convolved for itself and most positions differ: laying the
+        taps side by side takes a matrix for each of them.
+        """
+        if self.choice[argument]:
+            return False  # sums over classes do not tell what the positions hold
+        kept = [len(p) for p in self._basis(argument)]
+        out = [len(p) for p in self._basis(node)]
+        laid = list(kept)
+        for link in reduced:
+            laid[link.source_dim] = out[link.dim] * len(link.taps)
+        spatial = {link.dim for link in axes if link.dim >= 2}
+        middle = [n if d in spatial else out[d] for d, n in enumerate(extents(node))]
+        whole = [n if d in spatial else kept[d] for d, n in enumerate(extents(argument))]
+        by_taps = _mixing(kept, laid) + multiply_adds(node, out)
+        by_whole = _mixing(kept, whole) + multiply_adds(node) + _mixing(middle, out)
+        return by_whole < by_taps
+
+    def _whole_conv(self, node: fx.Node, argument: fx.Node, axes: Sequence[Link]) -> fx.Node:
+        """A convolution at full resolution, between maps in their bases."""
+        lead = [link for link in axes if link.dim < 2]
+        x = self._mapped(node, argument, lead, partial=True)
+        x = self._whole(x, argument, {link.source_dim for link in lead})
+        y = self._emit(ops.conv, x, self.env[arguments(node)[1]], *arguments(node)[2:])
+        y.meta["whole"] = True
+        for link in axes:
+            partition = self._basis(node)[link.dim]
+            if link.dim >= 2 and not partition.is_trivial:
+                size = len(partition.of)
+                every = Partition.trivial(size)
+                y = self._mix(
+                    y, link.dim, self._matrix(node, link.dim, identity(size), every, False)
+                )
+        return y
 
     def _untransposed(self, weight: fx.Node, groups: Any) -> fx.Node:
         """[in, out / groups, ...] of a transposed convolution as [out, in / groups, ...]."""
@@ -285,6 +328,16 @@ class _Reduction:
         if matrix.shape[0] == matrix.shape[1] and bool((matrix == torch.eye(len(matrix))).all()):
             return x
         return self._emit(ops.mix, x, dim, self._buffer(matrix, "matrix"))
+
+
+def _mixing(before: Sequence[int], after: Sequence[int]) -> int:
+    """Multiply-adds of maps along axes, one after the other, where they change an extent."""
+    now, cost = list(before), 0
+    for dim, n in enumerate(after):
+        if n != before[dim]:
+            now[dim] = n
+            cost += math.prod(now) * before[dim]
+    return cost
 
 
 def _alike(a: Partition, b: Partition) -> bool:
