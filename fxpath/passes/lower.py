@@ -13,6 +13,7 @@ Requires a lifted graph, reduced or not.  Ensures the same polynomial in |theta|
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fxpath import ops
 from fxpath.graphs import Forms, drop_dead, form, written
 from fxpath.passes.links import Kernel, extents
 from fxpath.schema import arguments
+from fxpath.sizes import multiply_adds
 
 __all__ = ["lower"]
 
@@ -121,6 +123,8 @@ class _Lowering:
         kernel, out, sizes = extents(weight)[2:], extents(node)[2:], extents(x)[2:]
         if transposed or "whole" in node.meta or not (before or math.prod(out) <= FEW):
             return
+        if not before and _laying(extents(x), out, kernel) > multiply_adds(node):
+            return
         if any(n * o * k > LARGEST_MATRIX for n, o, k in zip(sizes, out, kernel, strict=True)):
             return
         taps: list[Tensor] = []
@@ -210,6 +214,16 @@ def _only_user(node: fx.Node | None, *targets: Any) -> fx.Node | None:
 def _affordable(lead: int, size: int, out: int) -> bool:
     """Whether one matrix for all positions is small, and cheap to apply."""
     return lead * size * out <= CHEAP and size * out <= LARGEST_MATRIX
+
+
+def _laying(sizes: Sequence[int], out: Sequence[int], kernel: Sequence[int]) -> int:
+    """Multiply-adds of reading each tap through a matrix, axis by axis."""
+    now, cost = list(sizes), 0
+    for axis, (o, k) in enumerate(zip(out, kernel, strict=True), 2):
+        if (o, k) != (sizes[axis], 1):
+            now[axis] = o * k
+            cost += math.prod(now) * sizes[axis]
+    return cost
 
 
 def _taps(size: int, out: int, *spec: Any) -> Tensor:
