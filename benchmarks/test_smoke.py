@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpath
-from benchmarks import criteria, memory, timing
+from benchmarks import criteria, growth, memory, timing
 from benchmarks.recipe import SumPool2d, recipe
 from fxpath import cli
 from fxpath.loading import UsageError
@@ -295,3 +295,17 @@ def test_resolution(nets: Path) -> None:
         ("bench_nets:tiny/0", 16),
     ]
     assert Path("out.png").is_file()
+
+
+# Growth
+
+
+@pytest.mark.parametrize("case", ["mask", "sound"])
+def test_growth_prints_a_row_for_each_size(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    growth.main([case, "500"])
+    header, _, row = capsys.readouterr().out.strip().splitlines()
+    assert "ms per node" in header and row.split()[:2] == [case, "500"]
+
+
+def test_growth_has_sizes_for_every_case() -> None:
+    assert growth.SIZES.keys() == growth.CASES.keys()

@@ -14,6 +14,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxpath import adjoints, ops
+from fxpath.graphs import inputs_first
 from fxpath.interpret import PathNorm, Total
 from fxpath.kernels.operator import KERNELS
 from fxpath.modes import TRACING
@@ -110,20 +111,29 @@ def coordinates(
         tensors: the model's tensors by the names of the graph's placeholders.
         names: of the coordinates that are asked for; all of them by default.
     """
-    for node in module.graph.nodes:
-        if node.target is ops.coordinate and (names is None or arguments(node)[1] in names):
-            yield str(arguments(node)[1]), _value(module, arguments(node)[0], tensors)
-
-
-def _value(module: fx.GraphModule, node: fx.Node, tensors: Mapping[str, Tensor]) -> Tensor:
-    """A value that is computed from the model's tensors alone."""
-    if node.op == "placeholder":
-        return tensors[str(node.target)].detach()
-    if node.op == "get_attr":
-        return module.get_buffer(str(node.target))
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _value(module, n, tensors))
-    found: Tensor = target(node)(*args, **kwargs)
-    return found
+    read = [
+        node
+        for node in module.graph.nodes
+        if node.target is ops.coordinate and (names is None or arguments(node)[1] in names)
+    ]
+    needed: dict[fx.Node, None] = {}
+    for node in read:
+        needed.update(dict.fromkeys(inputs_first(node, needed)))
+    last = {value: node for node in needed for value in node.all_input_nodes}
+    env: dict[fx.Node, Any] = {}
+    for node in needed:
+        if node.op == "placeholder":
+            env[node] = tensors[str(node.target)].detach()
+        elif node.op == "get_attr":
+            env[node] = module.get_buffer(str(node.target))
+        elif node.target is ops.coordinate:
+            yield str(arguments(node)[1]), env[arguments(node)[0]]
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = target(node)(*args, **kwargs)
+        for value in node.all_input_nodes:
+            if last[value] is node:
+                del env[value]
 
 
 def _can_generate() -> bool:

@@ -186,6 +186,7 @@ class PathNorm(Interpretation):
         self.live, self.scores = live, scores
         self.watch = Watch()
         self.leaves: list[tuple[str, Tensor, bool]] = []
+        self._led: set[str] = set()  # names that have a leaf
         self.anchor = adjoints.run.filled([], 0.0, self.dtype, torch.device("cpu"))
         self.anchor.requires_grad_(scores is not None)
         self._zero = torch.zeros(1, dtype=torch.float64)
@@ -224,9 +225,10 @@ class PathNorm(Interpretation):
             return Streamed(value, name)
         if self.scores is None:
             return self.power(value)
-        if any(known == name for known, *_ in self.leaves):
+        if name in self._led:
             leaf = self.power(value)
         else:
+            self._led.add(name)
             # The first use keeps its leaf where its scores will be.
             adjoints.run.lift_(self.scores[name], value, self.q)
             leaf = self.scores[name]

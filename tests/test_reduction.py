@@ -254,13 +254,13 @@ def test_classes_of_a_padded_convolution() -> None:
     mark_static(program.lifted.graph)
     classes = find_classes(program.lifted.graph)
     convs = [n for n in classes.reachable if getattr(n.target, "__name__", "") == "conv"]
-    assert [classes.reachable[n][2].of for n in convs] == [
-        (0, 1, 1, 1, 1, 1, 1, 1, 2),
-        (0, 1, 2, 2, 2, 2, 2, 3, 4),
+    assert [classes.reachable[n][2].of.tolist() for n in convs] == [
+        [0, 1, 1, 1, 1, 1, 1, 1, 2],
+        [0, 1, 2, 2, 2, 2, 2, 3, 4],
     ]
     # The last sum reads border positions by two taps, the others by three.
-    assert classes.observable[convs[0]][2].sizes == (1, 7, 1)
-    assert classes.observable[convs[1]][2].sizes == (9,)
+    assert classes.observable[convs[0]][2].sizes.tolist() == [1, 7, 1]
+    assert classes.observable[convs[1]][2].sizes.tolist() == [9]
 
 
 def test_reduction_can_be_switched_off() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxpath.passes.links import tap_stencils
+from fxpath.passes.links import Kernel
 
 __all__ = [
     "Block",
@@ -235,7 +235,7 @@ def convolution(
     per_in, per_out = x[1] // groups, y[1] // groups
     positions = batch * math.prod(spatial)
     stencils = [
-        tap_stencils(x[2 + i], y[2 + i], k, stride[i], padding[i], dilation[i], transposed)
+        Kernel(x[2 + i], y[2 + i], k, stride[i], padding[i], dilation[i], transposed)
         for i, k in enumerate(kernel)
     ]
 

@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import module_path
+from fxpath.graphs import inputs_first
 from fxpath.interpret import Interpretation
-from fxpath.schema import arguments
+from fxpath.schema import arguments, target
 
 __all__ = ["LEAVES", "Pair", "PairInterpretation", "Side", "Weights", "agreement"]
 
@@ -123,9 +124,16 @@ class Side:
     def _name(node: fx.Node) -> str:
         return str(arguments(node)[1]) if node.target is ops.coordinate else node.name
 
-    def _evaluate(self, node: fx.Node) -> Any:
+    def _evaluate(self, leaf: fx.Node) -> Any:
+        """What a leaf reads, each step of it computed once."""
+        known: dict[fx.Node, Any] = {}
+        for node in inputs_first(leaf, known):
+            known[node] = self._step(node, known)
+        return known[leaf]
+
+    def _step(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
         if node.target in LEAVES:
-            return self._evaluate(arguments(node)[0])
+            return known[arguments(node)[0]]
         if node.op == "placeholder":
             return self.tensors[str(node.target)].detach()
         if node.op == "get_attr":
@@ -133,10 +141,10 @@ class Side:
             device = next((t.device for t in self.tensors.values()), buffer.device)
             return buffer.to(device)
         args: Any
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._evaluate)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         if node.target is ops.folded_weight:
             return in_double(*args)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return target(node)(*args, **kwargs)
 
 
 def in_double(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:

@@ -57,7 +57,7 @@ class Network:
         outputs: list[fx.Node] = list(arguments(total)[0])
         for i, output in enumerate(arguments(full)[0]):
             partitions = enumerate(found[0].reachable[output])
-            merged = [(dim, torch.tensor(p.of)) for dim, p in partitions if not p.is_trivial]
+            merged = [(dim, p.of) for dim, p in partitions if not p.is_trivial]
             # The reduction sums equal outputs before it adds them up; here they stay apart.
             for _ in merged:
                 outputs[i] = arguments(outputs[i])[0]

@@ -14,8 +14,7 @@ from torch import fx
 
 from fxpath import ops
 from fxpath.passes.classes import Classes, Partition
-from fxpath.passes.links import extents, links
-from fxpath.schema import arguments
+from fxpath.sizes import multiply_adds
 
 __all__ = ["Choose", "cheapest", "cost", "edges"]
 
@@ -30,22 +29,18 @@ def partitions(classes: Classes, node: fx.Node, sums: bool) -> list[Partition]:
 
 
 def cost(classes: Classes, node: fx.Node, sums: bool) -> int:
-    """Multiply-adds of a node in one of the two bases."""
+    """Multiply-adds of a node in one of the two bases, at least one for each entry."""
     if node.target is ops.total:
         return 0
-    positions = math.prod(len(p) for p in partitions(classes, node, sums))
-    if node.target is ops.conv:
-        return positions * math.prod(extents(arguments(node)[1])[1:])
-    if node.target in (ops.linear, ops.matmul):
-        return positions * extents(arguments(node)[0])[-1]
-    return positions
+    out = [len(p) for p in partitions(classes, node, sums)]
+    return max(multiply_adds(node, out), math.prod(out))
 
 
 def edges(classes: Classes) -> list[tuple[fx.Node, fx.Node]]:
     """Pairs (read, reader) that must not go from sums back to values."""
     pairs = []
-    for node in classes.reachable:
-        for argument, axes in links(node, classes.q):
+    for node, reads in classes.reads.items():
+        for argument, axes in reads:
             lost = any(
                 not classes.observable[argument][link.source_dim].is_trivial for link in axes
             )
@@ -55,12 +50,19 @@ def edges(classes: Classes) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def cheapest(classes: Classes) -> Choice:
-    """The choice of least cost."""
+    """The choice of least cost; sums where both cost the same."""
     graph = networkx.DiGraph()
+    constrained = edges(classes)
+    graph.add_nodes_from(("sums", "values"))
+    graph.add_edges_from(constrained)  # no capacity: infinite
+    choice = {}
     for node in classes.reachable:
-        graph.add_edge("sums", node, capacity=cost(classes, node, sums=False))
-        graph.add_edge(node, "values", capacity=cost(classes, node, sums=True))
-    for read, reader in edges(classes):
-        graph.add_edge(read, reader)  # no capacity: infinite
+        # What a node costs in either basis cancels; only the difference has to be cut.
+        saved = cost(classes, node, sums=False) - cost(classes, node, sums=True)
+        choice[node] = saved >= 0
+        if node in graph and saved > 0:
+            graph.add_edge("sums", node, capacity=saved)
+        elif node in graph and saved < 0:
+            graph.add_edge(node, "values", capacity=-saved)
     _, (in_sums, _) = networkx.minimum_cut(graph, "sums", "values")
-    return {node: node in in_sums for node in classes.reachable}
+    return choice | {node: node in in_sums for node in graph if isinstance(node, fx.Node)}

@@ -3,50 +3,82 @@
 *Reachable*: two positions hold the same value for every theta.  *Observable*: the path-norm depends
 on them in the same way.  Both are found by labels, axis by axis: forward from the inputs, which
 have one class, and backward from the path-norm, which sums everything.
+
+A label is what a position reads (or is read by): one column for each tap, that says which classes,
+with which sums of coefficients.  Columns are arrays of integers, and equal rows of them are equal
+labels.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Iterable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from fxpath import ops
-from fxpath.passes.links import Link, extents, links, static
+from fxpath.exact import Rows, exact_sums, numbered
+from fxpath.passes.links import Link, Taps, extents, links, static
 from fxpath.schema import arguments
-from fxpath.stencil import Coefficient, Stencil
+from fxpath.stencil import Stencil
 
 __all__ = ["Classes", "Partition", "find_classes"]
 
+#: What a node reads: each argument, with the axes that are read through stencils.
+Reads = Sequence[tuple[fx.Node, Sequence[Link]]]
 
-@dataclass(frozen=True)
+#: Stencils that end (or begin) at an axis, each with the classes at its other side.
+Meetings = list[tuple[Taps, "Partition"]]
+
+#: Labels in ``[0, count)``, their count, and the positions that have one, rising.
+Labelled = tuple[Tensor, int, Tensor]
+Column = Callable[[Stencil, "Partition"], Labelled]
+
+#: Up to this length axes are compared with all others.
+SHORT = 1024
+
+
+@dataclass(frozen=True, eq=False)
 class Partition:
-    """Positions of an axis by class; classes are numbered in the order in which they appear."""
+    """Positions of an axis by class; classes are numbered in the order in which they appear.
 
-    of: tuple[int, ...]
-    representatives: tuple[int, ...]
-    sizes: tuple[int, ...]
+    Attributes:
+        of: the class of each position; int64 ``[positions]``.
+        representatives: the first position of each class; int64 ``[classes]``.
+    """
+
+    of: Tensor
+    representatives: Tensor
 
     @classmethod
-    def by(cls, labels: Iterable[Hashable]) -> Partition:
-        """Put positions with equal labels into one class."""
-        number: dict[Hashable, int] = {}
-        of, first, sizes = [], [], []
-        for position, label in enumerate(labels):
-            if label not in number:
-                number[label] = len(number)
-                first.append(position)
-                sizes.append(0)
-            of.append(number[label])
-            sizes[number[label]] += 1
-        return cls(tuple(of), tuple(first), tuple(sizes))
+    def by(cls, keys: Tensor) -> Partition:
+        """Put positions with equal keys (int64) into one class."""
+        return cls(*numbered(keys))
 
     @classmethod
     def trivial(cls, size: int) -> Partition:
         """Every position for itself."""
-        return cls(tuple(range(size)), tuple(range(size)), (1,) * size)
+        every = torch.arange(size)
+        return cls(every, every)
+
+    @classmethod
+    def one(cls, size: int) -> Partition:
+        """One class."""
+        return cls(torch.zeros(size, dtype=torch.int64), torch.arange(min(size, 1)))
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """How many positions each class has; int64 ``[classes]``."""
+        return torch.bincount(self.of, minlength=len(self))
+
+    @functools.cached_property
+    def represents(self) -> Tensor:
+        """Whether each position is the representative of its class; bool ``[positions]``."""
+        return torch.zeros(len(self.of), dtype=torch.bool).index_fill(0, self.representatives, True)
 
     @property
     def is_trivial(self) -> bool:
@@ -62,72 +94,63 @@ class Classes:
     """Reachable and observable classes of every axis of every activation, for exponent ``q``."""
 
     q: float
+    reads: dict[fx.Node, Reads] = field(default_factory=dict)
     reachable: dict[fx.Node, list[Partition]] = field(default_factory=dict)
     observable: dict[fx.Node, list[Partition]] = field(default_factory=dict)
 
 
 def find_classes(graph: fx.Graph, q: float = 1.0) -> Classes:
     """Label all activations of a lifted graph."""
-    found = Classes(q)
+    found, label = Classes(q), _Labelling()
     active = [n for n in graph.nodes if n.op == "call_function" and not static(n)]
     for node in active:
-        found.reachable[node] = _reachable(node, found)
-    seen: dict[fx.Node, list[list[list[Hashable]] | None]] = {
-        node: [[[] for _ in range(n)] for n in extents(node)] for node in active
+        found.reads[node] = list(links(node, q))
+        found.reachable[node] = _reachable(node, found, label)
+    # How the positions of each axis are read; None where it is not through stencils.
+    seen: dict[fx.Node, list[Meetings | None]] = {
+        node: [[] for _ in extents(node)] for node in active
     }
     for node in reversed(active):
-        fences = _fences(node, q)
+        sizes, fences = extents(node), _fences(node, found.reads[node])
         found.observable[node] = [
-            Partition.trivial(n)
-            if labels is None or dim in fences
-            else Partition.by(map(_multiset, labels))
-            for dim, (n, labels) in enumerate(zip(extents(node), seen[node], strict=True))
+            label.trivial(n)
+            if meetings is None or dim in fences
+            else label.positions(n, meetings, _written)
+            for dim, (n, meetings) in enumerate(zip(sizes, seen[node], strict=True))
         ]
-        _observe(node, found.observable[node], seen, q)
+        for argument, axes in found.reads[node]:
+            linked = {link.source_dim: link for link in axes}
+            for dim, meetings in enumerate(seen[argument]):
+                link = linked.get(dim)
+                if link is None or meetings is None:
+                    seen[argument][dim] = None
+                elif node.target is ops.total:
+                    meetings.append((link.taps, label.one(extents(argument)[dim])))
+                else:
+                    meetings.append((link.taps, found.observable[node][link.dim]))
     return found
 
 
-def _fences(node: fx.Node, q: float) -> set[int]:
+def _fences(node: fx.Node, reads: Reads) -> set[int]:
     """Axes of a result that its operation makes from others: they come out whole."""
-    return {
-        dim
-        for _, axes in links(node, q)
-        for dim in set(range(len(extents(node)))) - {link.dim for link in axes}
-    }
+    every = range(len(extents(node)))
+    return {dim for _, axes in reads for dim in {*every} - {link.dim for link in axes}}
 
 
-def _multiset(labels: list[Hashable]) -> Hashable:
-    if len(labels) == 1:
-        return labels[0]
-    return frozenset(Counter(labels).items())
-
-
-def _reachable(node: fx.Node, known: Classes) -> list[Partition]:
-    sizes = extents(node)
+def _reachable(node: fx.Node, known: Classes, label: _Labelling) -> list[Partition]:
+    sizes, reads = extents(node), known.reads[node]
     if node.target is ops.source:
-        return [Partition.by([0] * n) for n in sizes]
+        return [label.one(n) for n in sizes]
     if node.target is ops.total:
         return []
-    labels: list[list[list[Hashable]] | None] = [[[] for _ in range(n)] for n in sizes]
-    read = list(links(node, known.q))
-    for index, (argument, axes) in enumerate(read):
-        linked = {link.dim: link for link in axes}
-        for dim in range(len(sizes)):
-            link = linked.get(dim)
-            here = labels[dim]
-            if link is None or here is None:
-                labels[dim] = None
-                continue
-            below = known.reachable[argument][link.source_dim].of
-            for o, label in enumerate(_reads(link, below)):
-                if label is not None:  # of a hundred pieces side by side each position reads one
-                    here[o].append((index, label))
-    bias = _bias_axes(node)
+    whole = _bias_axes(node) | _fences(node, reads)
+    meetings: list[Meetings] = [[] for _ in sizes]
+    for argument, axes in reads:
+        for link in axes:
+            meetings[link.dim].append((link.taps, known.reachable[argument][link.source_dim]))
     return [
-        Partition.trivial(n)
-        if here is None or dim in bias or not read
-        else Partition.by(map(tuple, here))
-        for dim, (n, here) in enumerate(zip(sizes, labels, strict=True))
+        label.trivial(n) if dim in whole or not reads else label.positions(n, meetings[dim], _read)
+        for dim, n in enumerate(sizes)
     ]
 
 
@@ -140,63 +163,74 @@ def _bias_axes(node: fx.Node) -> set[int]:
     return {d + offset for d, n in enumerate(shape) if n > 1}
 
 
-def _reads(link: Link, below: tuple[int, ...]) -> list[Hashable]:
-    """What each output position reads, ``None`` for nothing.
+class _Labelling:
+    """Finds partitions; what was found once for the same stencils and classes is not again."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Partition] = {}
+        self._equal: dict[tuple[int, ...], Partition] = {}
+        self.trivial = functools.cache(Partition.trivial)
+        self.one = functools.cache(Partition.one)
+
+    def positions(self, size: int, meetings: Meetings, column: Column) -> Partition:
+        """The classes of an axis whose positions differ by what they meet."""
+        if not meetings:
+            return self.one(size)
+        first = meetings[0][1]
+        if all(_plain(taps) and partition is first for taps, partition in meetings):
+            return first
+        key = (size, column, *meetings)
+        if key not in self._found:
+            rows = Rows(size)
+            for taps, partition in meetings:
+                for tap in taps:
+                    rows.add(*column(tap, partition))
+            self._found[key] = self._one_object(Partition.by(rows.keys))
+        return self._found[key]
+
+    def _one_object(self, partition: Partition) -> Partition:
+        """Equal partitions of short axes as one, so that they are recognized."""
+        if len(partition.of) > SHORT:
+            return partition
+        return self._equal.setdefault(tuple(partition.of.tolist()), partition)
+
+
+def _plain(taps: Taps) -> bool:
+    return len(taps) == 1 and taps[0].is_identity
+
+
+def _read(tap: Stencil, below: Partition) -> Labelled:
+    """What each output position reads through one tap, from axes with known classes."""
+    return _column(tap, tap.row, below.of[tap.position], len(below))
+
+
+def _written(tap: Stencil, above: Partition) -> Labelled:
+    """How each input position is read through one tap, by axes with known classes."""
+    return _column(tap, tap.position, above.of[tap.row], len(above))
+
+
+def _column(tap: Stencil, at: Tensor, classes: Tensor, count: int) -> Labelled:
+    """A label for each position that has entries: {class: sum of coefficients}, exactly.
 
     Positions of one class add up where no weights lie between them: within each tap.
     """
-    if len(link.taps) == 1 and link.taps[0].is_identity:
-        return list(below)
-    columns = [_column(tap, below) for tap in link.taps]
-    if len(columns) == 1:
-        return columns[0]
-    return [tuple(column) for column in zip(*columns, strict=True)]
+    code, table = tap.code, tap.table
+    if not _rising(at):
+        places, code, table = exact_sums(at * count + classes, code, table)
+        at, classes = places // count, places % count
+    label = classes * len(table) + code
+    count *= len(table)
+    if _rising(at):
+        return label, count, at
+    at, lengths = at.unique_consecutive(return_counts=True)
+    ends, pieces = lengths.cumsum(0).tolist(), label.tolist()
+    number: dict[tuple[int, ...], int] = {}
+    labels = [
+        number.setdefault(tuple(pieces[start:end]), len(number))
+        for start, end in itertools.pairwise((0, *ends))
+    ]
+    return torch.tensor(labels, dtype=torch.int64), len(number), at
 
 
-def _column(tap: Stencil, below: tuple[int, ...]) -> list[Hashable]:
-    """What each output position reads through one tap."""
-    if tap.picks is not None:
-        return [None if p is None else below[p] for p in tap.picks]
-    return [_sums(row, below) for row in tap.rows]
-
-
-def _sums(row: Iterable[tuple[int, Coefficient]], of: tuple[int, ...]) -> Hashable:
-    total: dict[int, Coefficient] = {}
-    for position, c in row:
-        total[of[position]] = total.get(of[position], 0) + c
-    return frozenset(total.items())
-
-
-def _observe(
-    node: fx.Node,
-    partitions: list[Partition],
-    seen: dict[fx.Node, list[list[list[Hashable]] | None]],
-    q: float,
-) -> None:
-    """Tell the arguments of an operation how their positions are read."""
-    for index, (argument, axes) in enumerate(links(node, q)):
-        linked = {link.source_dim: link for link in axes}
-        for dim in range(len(extents(argument))):
-            link, labels = linked.get(dim), seen[argument][dim]
-            if link is None or labels is None:
-                seen[argument][dim] = None
-                continue
-            of = partitions[link.dim].of if partitions else (0,) * extents(argument)[dim]
-            if len(link.taps) == 1 and link.taps[0].is_identity:
-                for position, label in enumerate(of):
-                    labels[position].append((node, index, label))
-                continue
-            for k, tap in enumerate(link.taps):
-                for position, reads in enumerate(_transposed(tap, of)):
-                    # A position that no tap reads has the same (empty) label everywhere.
-                    if reads:
-                        labels[position].append((node, index, k, frozenset(reads.items())))
-
-
-def _transposed(tap: Stencil, of: tuple[int, ...]) -> list[dict[int, Coefficient]]:
-    """For each input position the coefficients with which output classes read it."""
-    reads: list[dict[int, Coefficient]] = [{} for _ in range(tap.size)]
-    for o, row in enumerate(tap.rows):
-        for position, c in row:
-            reads[position][of[o]] = reads[position].get(of[o], 0) + c
-    return reads
+def _rising(at: Tensor) -> bool:
+    return bool((at[1:] > at[:-1]).all())

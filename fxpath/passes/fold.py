@@ -18,6 +18,7 @@ from torch import fx
 from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import module_path
+from fxpath.graphs import drop_dead
 from fxpath.naming import SAME, coordinate_name
 from fxpath.schema import arguments, bind
 
@@ -65,7 +66,7 @@ def fold_batch_norm(captured: Captured) -> None:
             source = _producer(bind(node)["input"])
             if source is not None and _foldable(source):
                 _fold(captured, source, node)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     graph.lint()
 
 

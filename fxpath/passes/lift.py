@@ -7,7 +7,10 @@ shape is the one of the original network, and that every coordinate of theta has
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor, fx
 from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
+from fxpath.graphs import Forms, drop_dead, form, inputs_first, written
 from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
 from fxpath.rules import RULES, Refusal, refusal
 from fxpath.rules.refused import ORDER, RANDOM
@@ -72,6 +76,10 @@ class Lift:
         self._expressions: dict[Any, fx.Node] = {}
         self._weights: dict[fx.Node, fx.Node] = {}
         self._owners: dict[str, fx.Node] = {}
+        self._constants: dict[fx.Node, Tensor | None] = {}
+        self._starts: dict[fx.Node, list[int]] = {}
+        self._buffers: Counter[str] = Counter()
+        self._forms = Forms()
         self._active: set[fx.Node] = set()
         self._current: fx.Node | None = None
         self._shapeless = False
@@ -99,14 +107,13 @@ class Lift:
         if not outputs and not self.problems:
             raise ValueError("the model has no floating-point output, so it has no paths")
         self.graph.output(self.emit(ops.total, outputs or [self.emit(ops.source, (1,))]))
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        return fx.GraphModule(self.root, self.graph)
+        drop_dead(self.graph)
+        return written(self.root, self.graph)
 
     def _placeholder(self, node: fx.Node) -> None:
         if node.name in self.captured.tensors:
             self._copied[node] = self.graph.placeholder(node.name)
-            self._copied[node].meta["val"] = _meta(node.meta["val"])
+            self._copied[node].meta["val"] = form(node.meta["val"])
         else:
             self._active.add(node)
             if isinstance(node.meta.get("val"), Tensor):
@@ -162,9 +169,7 @@ class Lift:
         """Append a lifted node; its shape is found by running it on the meta device."""
         node = self.graph.call_function(function, args)
         node.meta["origin"] = self._current
-        on_meta = fx.map_arg(args, lambda n: n.meta["val"])
-        result = function(*on_meta)
-        node.meta["val"] = _meta(result)
+        node.meta["val"] = self._forms(function, args)
         return node
 
     def is_active(self, value: Any) -> bool:
@@ -197,16 +202,20 @@ class Lift:
                 ops.coefficient,
                 self.buffer(torch.tensor(float(value), dtype=torch.float64), "number"),
             )
+        views: list[fx.Node] = []
+        while value not in self._weights and (value.target in RELABELLING or value.target in SAME):
+            views.append(value)
+            value = value.args[0]
         if value not in self._weights:
             self._weights[value] = self._weight(value, user, suffix)
-        return self._weights[value]
+        lifted = self._weights[value]
+        for view in reversed(views):
+            if view.target in RELABELLING:
+                lifted = self.emit(target(view), lifted, *view.args[1:])
+            self._weights[view] = lifted
+        return lifted
 
     def _weight(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
-        if value.target in SAME:
-            return self.weight(value.args[0], user, suffix)
-        if value.target in RELABELLING and isinstance(value.args[0], fx.Node):
-            inner = self.weight(value.args[0], user, suffix)
-            return self.emit(value.target, inner, *value.args[1:])
         if value.target is operator.getitem and arguments(value)[0].target in SPLITTING:
             return self._piece(value, user, suffix)
         name = value.meta.get("coordinate")
@@ -225,12 +234,14 @@ class Lift:
         bound = bind(split)
         whole = self.weight(bound["self"], user, suffix)
         dim = bound["dim"] % len(self.shape(whole))
-        sizes = [
-            piece.shape[dim] if piece.dim() == len(self.shape(whole)) else 1
-            for piece in split.meta["val"]
-        ]
-        start = sum(sizes[:index])
-        piece = self.emit(aten.slice.Tensor, whole, dim, start, start + sizes[index])
+        if split not in self._starts:
+            sizes = [
+                piece.shape[dim] if piece.dim() == len(self.shape(whole)) else 1
+                for piece in split.meta["val"]
+            ]
+            self._starts[split] = [*itertools.accumulate(sizes, initial=0)]
+        start, end = self._starts[split][index], self._starts[split][index + 1]
+        piece = self.emit(aten.slice.Tensor, whole, dim, start, end)
         return self.reshape(piece, tuple(split.meta["val"][index].shape))
 
     def _own(self, name: str, value: fx.Node, static: fx.Node) -> str:
@@ -250,56 +261,73 @@ class Lift:
 
     def static(self, value: fx.Node) -> fx.Node:
         """Copy a computation on parameters and constants; equal expressions become one."""
-        if value in self._copied:
-            return self._copied[value]
-        if value.op != "call_function" or value in self._active:
-            raise AssertionError(f"{value.name} is no constant expression")
-        if value.target in MADE_FROM_SHAPE:
-            copied = self._filled(value)
+        for node in inputs_first(value, self._copied, _read_by_copy):
+            self._copied[node] = self._copy(node)
+        return self._copied[value]
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """Copy one operation whose inputs were copied."""
+        if node.op != "call_function" or node in self._active:
+            raise AssertionError(f"{node.name} is no constant expression")
+        if node.target in MADE_FROM_SHAPE:
+            copied = self._filled(node)
         else:
-            if torch.Tag.nondeterministic_seeded in getattr(value.target, "tags", ()):
-                self.problems.append(problem(value, *RANDOM))
-            args, kwargs = fx.map_arg((value.args, value.kwargs), self.static)
-            key = (value.target, repr(args), repr(kwargs))
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                self.problems.append(problem(node, *RANDOM))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._copied.__getitem__)
+            key = (node.target, repr(args), repr(kwargs))
             if key not in self._expressions:
-                self._expressions[key] = self.graph.call_function(target(value), args, kwargs)
+                self._expressions[key] = self.graph.call_function(target(node), args, kwargs)
             copied = self._expressions[key]
-        copied.meta.setdefault("val", fx.node.map_aggregate(value.meta.get("val"), _meta))
-        self._copied[value] = copied
+        copied.meta.setdefault("val", fx.node.map_aggregate(node.meta.get("val"), form))
         return copied
 
     def _filled(self, value: fx.Node) -> fx.Node:
-        made, fill = value.meta["val"], MADE_FROM_SHAPE[value.target]
-        number = bind(value)[fill] if isinstance(fill, str) else fill
+        made, number = value.meta["val"], _fill(value)
         if isinstance(number, fx.Node):
-            return self.emit(aten.expand.default, self.static(number), list(made.shape))
+            return self.emit(aten.expand.default, self._copied[number], list(made.shape))
         return self.buffer(torch.full(tuple(made.shape), number, dtype=made.dtype), "filled")
 
     def constant(self, value: Any) -> Tensor | None:
         """The value of a constant expression, or ``None`` if it depends on tensors of the model."""
         if not isinstance(value, fx.Node):
             return torch.tensor(value)
-        if value.op == "placeholder":
-            name = self.captured.tensors.get(value.name)
+        for node in inputs_first(value, self._constants, self._read_by_constant):
+            self._constants[node] = self._constant(node)
+        return self._constants[value]
+
+    def _read_by_constant(self, node: fx.Node) -> list[fx.Node]:
+        return [] if node in self._active else node.all_input_nodes
+
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """The value of a node whose inputs' values are known."""
+        if node.op == "placeholder":
+            name = self.captured.tensors.get(node.name)
             if name is None or name in self.captured.parameters:
                 return None
-            number = self.captured.live()[value.name].detach()
+            number = self._live[node.name].detach()
             # The graph is made for it.
             self.captured.baked.setdefault(name, number.clone())
             return number
-        args = [n for n in value.all_input_nodes if self.constant(n) is None]
-        if args or value in self._active or value.op != "call_function":
+        if node in self._active or node.op != "call_function":
             return None
-        known = fx.map_arg((value.args, value.kwargs), self.constant)
-        result = value.target(*known[0], **known[1])  # type: ignore[operator]
+        if any(self._constants[n] is None for n in node.all_input_nodes):
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._constants.__getitem__)
+        result = target(node)(*args, **kwargs)
         return result if isinstance(result, Tensor) else None
+
+    @functools.cached_property
+    def _live(self) -> dict[str, Tensor]:
+        return self.captured.live()
 
     def buffer(self, tensor: Tensor, name: str) -> fx.Node:
         """A constant of the lifted graph."""
-        count = sum(1 for key, _ in self.root.named_buffers() if key.startswith(name))
-        self.root.register_buffer(f"{name}_{count}", tensor)
-        node = self.graph.get_attr(f"{name}_{count}")
-        node.meta["val"] = _meta(tensor)
+        held = f"{name}_{self._buffers[name]}"
+        self._buffers[name] += 1
+        self.root.register_buffer(held, tensor)
+        node = self.graph.get_attr(held)
+        node.meta["val"] = form(tensor)
         return node
 
     def along(
@@ -331,21 +359,30 @@ class Lift:
         return self.emit(aten.reshape.default, x, list(shape))
 
 
+def _fill(made: fx.Node) -> Any:
+    """What a tensor that is made from the shape of another one is filled with."""
+    fill = MADE_FROM_SHAPE[made.target]
+    return bind(made)[fill] if isinstance(fill, str) else fill
+
+
+def _read_by_copy(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values count."""
+    if node.target not in MADE_FROM_SHAPE:
+        return node.all_input_nodes
+    fill = _fill(node)
+    return [fill] if isinstance(fill, fx.Node) else []
+
+
 def _as_slice(stencil: Stencil) -> tuple[int, int, int] | None:
     """Start, end and step, if the stencil picks positions at a constant step."""
-    if not stencil.rows or any(len(row) != 1 or row[0][1] != 1 for row in stencil.rows):
+    if not stencil.out or len(stencil.row) != stencil.out or not stencil.is_selection:
         return None
-    positions = [row[0][0] for row in stencil.rows]
-    step = positions[1] - positions[0] if len(positions) > 1 else 1
-    if step < 1 or positions != list(range(positions[0], positions[-1] + 1, step)):
+    picked = stencil.position
+    start, end = int(picked[0]), int(picked[-1]) + 1
+    step = int(picked[1]) - start if len(picked) > 1 else 1
+    if step < 1 or not torch.equal(picked, torch.arange(start, end, step)):
         return None
-    return positions[0], positions[-1] + 1, step
-
-
-def _meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
-    return value
+    return start, end, step
 
 
 def _is_float(value: fx.Node) -> bool:

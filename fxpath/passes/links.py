@@ -10,21 +10,79 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any, overload
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxpath import ops
+from fxpath.exact import Coefficient
 from fxpath.schema import arguments
-from fxpath.stencil import ONE, Coefficient, Stencil
+from fxpath.stencil import ONE, Stencil
 
-__all__ = ["Link", "extents", "identity", "links", "mark_static", "row_power", "static"]
+__all__ = [
+    "Kernel",
+    "Link",
+    "Taps",
+    "extents",
+    "identity",
+    "links",
+    "mark_static",
+    "row_power",
+    "static",
+]
 
 aten = torch.ops.aten
 
 POINTWISE = {ops.scale, ops.shift, ops.add, ops.maximum, ops.clamp, ops.slope}
+
+
+@dataclass(frozen=True)
+class Kernel(Sequence[Stencil]):
+    """What each tap of a (transposed) convolution reads along one axis.
+
+    A tap's stencil is made when it is asked for: there may be a hundred, over a hundred thousand
+    samples each.
+    """
+
+    size: int
+    out: int
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    transposed: bool
+
+    def __len__(self) -> int:
+        return self.kernel
+
+    @overload
+    def __getitem__(self, index: int) -> Stencil: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Stencil]: ...
+    def __getitem__(self, index: int | slice) -> Stencil | Sequence[Stencil]:
+        if isinstance(index, slice):
+            return [self[tap] for tap in range(self.kernel)[index]]
+        shift = range(self.kernel)[index] * self.dilation - self.padding
+        if self.transposed:
+            # Position p is read at p * stride + shift.
+            position, row = _in_step(self.size, self.out, self.stride, shift)
+        else:
+            row, position = _in_step(self.out, self.size, self.stride, shift)
+        return Stencil.plain(self.size, self.out, row, position)
+
+
+def _in_step(count: int, size: int, stride: int, shift: int) -> tuple[Tensor, Tensor]:
+    """Those n below ``count`` with ``0 <= n * stride + shift < size``, and that number."""
+    first, end = max(0, -(shift // stride)), min(count, -((shift - size) // stride))
+    n = torch.arange(first, max(first, end))
+    return n, n * stride + shift
+
+
+#: One stencil for each tap of a kernel, one for everything else.
+Taps = tuple[Stencil, ...] | Kernel
 
 
 @dataclass(frozen=True)
@@ -33,7 +91,7 @@ class Link:
 
     dim: int
     source_dim: int
-    taps: tuple[Stencil, ...]
+    taps: Taps
 
 
 def extents(node: fx.Node) -> tuple[int, ...]:
@@ -54,23 +112,24 @@ def static(node: fx.Node) -> bool:
     return found
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def identity(size: int) -> Stencil:
     """The stencil that does nothing."""
-    return Stencil.select(size, range(size))
+    return placed(size, 0, size)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def spread(size: int, out: int) -> Stencil:
     """Pointwise along an axis, with broadcasting."""
-    return identity(size) if size == out else Stencil.select(size, [0] * out)
+    if size == out:
+        return identity(size)
+    return Stencil.plain(size, out, torch.arange(out), torch.zeros(out, dtype=torch.int64))
 
 
-@functools.lru_cache(maxsize=128)
 def placed(size: int, start: int, out: int) -> Stencil:
     """All positions, from ``start`` on in a longer axis."""
-    after = out - start - size
-    return Stencil.select(size, (*(None,) * start, *range(size), *(None,) * after))
+    position = torch.arange(size)
+    return Stencil.plain(size, out, position + start if start else position, position)
 
 
 def links(node: fx.Node, q: float) -> Iterator[tuple[fx.Node, list[Link]]]:
@@ -155,29 +214,8 @@ def _conv(node: fx.Node) -> Iterator[Link]:
     kernel = extents(weight)[2:]
     for i, k in enumerate(kernel):
         size, out = extents(x)[2 + i], extents(node)[2 + i]
-        yield Link(
-            2 + i,
-            2 + i,
-            tap_stencils(size, out, k, stride[i], padding[i], dilation[i], bool(transposed)),
-        )
-
-
-@functools.lru_cache(maxsize=1024)
-def tap_stencils(
-    size: int, out: int, kernel: int, stride: int, padding: int, dilation: int, transposed: bool
-) -> tuple[Stencil, ...]:
-    """What each tap of a (transposed) convolution reads along one axis."""
-    taps = []
-    for tap in range(kernel):
-        positions: list[int | None] = []
-        for o in range(out):
-            if transposed:
-                p, rest = divmod(o + padding - tap * dilation, stride)
-            else:
-                p, rest = o * stride - padding + tap * dilation, 0
-            positions.append(p if rest == 0 and 0 <= p < size else None)
-        taps.append(Stencil.select(size, positions))
-    return tuple(taps)
+        spec = (stride[i], padding[i], dilation[i], bool(transposed))
+        yield Link(2 + i, 2 + i, Kernel(size, out, k, *spec))
 
 
 def _kept(before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int]]:
@@ -201,15 +239,19 @@ def _kept(before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def row_power(stencil: Stencil, q: float) -> Stencil:
-    """Coefficients raised to q, exactly where q is an integer; 0 counts non-zero ones."""
-    if q == 1:
+    """``|c| ** q``, exactly where q is an integer; 0 counts non-zero ones."""
+    if q == 1 and all(c >= 0 for c in stencil.table):
         return stencil
-    rows: list[tuple[tuple[int, Coefficient], ...]] = []
-    for row in stencil.rows:
-        if q == 0:
-            rows.append(tuple((p, ONE) for p, _ in row))
-        elif float(q).is_integer():
-            rows.append(tuple((p, c ** int(q)) for p, c in row))
-        else:
-            rows.append(tuple((p, Fraction(math.pow(c, q))) for p, c in row))
-    return Stencil(stencil.size, tuple(rows))
+    table: dict[Coefficient, int] = {}
+    codes = [table.setdefault(_power(c, q), len(table)) for c in stencil.table]
+    code = torch.tensor(codes, dtype=torch.int64)[stencil.code]
+    return replace(stencil, code=code, table=tuple(table))
+
+
+def _power(c: Any, q: float) -> Coefficient:
+    if q == 0:
+        return ONE if c else 0
+    if not float(q).is_integer():
+        return Fraction(math.pow(abs(c), q))
+    powered: Coefficient = abs(c) ** int(q)
+    return powered

@@ -13,14 +13,17 @@ Requires a lifted graph, reduced or not.  Ensures the same polynomial in |theta|
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath import ops
-from fxpath.passes.links import extents, tap_stencils
+from fxpath.graphs import Forms, drop_dead, form, written
+from fxpath.passes.links import Kernel, extents
 from fxpath.schema import arguments
+from fxpath.sizes import multiply_adds
 
 __all__ = ["lower"]
 
@@ -55,6 +58,9 @@ class _Lowering:
         self.root = torch.nn.Module()
         for name, buffer in module.named_buffers():
             self.root.register_buffer(name, buffer)
+        self._forms = Forms()
+        self._maps_held: dict[tuple[float, ...], list[str]] = {}
+        self._count = len(self.root._buffers)
 
     def run(self) -> fx.GraphModule:
         steps = {ops.conv: self._window, ops.mix: self._merge}
@@ -63,13 +69,12 @@ class _Lowering:
             for node in reversed(self.graph.nodes):
                 if node.target is target:
                     step(node)
-            self.graph.eliminate_dead_code()
+            drop_dead(self.graph)
         for node in list(self.graph.nodes):
             if node.target is ops.folded_weight:
                 self._scale_outputs(node)
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        return fx.GraphModule(self.root, self.graph)
+        drop_dead(self.graph)
+        return written(self.root, self.graph)
 
     # -- fixed maps -------------------------------------------------------------------------------
 
@@ -116,7 +121,9 @@ class _Lowering:
         x, weight, stride, padding, dilation, transposed, _, groups = arguments(node)
         source, before = self._maps(x)
         kernel, out, sizes = extents(weight)[2:], extents(node)[2:], extents(x)[2:]
-        if transposed or not (before or math.prod(out) <= FEW):
+        if transposed or "whole" in node.meta or not (before or math.prod(out) <= FEW):
+            return
+        if not before and _laying(extents(x), out, kernel) > multiply_adds(node):
             return
         if any(n * o * k > LARGEST_MATRIX for n, o, k in zip(sizes, out, kernel, strict=True)):
             return
@@ -166,7 +173,7 @@ class _Lowering:
 
     def _emit(self, function: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(function, args)
-        node.meta["val"] = function(*fx.map_arg(args, lambda n: n.meta["val"].to("meta")))
+        node.meta["val"] = self._forms(function, args)
         return node
 
     def _reshape(self, x: fx.Node, shape: Any) -> fx.Node:
@@ -179,14 +186,20 @@ class _Lowering:
 
     def _constant(self, value: Tensor) -> fx.Node:
         """A buffer; equal ones are kept once."""
-        for name, known in self.root.named_buffers():
-            if name.startswith("map_") and torch.equal(known, value):
+        # Few matrices have one shape and both sums; only those are compared entry by entry.
+        ramp = torch.arange(value.numel(), dtype=value.dtype)
+        look = (*value.shape, float(value.sum()), float(value.flatten() @ ramp))
+        alike = self._maps_held.setdefault(look, [])
+        for held in alike:
+            if torch.equal(self.root.get_buffer(held), value):
                 break
         else:
-            name = f"map_{sum(1 for _ in self.root.named_buffers())}"
-            self.root.register_buffer(name, value)
-        node = self.graph.get_attr(name)
-        node.meta["val"] = value.to("meta")
+            held = f"map_{self._count}"
+            self._count += 1
+            self.root.register_buffer(held, value)
+            alike.append(held)
+        node = self.graph.get_attr(held)
+        node.meta["val"] = form(value)
         return node
 
 
@@ -203,14 +216,22 @@ def _affordable(lead: int, size: int, out: int) -> bool:
     return lead * size * out <= CHEAP and size * out <= LARGEST_MATRIX
 
 
+def _laying(sizes: Sequence[int], out: Sequence[int], kernel: Sequence[int]) -> int:
+    """Multiply-adds of reading each tap through a matrix, axis by axis."""
+    now, cost = list(sizes), 0
+    for axis, (o, k) in enumerate(zip(out, kernel, strict=True), 2):
+        if (o, k) != (sizes[axis], 1):
+            now[axis] = o * k
+            cost += math.prod(now) * sizes[axis]
+    return cost
+
+
 def _taps(size: int, out: int, *spec: Any) -> Tensor:
     """What each tap reads along one axis: ``[taps, out, in]``."""
-    stencils = tap_stencils(size, out, *spec)
-    dense = torch.zeros(len(stencils), out, size, dtype=torch.float64)
-    for k, stencil in enumerate(stencils):
-        for o, row in enumerate(stencil.rows):
-            for position, coefficient in row:
-                dense[k, o, position] = float(coefficient)
+    kernel = Kernel(size, out, *spec)
+    dense = torch.zeros(len(kernel), out, size, dtype=torch.float64)
+    for k, tap in enumerate(kernel):
+        dense[k, tap.row, tap.position] = tap.values()
     return dense
 
 

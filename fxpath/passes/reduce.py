@@ -7,17 +7,22 @@ reachable classes, or observable ones where it is kept in sums.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath import ops
+from fxpath.exact import exact_sums
+from fxpath.graphs import Forms, drop_dead, form, written
 from fxpath.passes.bases import Choice, Choose, cheapest, partitions
 from fxpath.passes.classes import Classes, Partition, find_classes
-from fxpath.passes.links import Link, extents, identity, links, mark_static, static
+from fxpath.passes.links import Link, extents, identity, mark_static, static
 from fxpath.schema import arguments
-from fxpath.stencil import ONE, Stencil
+from fxpath.sizes import multiply_adds
+from fxpath.stencil import Stencil, floats
 
 __all__ = ["reduce"]
 
@@ -47,6 +52,7 @@ class _Reduction:
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.env: dict[fx.Node, fx.Node] = {}
+        self._forms = Forms()
         self._constants = 0
 
     def run(self) -> fx.GraphModule:
@@ -62,9 +68,8 @@ class _Reduction:
                 self.env[node] = self._reduce(node)
                 self.env[node].meta.setdefault("origin", node.meta.get("origin"))
                 self.env[node].meta["full"] = node
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        return fx.GraphModule(self.root, self.graph)
+        drop_dead(self.graph)
+        return written(self.root, self.graph)
 
     # -- one operation ----------------------------------------------------------------------------
 
@@ -81,9 +86,9 @@ class _Reduction:
             dim = int(arguments(node)[1]) % len(extents(node))
             if self._basis(node)[dim].is_trivial:
                 return self._plain_cat(node, dim)
-            read = links(node, self.classes.q)
+            read = self.classes.reads[node]
             return self._sum_up([self._mapped(node, a, axes) for a, axes in read])
-        mapped = {a: self._mapped(node, a, axes) for a, axes in links(node, self.classes.q)}
+        mapped = {a: self._mapped(node, a, axes) for a, axes in self.classes.reads[node]}
         if node.target in (ops.shift, ops.clamp):
             return self._shift(node, mapped)
         if "stencil" in node.meta or node.target is aten.expand.default:
@@ -106,10 +111,12 @@ class _Reduction:
 
     def _conv(self, node: fx.Node) -> fx.Node:
         """Taps side by side along each reduced axis, and a stride of one kernel."""
-        ((argument, axes),) = links(node, self.classes.q)
+        ((argument, axes),) = self.classes.reads[node]
         _, weight, stride, padding, dilation, transposed, output_padding, groups = arguments(node)
         spec = [list(v) for v in (stride, padding, dilation, output_padding)]
         reduced = [link for link in axes if link.dim >= 2 and not self._full(node, argument, link)]
+        if reduced and self._cheaper_whole(node, argument, axes, reduced):
+            return self._whole_conv(node, argument, axes)
         weight = self.env[weight]
         if transposed and reduced:
             reduced = [link for link in axes if link.dim >= 2]
@@ -125,6 +132,45 @@ class _Reduction:
         return self._emit(
             ops.conv, x, weight, stride, padding, dilation, transposed, output_padding, groups
         )
+
+    def _cheaper_whole(
+        self, node: fx.Node, argument: fx.Node, axes: Sequence[Link], reduced: Sequence[Link]
+    ) -> bool:
+        """Whether it costs less to expand a map, convolve it as it was, and take the classes then.
+
+        So it is where each channel is convolved for itself and most positions differ: laying the
+        taps side by side takes a matrix for each of them.
+        """
+        if self.choice[argument]:
+            return False  # sums over classes do not tell what the positions hold
+        kept = [len(p) for p in self._basis(argument)]
+        out = [len(p) for p in self._basis(node)]
+        laid = list(kept)
+        for link in reduced:
+            laid[link.source_dim] = out[link.dim] * len(link.taps)
+        spatial = {link.dim for link in axes if link.dim >= 2}
+        middle = [n if d in spatial else out[d] for d, n in enumerate(extents(node))]
+        whole = [n if d in spatial else kept[d] for d, n in enumerate(extents(argument))]
+        by_taps = _mixing(kept, laid) + multiply_adds(node, out)
+        by_whole = _mixing(kept, whole) + multiply_adds(node) + _mixing(middle, out)
+        return by_whole < by_taps
+
+    def _whole_conv(self, node: fx.Node, argument: fx.Node, axes: Sequence[Link]) -> fx.Node:
+        """A convolution at full resolution, between maps in their bases."""
+        lead = [link for link in axes if link.dim < 2]
+        x = self._mapped(node, argument, lead, partial=True)
+        x = self._whole(x, argument, {link.source_dim for link in lead})
+        y = self._emit(ops.conv, x, self.env[arguments(node)[1]], *arguments(node)[2:])
+        y.meta["whole"] = True
+        for link in axes:
+            partition = self._basis(node)[link.dim]
+            if link.dim >= 2 and not partition.is_trivial:
+                size = len(partition.of)
+                every = Partition.trivial(size)
+                y = self._mix(
+                    y, link.dim, self._matrix(node, link.dim, identity(size), every, False)
+                )
+        return y
 
     def _untransposed(self, weight: fx.Node, groups: Any) -> fx.Node:
         """[in, out / groups, ...] of a transposed convolution as [out, in / groups, ...]."""
@@ -165,8 +211,8 @@ class _Reduction:
             if size == 1:
                 bias = self._mix(bias, axis, _column(partition))
             else:
-                rows = self._rows(node, dim, identity(size), Partition.trivial(size), False)
-                bias = self._mix(bias, axis, _dense(rows, size))
+                whole = Partition.trivial(size)
+                bias = self._mix(bias, axis, self._matrix(node, dim, identity(size), whole, False))
         return bias
 
     def _static_axes(self, node: fx.Node, bias: fx.Node) -> fx.Node:
@@ -178,7 +224,7 @@ class _Reduction:
     def _plain_cat(self, node: fx.Node, dim: int) -> fx.Node:
         """Concatenation along an axis that is kept whole (channels)."""
         pieces = []
-        for argument, axes in links(node, self.classes.q):
+        for argument, axes in self.classes.reads[node]:
             others = [link for link in axes if link.dim != dim]
             piece = self._mapped(node, argument, others, partial=True)
             own = self._partition(argument)[dim]
@@ -200,7 +246,7 @@ class _Reduction:
             return x
         for dim, partition in enumerate(self._partition(argument)):
             if not partition.is_trivial:
-                x = self._mix(x, dim, torch.tensor([partition.sizes], dtype=torch.float64))
+                x = self._mix(x, dim, partition.sizes.double()[None])
         return x
 
     # -- bases ------------------------------------------------------------------------------------
@@ -216,7 +262,7 @@ class _Reduction:
         return mine.is_trivial and other.is_trivial
 
     def _mapped(
-        self, node: fx.Node, argument: fx.Node, axes: list[Link], partial: bool = False
+        self, node: fx.Node, argument: fx.Node, axes: Sequence[Link], partial: bool = False
     ) -> fx.Node:
         """An argument in the basis of its reader; axes that the reader mixes become whole."""
         x = self.env[argument]
@@ -224,10 +270,10 @@ class _Reduction:
             (tap,) = link.taps
             source = self._basis(argument)[link.source_dim]
             alike = source.is_trivial or self.choice[node] == self.choice[argument]
-            if tap.is_identity and alike and source.of == self._basis(node)[link.dim].of:
+            if tap.is_identity and alike and _alike(source, self._basis(node)[link.dim]):
                 continue
-            rows = self._rows(node, link.dim, tap, source, self.choice[argument])
-            x = self._mix(x, link.source_dim, _dense(rows, extents(x)[link.source_dim]))
+            matrix = self._matrix(node, link.dim, tap, source, self.choice[argument])
+            x = self._mix(x, link.source_dim, matrix)
         if not partial:
             x = self._whole(x, argument, {link.source_dim for link in axes})
         return x
@@ -241,34 +287,33 @@ class _Reduction:
     def _taps(self, node: fx.Node, argument: fx.Node, link: Link) -> Tensor:
         """Rows ordered by output position, then tap."""
         source = self._basis(argument)[link.source_dim]
-        size = len(source)
         stacked = [
-            _dense(self._rows(node, link.dim, tap, source, self.choice[argument]), size)
-            for tap in link.taps
+            self._matrix(node, link.dim, tap, source, self.choice[argument]) for tap in link.taps
         ]
-        return torch.stack(stacked, 1).reshape(-1, size)
+        return torch.stack(stacked, 1).reshape(-1, len(source))
 
-    def _rows(
+    def _matrix(
         self, node: fx.Node, dim: int, tap: Stencil, source: Partition, from_sums: bool
-    ) -> list[dict[int, Any]]:
-        """A stencil between two bases: output class -> {input class: coefficient}."""
+    ) -> Tensor:
+        """A stencil between two bases, ``[output classes, input classes]`` in float64."""
         target, sums = self._basis(node)[dim], self.choice[node]
-        rows: list[dict[int, Any]] = [{} for _ in range(len(target))]
-        for o in range(tap.out) if sums else target.representatives:
-            row = rows[target.of[o]]
-            for position, c in tap.rows[o]:
-                at = source.of[position]
-                # All members of an observable class are read alike; one of them stands for all.
-                if not from_sums or source.representatives[at] == position:
-                    row[at] = row.get(at, 0) + c
-        return rows
+        kept = torch.ones(len(tap.row), dtype=torch.bool)
+        if not sums:
+            kept &= target.represents[tap.row]
+        if from_sums:
+            # All members of an observable class are read alike; one of them stands for all.
+            kept &= source.represents[tap.position]
+        places = target.of[tap.row[kept]] * len(source) + source.of[tap.position[kept]]
+        places, code, table = exact_sums(places, tap.code[kept], tap.table)
+        matrix = torch.zeros(len(target) * len(source), dtype=torch.float64)
+        matrix[places] = floats(table)[code]
+        return matrix.reshape(len(target), len(source))
 
     # -- emitting ---------------------------------------------------------------------------------
 
     def _emit(self, function: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(function, args)
-        result = function(*fx.map_arg(args, _meta_of))
-        node.meta["val"] = torch.empty(tuple(result.shape), dtype=result.dtype, device="meta")
+        node.meta["val"] = self._forms(function, args)
         return node
 
     def _buffer(self, tensor: Tensor, name: str) -> fx.Node:
@@ -276,7 +321,7 @@ class _Reduction:
         self._constants += 1
         self.root.register_buffer(target, tensor)
         node = self.graph.get_attr(target)
-        node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        node.meta["val"] = form(tensor)
         return node
 
     def _mix(self, x: fx.Node, dim: int, matrix: Tensor) -> fx.Node:
@@ -285,25 +330,27 @@ class _Reduction:
         return self._emit(ops.mix, x, dim, self._buffer(matrix, "matrix"))
 
 
-def _meta_of(node: fx.Node) -> Any:
-    return node.meta["val"]
+def _mixing(before: Sequence[int], after: Sequence[int]) -> int:
+    """Multiply-adds of maps along axes, one after the other, where they change an extent."""
+    now, cost = list(before), 0
+    for dim, n in enumerate(after):
+        if n != before[dim]:
+            now[dim] = n
+            cost += math.prod(now) * before[dim]
+    return cost
 
 
-def _dense(rows: list[dict[int, Any]], size: int) -> Tensor:
-    dense = [[0.0] * size for _ in rows]
-    for line, row in zip(dense, rows, strict=True):
-        for p, c in row.items():
-            line[p] = float(c)
-    return torch.tensor(dense, dtype=torch.float64).reshape(len(rows), size)
+def _alike(a: Partition, b: Partition) -> bool:
+    return a is b or torch.equal(a.of, b.of)
 
 
 def _column(partition: Partition) -> Tensor:
     """Class sizes: what a constant along an axis sums up to."""
-    return torch.tensor(partition.sizes, dtype=torch.float64)[:, None]
+    return partition.sizes.double()[:, None]
 
 
 def _expansion(partition: Partition) -> Tensor:
     """One row for each position, from one for each class of values."""
     matrix = torch.zeros(len(partition.of), len(partition), dtype=torch.float64)
-    matrix[range(len(partition.of)), partition.of] = float(ONE)
+    matrix[torch.arange(len(partition.of)), partition.of] = 1.0
     return matrix

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from fxpath import ops
+from fxpath.graphs import written
 from fxpath.schema import arguments
 
 __all__ = ["unsign"]
@@ -27,7 +28,7 @@ def unsign(signed: fx.GraphModule) -> fx.GraphModule:
             graph.erase_node(node)
         elif node.target is ops.minimum:
             node.target = ops.maximum
-    return fx.GraphModule(signed, graph)
+    return written(signed, graph)
 
 
 def _is_open(node: fx.Node) -> bool:

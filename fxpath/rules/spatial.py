@@ -72,7 +72,7 @@ def _max_pool(lift: Lift, args: Args, axes: int) -> fx.Node:
         rank = max(len(stencils), len(pads))
         axes_, pads = ([*map(_whole, shape[-rank:][: rank - len(s)]), *s] for s in (stencils, pads))
         stencils = [window.after(pad) for window, pad in zip(axes_, pads, strict=True)]
-    if not all(row for each in stencils for row in each.rows):
+    if not all(bool(each.reads.all()) for each in stencils):
         raise Refusal(
             "a pooling window covers padding only, so its maximum is -inf",
             "reduce the padding or the dilation",
@@ -251,7 +251,7 @@ def _padded(
         )
     inside = torch.ones((), dtype=torch.float64)
     for each in stencils:
-        inside = inside[..., None] * torch.tensor([float(bool(row)) for row in each.rows])
+        inside = inside[..., None] * (each.reads > 0)
     bias = lift.buffer((1 - inside) * fill, "padding")
     return lift.emit(ops.shift, _apply(lift, x, stencils), lift.emit(ops.coefficient, bias))
 
