@@ -43,16 +43,16 @@ DROPOUTS = {
 }
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-BATCH_NORMS = {
-    aten.batch_norm.default,
-    aten._native_batch_norm_legit_no_training.default,
-}
+#: Batch norms that return their statistics as well.
+WITH_STATISTICS = {aten._native_batch_norm_legit_no_training.default}
+#: With frozen statistics an instance norm is the same map.
+BATCH_NORMS = {aten.batch_norm.default, aten.instance_norm.default, *WITH_STATISTICS}
 
 
 def frozen(node: fx.Node) -> bool:
     """Whether a batch norm uses its running statistics."""
     bound = bind(node)
-    if bound.get("training", False):
+    if bound.get("training", False) or bound.get("use_input_stats", False):
         return False
     return isinstance(bound["running_mean"], fx.Node) and isinstance(bound["running_var"], fx.Node)
 
@@ -97,6 +97,8 @@ def _foldable(node: fx.Node) -> bool:
     if "val" not in weight.meta:
         return False
     dims = node.meta["val"].dim()
+    if node.target is aten.linear.default and weight.meta["val"].dim() != 2:
+        return False
     return dims == (2 if node.target is aten.linear.default else weight.meta["val"].dim())
 
 
@@ -124,7 +126,7 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
 
 def _results(norm: fx.Node) -> list[fx.Node]:
     """The normalized activation: the node itself, or item 0 of a native batch norm."""
-    if norm.target is aten.batch_norm.default:
+    if norm.target not in WITH_STATISTICS:
         return [norm]
     return [user for user in norm.users if user.args[1] == 0]
 

@@ -7,6 +7,7 @@ shape is the one of the original network, and that every coordinate of theta has
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
+from fxpath.passes.unwritten import UNWRITTEN, reads_unwritten, unwritten
 from fxpath.rules import RULES, Refusal, refusal
 from fxpath.rules.refused import ORDER, RANDOM
 from fxpath.schema import arguments, bind, target
@@ -26,6 +28,28 @@ from fxpath.stencil import Stencil
 __all__ = ["Lift", "lift"]
 
 aten = torch.ops.aten
+
+SPARSE = (
+    "its weights are stored sparsely, and scores have an entry for each weight",
+    "store them as a dense tensor (weight.to_dense())",
+)
+INFINITE = (
+    "it reads a constant with infinite or NaN entries",
+    "use finite constants (a mask of -inf belongs to a softmax, which no path-norm covers)",
+)
+NEVER_WRITTEN = (
+    "it reads memory of torch.empty that nothing was written to, so its values are undefined",
+    "allocate it by torch.zeros",
+)
+#: Weights are lifted by value: what a view needs to know of memory may not hold for them.
+BY_VALUE = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
+FORMATS = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+}
 
 #: Tensors made from the shape of another one: the fill value, or the argument that holds it.
 MADE_FROM_SHAPE: dict[Any, float | str] = {
@@ -73,6 +97,8 @@ class Lift:
         self._weights: dict[fx.Node, fx.Node] = {}
         self._owners: dict[str, fx.Node] = {}
         self._active: set[fx.Node] = set()
+        self._unwritten: dict[fx.Node, Tensor] = {}
+        self._scratch = fx.Graph()
         self._current: fx.Node | None = None
         self._shapeless = False
 
@@ -87,9 +113,10 @@ class Lift:
             if node.op == "placeholder":
                 self._placeholder(node)
         for node in original.nodes:
-            if node.op != "call_function" or node.target in MADE_FROM_SHAPE:
+            if node.op != "call_function":
                 continue
-            if any(n in self._active for n in node.all_input_nodes):
+            self._note_unwritten(node)
+            if any(n in self._active for n in _read(node)):
                 self._active.add(node)
                 if node in needed:
                     self._env[node] = self._apply(node)
@@ -112,15 +139,22 @@ class Lift:
             if isinstance(node.meta.get("val"), Tensor):
                 self._env[node] = self.emit(ops.source, tuple(node.meta["val"].shape))
 
+    def _note_unwritten(self, node: fx.Node) -> None:
+        """Keep track of memory that was allocated, and not written yet."""
+        mask = unwritten(node, self._unwritten, self.constant)
+        if mask is not None:
+            self._unwritten[node] = mask
+
     def _apply(self, node: fx.Node) -> fx.Node | list[fx.Node | None]:
         self._current = node
         try:
             if node.target is operator.getitem:
                 return self._item(node)
+            if node.target not in MADE_FROM_SHAPE and reads_unwritten(node, self._unwritten):
+                raise Refusal(*NEVER_WRITTEN)
             rule = RULES.get(target(node))
             if rule is None:
-                name = getattr(node.target, "_schema", None)
-                raise refusal(name.name.split("::")[1] if name else str(node.target))
+                raise refusal(node)
             lifted = rule(self, node, bind(node))
         except Refusal as why:
             self.problems.append(problem(node, why.reason, why.remedy))
@@ -150,11 +184,13 @@ class Lift:
         return [self._stand_in(v) for v in value] if isinstance(value, (list, tuple)) else []
 
     def _output(self, value: fx.Node) -> fx.Node:
-        if value in self._active:
-            lifted = self._env[value]
-            assert isinstance(lifted, fx.Node)
-            return lifted
-        return self.emit(ops.constant, self.weight(value, value, "bias"))
+        try:
+            if value in self._unwritten:
+                raise Refusal(*NEVER_WRITTEN)
+            return self.node(value)
+        except Refusal as why:
+            self.problems.append(problem(value, why.reason, why.remedy))
+            return self.emit(ops.source, tuple(value.meta["val"].shape))
 
     # -- what rules use ---------------------------------------------------------------------------
 
@@ -179,6 +215,43 @@ class Lift:
         assert isinstance(lifted, fx.Node)
         return lifted
 
+    def zeros(self, shape: Sequence[int]) -> fx.Node:
+        """Neurons that nothing reaches."""
+        zero = self.emit(ops.constant, self.number(0.0))
+        return self.emit(aten.expand.default, zero, list(shape)) if len(shape) else zero
+
+    def add(self, terms: Sequence[fx.Node], shape: Sequence[int]) -> fx.Node:
+        """The sum of any number of lifted values, of one shape."""
+        if not terms:
+            return self.zeros(shape)
+        total, *rest = terms
+        for term in rest:
+            total = self.emit(ops.add, total, term)
+        return total
+
+    def is_zero(self, value: Any) -> bool:
+        """Whether a value is zero whatever the parameters are; unwritten memory counts as zero."""
+        if not isinstance(value, fx.Node):
+            return bool(value == 0)
+        if value.target in UNWRITTEN:
+            return True
+        known = None if value in self._active else self.constant(value)
+        return known is not None and not bool(known.any())
+
+    def times(self, x: fx.Node, factor: Any) -> fx.Node:
+        """A coefficient such as ``alpha``, of an activation or of a weight."""
+        if factor == 1:
+            return x
+        if factor == -1:
+            return self.emit(ops.negative, x)
+        return self.emit(ops.scale, x, self.weight(factor, x))
+
+    def compute(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """An expression of the model's tensors that the original graph does not write out."""
+        node = self._scratch.call_function(function, args)
+        node.meta["val"] = function(*fx.map_arg(args, lambda n: _meta(n.meta["val"])))
+        return node
+
     @staticmethod
     def shape(lifted: fx.Node) -> tuple[int, ...]:
         """Shape of a lifted value."""
@@ -193,31 +266,49 @@ class Lift:
             suffix: ``weight`` or ``bias``.
         """
         if not isinstance(value, fx.Node):
-            return self.emit(
-                ops.coefficient,
-                self.buffer(torch.tensor(float(value), dtype=torch.float64), "number"),
-            )
+            return self.number(value)
         if value not in self._weights:
             self._weights[value] = self._weight(value, user, suffix)
         return self._weights[value]
+
+    def number(self, value: Any) -> fx.Node:
+        """A coefficient of the architecture."""
+        held = torch.tensor(_real(value), dtype=torch.float64)
+        return self.emit(ops.coefficient, self.buffer(held, "number"))
 
     def _weight(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
         if value.target in SAME:
             return self.weight(value.args[0], user, suffix)
         if value.target in RELABELLING and isinstance(value.args[0], fx.Node):
             inner = self.weight(value.args[0], user, suffix)
-            return self.emit(value.target, inner, *value.args[1:])
+            return self.emit(BY_VALUE.get(value.target, value.target), inner, *value.args[1:])
         if value.target is operator.getitem and arguments(value)[0].target in SPLITTING:
             return self._piece(value, user, suffix)
+        _check_format(value)
         name = value.meta.get("coordinate")
         if name is None and depends_on_parameter(self.captured, value):
             name = coordinate_name(self.captured, value, user, suffix)
+        if name is None:
+            return self.emit(ops.coefficient, self._fixed(value))
         static = self.static(value)
         if not static.meta["val"].is_floating_point():
             static = self.emit(aten.to.dtype, static, torch.float32)
-        if name is None:
-            return self.emit(ops.coefficient, static)
         return self.emit(ops.coordinate, static, self._own(name, value, static))
+
+    def _fixed(self, value: fx.Node) -> fx.Node:
+        """Numbers of the architecture; they must be finite."""
+        if _is_sparse(value):
+            dense = self.constant(value)
+            if dense is None:
+                raise Refusal(*SPARSE)
+            return self.buffer(dense.to_dense().double(), "dense")
+        static = self.static(value)
+        known = self.constant(value) if static.meta["val"].is_floating_point() else None
+        if known is not None and not bool(torch.isfinite(known).all()):
+            raise Refusal(*INFINITE)
+        if not static.meta["val"].is_floating_point():
+            static = self.emit(aten.to.dtype, static, torch.float32)
+        return static
 
     def _piece(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
         """One piece of a parameter that is split: its entries stay the parameter's own."""
@@ -250,22 +341,38 @@ class Lift:
 
     def static(self, value: fx.Node) -> fx.Node:
         """Copy a computation on parameters and constants; equal expressions become one."""
-        if value in self._copied:
-            return self._copied[value]
+        if value in self._unwritten:
+            raise Refusal(*NEVER_WRITTEN)
+        # Not by recursion: a weight may take thousands of steps.
+        stack = [value]
+        while stack:
+            here = stack[-1]
+            missing = [n for n in _read(here) if n not in self._copied]
+            if here in self._copied or not missing:
+                stack.pop()
+                self._copied.setdefault(here, self._copied.get(here) or self._copy(here))
+            else:
+                stack += missing
+        return self._copied[value]
+
+    def _copy(self, value: fx.Node) -> fx.Node:
+        """Copy one step of a computation on parameters and constants."""
         if value.op != "call_function" or value in self._active:
             raise AssertionError(f"{value.name} is no constant expression")
         if value.target in MADE_FROM_SHAPE:
             copied = self._filled(value)
         else:
+            if reads_unwritten(value, self._unwritten):
+                raise Refusal(*NEVER_WRITTEN)
             if torch.Tag.nondeterministic_seeded in getattr(value.target, "tags", ()):
                 self.problems.append(problem(value, *RANDOM))
-            args, kwargs = fx.map_arg((value.args, value.kwargs), self.static)
-            key = (value.target, repr(args), repr(kwargs))
+            args, kwargs = fx.map_arg((value.args, value.kwargs), self._copied.__getitem__)
+            called = BY_VALUE.get(target(value), target(value))
+            key = (called, repr(args), repr(kwargs))
             if key not in self._expressions:
-                self._expressions[key] = self.graph.call_function(target(value), args, kwargs)
+                self._expressions[key] = self.graph.call_function(called, args, kwargs)
             copied = self._expressions[key]
         copied.meta.setdefault("val", fx.node.map_aggregate(value.meta.get("val"), _meta))
-        self._copied[value] = copied
         return copied
 
     def _filled(self, value: fx.Node) -> fx.Node:
@@ -306,7 +413,10 @@ class Lift:
         self, x: fx.Node, dim: int, stencil: Stencil, ranks: Sequence[int] | None = None
     ) -> fx.Node:
         """Apply a stencil along one axis; with ``ranks`` its windows are k-max-pooled."""
-        dim %= len(self.shape(x))
+        shape = self.shape(x)
+        dim %= len(shape)
+        if 0 in shape:  # nothing is there to be read
+            return self.zeros((*shape[:dim], stencil.out, *shape[dim + 1 :]))
         if stencil.size != self.shape(x)[dim]:
             raise AssertionError(f"a stencil over {stencil.size} meets {self.shape(x)}")
         if stencil.is_identity:
@@ -340,6 +450,37 @@ def _as_slice(stencil: Stencil) -> tuple[int, int, int] | None:
     if step < 1 or positions != list(range(positions[0], positions[-1] + 1, step)):
         return None
     return positions[0], positions[-1] + 1, step
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """What an operation takes values from, not only a shape."""
+    if node.target not in MADE_FROM_SHAPE:
+        return node.all_input_nodes
+    fill = MADE_FROM_SHAPE[node.target]
+    value = bind(node)[fill] if isinstance(fill, str) else None
+    return [value] if isinstance(value, fx.Node) else []
+
+
+def _real(value: Any) -> float:
+    """A number of the forward code as a coefficient."""
+    if isinstance(value, complex) or not math.isfinite(value):
+        raise Refusal(f"it uses the number {value}", "use a finite real number")
+    return float(value)
+
+
+def _is_sparse(value: fx.Node) -> bool:
+    held = value.meta.get("val")
+    return isinstance(held, Tensor) and held.layout != torch.strided
+
+
+def _check_format(value: fx.Node) -> None:
+    """Refuse weights that are no plain real numbers."""
+    dtype = value.meta["val"].dtype
+    if dtype not in FORMATS:
+        raise Refusal(
+            f"it reads a weight of dtype {dtype}, which is no plain number format",
+            "convert the weights to float32 or float64",
+        )
 
 
 def _meta(value: Any) -> Any:
