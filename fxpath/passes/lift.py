@@ -7,6 +7,7 @@ shape is the one of the original network, and that every coordinate of theta has
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
 from fxpath.passes.unwritten import UNWRITTEN, reads_unwritten, unwritten
 from fxpath.rules import RULES, Refusal, refusal
-from fxpath.rules.refused import ORDER, RANDOM
+from fxpath.rules.refused import ORDER, RANDOM, READ_OUT
 from fxpath.schema import arguments, bind, target
 from fxpath.stencil import Stencil
 
@@ -97,6 +98,8 @@ class Lift:
         self._weights: dict[fx.Node, fx.Node] = {}
         self._owners: dict[str, fx.Node] = {}
         self._active: set[fx.Node] = set()
+        self._constants: dict[fx.Node, Any] = {}
+        self._baked: set[fx.Node] = set()
         self._unwritten: dict[fx.Node, Tensor] = {}
         self._scratch = fx.Graph()
         self._current: fx.Node | None = None
@@ -235,8 +238,11 @@ class Lift:
             return bool(value == 0)
         if value.target in UNWRITTEN:
             return True
-        known = None if value in self._active else self.constant(value)
-        return known is not None and not bool(known.any())
+        known = None if value in self._active else self.peek(value)
+        if known is None or bool(known.any()):
+            return False
+        self.constant(value)
+        return True
 
     def times(self, x: fx.Node, factor: Any) -> fx.Node:
         """A coefficient such as ``alpha``, of an activation or of a weight."""
@@ -285,6 +291,8 @@ class Lift:
         if value.target is operator.getitem and arguments(value)[0].target in SPLITTING:
             return self._piece(value, user, suffix)
         _check_format(value)
+        if _is_sparse(value) and depends_on_parameter(self.captured, value):
+            raise Refusal(*SPARSE)
         name = value.meta.get("coordinate")
         if name is None and depends_on_parameter(self.captured, value):
             name = coordinate_name(self.captured, value, user, suffix)
@@ -299,11 +307,10 @@ class Lift:
         """Numbers of the architecture; they must be finite."""
         if _is_sparse(value):
             dense = self.constant(value)
-            if dense is None:
-                raise Refusal(*SPARSE)
+            assert dense is not None
             return self.buffer(dense.to_dense().double(), "dense")
         static = self.static(value)
-        known = self.constant(value) if static.meta["val"].is_floating_point() else None
+        known = self.peek(value) if static.meta["val"].is_floating_point() else None
         if known is not None and not bool(torch.isfinite(known).all()):
             raise Refusal(*INFINITE)
         if not static.meta["val"].is_floating_point():
@@ -386,20 +393,48 @@ class Lift:
         """The value of a constant expression, or ``None`` if it depends on tensors of the model."""
         if not isinstance(value, fx.Node):
             return torch.tensor(value)
-        if value.op == "placeholder":
-            name = self.captured.tensors.get(value.name)
+        found = self.peek(value)
+        if found is not None and value not in self._baked:
+            # The graph is made for it.
+            for node in _placeholders(value):
+                name = self.captured.tensors[node.name]
+                self.captured.baked.setdefault(name, self._live[node.name].detach().clone())
+            self._baked.add(value)
+        return found
+
+    def peek(self, value: fx.Node) -> Tensor | None:
+        """:meth:`constant` for a check on which the graph does not depend."""
+        # Not by recursion, and each step once: a mask may take thousands of them.
+        stack = [value]
+        while stack:
+            here = stack[-1]
+            missing = [n for n in here.all_input_nodes if n not in self._constants]
+            if here in self._constants or not missing:
+                stack.pop()
+                if here not in self._constants:
+                    self._constants[here] = self._evaluated(here)
+            else:
+                stack += missing
+        found = self._constants[value]
+        return found if isinstance(found, Tensor) else None
+
+    def _evaluated(self, node: fx.Node) -> Any:
+        """The value of a node, those of its inputs being known; ``None`` if it has none."""
+        if node.op == "placeholder":
+            name = self.captured.tensors.get(node.name)
             if name is None or name in self.captured.parameters:
                 return None
-            number = self.captured.live()[value.name].detach()
-            # The graph is made for it.
-            self.captured.baked.setdefault(name, number.clone())
-            return number
-        args = [n for n in value.all_input_nodes if self.constant(n) is None]
-        if args or value in self._active or value.op != "call_function":
+            return self._live[node.name].detach()
+        if node.op != "call_function" or node in self._active:
             return None
-        known = fx.map_arg((value.args, value.kwargs), self.constant)
-        result = value.target(*known[0], **known[1])  # type: ignore[operator]
-        return result if isinstance(result, Tensor) else None
+        if any(self._constants[n] is None for n in node.all_input_nodes):
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._constants.__getitem__)
+        return target(node)(*args, **kwargs)
+
+    @functools.cached_property
+    def _live(self) -> dict[str, Tensor]:
+        return self.captured.live()
 
     def buffer(self, tensor: Tensor, name: str) -> fx.Node:
         """A constant of the lifted graph."""
@@ -454,6 +489,8 @@ def _as_slice(stencil: Stencil) -> tuple[int, int, int] | None:
 
 def _read(node: fx.Node) -> list[fx.Node]:
     """What an operation takes values from, not only a shape."""
+    if node.target in UNWRITTEN:
+        return []
     if node.target not in MADE_FROM_SHAPE:
         return node.all_input_nodes
     fill = MADE_FROM_SHAPE[node.target]
@@ -475,7 +512,10 @@ def _is_sparse(value: fx.Node) -> bool:
 
 def _check_format(value: fx.Node) -> None:
     """Refuse weights that are no plain real numbers."""
-    dtype = value.meta["val"].dtype
+    held = value.meta.get("val")
+    if not isinstance(held, Tensor):
+        raise Refusal(*READ_OUT)
+    dtype = held.dtype
     if dtype not in FORMATS:
         raise Refusal(
             f"it reads a weight of dtype {dtype}, which is no plain number format",
@@ -492,6 +532,11 @@ def _meta(value: Any) -> Any:
 def _is_float(value: fx.Node) -> bool:
     tensor = value.meta.get("val")
     return isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _placeholders(value: fx.Node) -> list[fx.Node]:
+    """The tensors that a value is computed from."""
+    return [n for n in {value, *_ancestors(value)} if n.op == "placeholder"]
 
 
 def _ancestors(output: fx.Node) -> set[fx.Node]:

@@ -117,7 +117,7 @@ def _added(lift: Lift, node: fx.Node, base: Any, piece: fx.Node | None, where: T
 
 @rule(aten.put.default)
 def _put(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = places(_shape(node)).take(known(lift, args["index"]).cpu())
+    where = places(_shape(node)).take(known(lift, args["index"], math.prod(_shape(node))))
     piece = filled(lift, node, args["source"], tuple(args["source"].meta["val"].shape))
     if piece is not None:
         piece = lift.reshape(piece, tuple(where.shape))
@@ -128,7 +128,8 @@ def _put(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 def _index_places(lift: Lift, node: fx.Node, args: Args) -> Tensor:
     shape = _shape(node)
-    index = known(lift, args["index"]).cpu().reshape(-1)
+    size = shape[args["dim"]] if shape else 1
+    index = known(lift, args["index"], size).reshape(-1)
     return places(shape).index_select(args["dim"], index) if shape else torch.zeros(()).long()
 
 
@@ -159,7 +160,7 @@ def _index_add(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 @rule(aten.masked_scatter.default)
 def _masked_scatter(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     shape = _shape(node)
-    where = places(shape)[known(lift, args["mask"]).cpu().expand(shape)]
+    where = places(shape)[known(lift, args["mask"]).expand(shape)]
     source = tuple(args["source"].meta["val"].shape)
     piece = filled(lift, node, args["source"], source)
     if piece is not None:
@@ -171,7 +172,9 @@ def _masked_scatter(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 
 def _scatter_places(lift: Lift, node: fx.Node, args: Args) -> Tensor:
-    return places(_shape(node)).gather(args["dim"], known(lift, args["index"]).cpu())
+    shape = _shape(node)
+    index = known(lift, args["index"], shape[args["dim"]] if shape else 1)
+    return places(shape).gather(args["dim"], index)
 
 
 def _scattered(lift: Lift, node: fx.Node, args: Args, where: Tensor) -> fx.Node | None:

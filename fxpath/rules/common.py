@@ -71,16 +71,31 @@ def pooled(
 # -- constant positions ----------------------------------------------------------------------------
 
 
-def known(lift: Lift, value: Any) -> Tensor:
-    """A constant tensor of positions.
+def known(lift: Lift, value: Any, size: int | None = None) -> Tensor:
+    """A constant tensor: a mask, or positions along an axis of length ``size``.
 
     Raises:
-        Refusal: if it depends on activations or on parameters.
+        Refusal: if it depends on activations or on parameters, or leaves the axis.
     """
     found = None if lift.is_active(value) else lift.constant(value)
     if found is None:
         raise Refusal(*UNKNOWN_POSITIONS)
-    return found
+    if size is not None:
+        in_range(found, size)
+    return found.cpu()
+
+
+def in_range(positions: Tensor, size: int) -> None:
+    """Refuse positions that an axis of length ``size`` does not have."""
+    if positions.dtype == torch.bool or not positions.numel():
+        return
+    low, high = int(positions.min()), int(positions.max())
+    if high >= size or low < -size:
+        raise Refusal(
+            f"it reads position {high if high >= size else low} of an axis of length {size}",
+            "check the positions; if the first axis of the inputs holds no samples, pass "
+            "batch_dim=None",
+        )
 
 
 def places(shape: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxpath.rules.common import (
     UNKNOWN_POSITIONS,
     Args,
+    in_range,
     known,
     move,
     places,
@@ -121,7 +122,8 @@ def _index_select(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 def _index(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     used = [(dim, index) for dim, index in enumerate(args["indices"]) if index is not None]
     if len(used) == 1:
-        dim, positions = used[0][0], known(lift, used[0][1])
+        dim = used[0][0]
+        positions = known(lift, used[0][1])
         if positions.dim() <= 1 and (positions.dtype != torch.bool or positions.dim() == 1):
             y = _indexed(lift, args["self"], dim, positions)
             return lift.reshape(y, tuple(node.meta["val"].shape))
@@ -134,7 +136,15 @@ def indexed(lift: Lift, args: Args) -> Tensor:
     shape = args["self"].meta["val"].shape
     if any(lift.is_active(index) for index in indices):
         raise Refusal(*UNKNOWN_POSITIONS)
-    chosen = [slice(None) if index is None else known(lift, index).cpu() for index in indices]
+    chosen: list[Any] = []
+    axis = 0
+    for index in indices:
+        if index is None:
+            chosen.append(slice(None))
+            axis += 1
+        else:
+            chosen.append(known(lift, index, shape[axis]))
+            axis += chosen[-1].dim() if chosen[-1].dtype == torch.bool else 1
     return places(shape)[tuple(chosen)]
 
 
@@ -147,32 +157,37 @@ def _indexed(lift: Lift, value: Any, dim: int, positions: Tensor) -> fx.Node:
     if positions.dtype == torch.bool:
         positions = positions.nonzero()[:, 0]
     size = lift.shape(x)[dim]
+    in_range(positions, size)
     return select(lift, x, dim, [p % size for p in positions.reshape(-1).tolist()])
 
 
 @rule(aten.gather.default)
 def _gather(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, index = lift.node(args["self"]), known(lift, args["index"])
-    return move(lift, x, places(lift.shape(x)).gather(args["dim"], index.cpu()))
+    x = lift.node(args["self"])
+    index = known(lift, args["index"], lift.shape(x)[args["dim"]] if lift.shape(x) else 1)
+    return move(lift, x, places(lift.shape(x)).gather(args["dim"], index))
 
 
 @rule(aten.take_along_dim.default)
 def _take_along_dim(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, index = lift.node(args["self"]), known(lift, args["indices"])
-    flat = torch.take_along_dim(places(lift.shape(x)), index.cpu(), args["dim"])
+    x, dim = lift.node(args["self"]), args["dim"]
+    shape = lift.shape(x)
+    index = known(lift, args["indices"], math.prod(shape) if dim is None else shape[dim])
+    flat = torch.take_along_dim(places(shape), index, dim)
     return move(lift, x, flat)
 
 
 @rule(aten.take.default)
 def _take(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, index = lift.node(args["self"]), known(lift, args["index"])
-    return move(lift, x, places(lift.shape(x)).take(index.cpu()))
+    x = lift.node(args["self"])
+    index = known(lift, args["index"], math.prod(lift.shape(x)))
+    return move(lift, x, places(lift.shape(x)).take(index))
 
 
 @rule(aten.masked_select.default)
 def _masked_select(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     x, mask = lift.node(args["self"]), known(lift, args["mask"])
-    return move(lift, x, places(lift.shape(x)).masked_select(mask.cpu()))
+    return move(lift, x, places(lift.shape(x)).masked_select(mask))
 
 
 @rule(aten.embedding.default)

@@ -29,8 +29,8 @@ def ranked(lift: Lift, x: fx.Node, dim: int, ranks: Sequence[int]) -> fx.Node:
     if not lift.shape(x):
         return x
     size = lift.shape(x)[dim]
-    row = tuple((p, ONE) for p in range(size))
-    return lift.along(x, dim, Stencil(size, (row,) * len(ranks)), [_plain(k, size) for k in ranks])
+    rows = ([(p, ONE) for p in range(size)] for _ in ranks)
+    return lift.along(x, dim, Stencil.of(size, rows), [_plain(k, size) for k in ranks])
 
 
 def _plain(rank: int, size: int) -> int:
@@ -155,5 +155,5 @@ def _cumulative(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
     if not lift.shape(x):
         return [x, None]
     size = lift.shape(x)[args["dim"]]
-    rows = tuple(tuple((p, ONE) for p in range(o + 1)) for o in range(size))
-    return [lift.along(x, args["dim"], Stencil(size, rows), CUMULATIVE[target(node)]), None]
+    rows = ([(p, ONE) for p in range(o + 1)] for o in range(size))
+    return [lift.along(x, args["dim"], Stencil.of(size, rows), CUMULATIVE[target(node)]), None]
