@@ -82,8 +82,9 @@ class Stencil:
         """The same map with the sizes of its coefficients."""
         if all(c >= 0 for row in self.rows for _, c in row):
             return self
-        rows = (tuple((p, c if c > 0 else -c) for p, c in row) for row in self.rows)
-        return Stencil(self.size, tuple(rows))
+        return Stencil.of(
+            self.size, ([(p, c if c > 0 else -c) for p, c in row] for row in self.rows)
+        )
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Positions (int64) and coefficients (float64), both ``[out, taps]``, padded with zeros."""

@@ -394,6 +394,30 @@ def minimum(op: Callable[..., Any], reads: tuple[int, ...] | None = None) -> Ste
     return _extremum(op, -1.0, reads)
 
 
+def ranks(op: Callable[..., Any], reads: tuple[int, ...] | None = None) -> Step:
+    """Every output is the entry of some rank among some entries: those that it is ever equal to."""
+
+    def lift(
+        module: nn.Module, prefix: str, coordinates: Coordinates, values: Values
+    ) -> list[Tensor]:
+        sizes = [value.numel() for value in values]
+        generator, total = torch.Generator().manual_seed(0), sum(sizes)
+        rows = torch.stack([torch.randperm(total, generator=generator) for _ in range(400)])
+        batches = [
+            part.double().reshape(-1, *value.shape)
+            for part, value in zip(rows.split(sizes, 1), values, strict=True)
+        ]
+        found, outputs = _rows(module, batches, {}, single=False)
+        # Where each output's number stood among the inputs of its row.
+        place = rows.argsort(1).gather(1, found.long())
+        membership = torch.zeros(found.shape[1], total, dtype=torch.float64)
+        for row in place:
+            membership[torch.arange(len(row)), row] = 1.0
+        return _unflat(membership @ _flat(values), [tuple(y.shape[1:]) for y in outputs])
+
+    return Step(_module(op), lift, reads)
+
+
 def _module(op: Callable[..., Any]) -> nn.Module:
     return op if isinstance(op, nn.Module) else Call(op)
 

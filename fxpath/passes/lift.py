@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fxpath import ops
 from fxpath.capture import Captured
@@ -33,6 +34,10 @@ aten = torch.ops.aten
 SPARSE = (
     "its weights are stored sparsely, and scores have an entry for each weight",
     "store them as a dense tensor (weight.to_dense())",
+)
+UNKNOWN_SHAPE = (
+    "the number of entries that it returns depends on values, so torch.export does not know it",
+    "select by a list of positions (mask.nonzero()) that is kept in a buffer",
 )
 INFINITE = (
     "it reads a constant with infinite or NaN entries",
@@ -158,6 +163,7 @@ class Lift:
             rule = RULES.get(target(node))
             if rule is None:
                 raise refusal(node)
+            node.meta["val"] = fx.node.map_aggregate(node.meta.get("val"), _settled)
             lifted = rule(self, node, bind(node))
         except Refusal as why:
             self.problems.append(problem(node, why.reason, why.remedy))
@@ -220,8 +226,14 @@ class Lift:
 
     def zeros(self, shape: Sequence[int]) -> fx.Node:
         """Neurons that nothing reaches."""
-        zero = self.emit(ops.constant, self.number(0.0))
-        return self.emit(aten.expand.default, zero, list(shape)) if len(shape) else zero
+        return self.expand(self.emit(ops.constant, self.number(0.0)), shape)
+
+    def expand(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+        """Repeat entries by broadcasting; missing axes are made first."""
+        if self.shape(x) == tuple(shape):
+            return x
+        full = (*(1,) * (len(shape) - len(self.shape(x))), *self.shape(x))
+        return self.emit(aten.expand.default, self.reshape(x, full), list(shape))
 
     def add(self, terms: Sequence[fx.Node], shape: Sequence[int]) -> fx.Node:
         """The sum of any number of lifted values, of one shape."""
@@ -496,6 +508,15 @@ def _read(node: fx.Node) -> list[fx.Node]:
     fill = MADE_FROM_SHAPE[node.target]
     value = bind(node)[fill] if isinstance(fill, str) else None
     return [value] if isinstance(value, fx.Node) else []
+
+
+def _settled(value: Any) -> Any:
+    """A tensor whose extents are numbers, also where they were counted during the export."""
+    if not isinstance(value, Tensor) or all(isinstance(n, int) for n in value.shape):
+        return value
+    if any(not is_concrete_int(n) for n in value.shape):
+        raise Refusal(*UNKNOWN_SHAPE)
+    return value.new_empty([int(n) for n in value.shape], device="meta")
 
 
 def _real(value: Any) -> float:

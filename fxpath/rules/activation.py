@@ -260,4 +260,4 @@ def _blend(lift: Lift, node: fx.Node, condition: Any, chosen: Any, other: Any) -
         kept = lift.emit(ops.coefficient, lift.buffer(keep.to(torch.float32), "mask"))
         halves.append(lift.emit(ops.scale, x, kept))
     y = lift.emit(ops.add, *halves)
-    return y if lift.shape(y) == shape else lift.emit(aten.expand.default, y, list(shape))
+    return lift.expand(y, shape)

@@ -205,4 +205,4 @@ def filled(lift: Lift, node: fx.Node, value: Any, shape: Sequence[int]) -> fx.No
         x = lift.node(value)
     else:
         x = lift.emit(ops.constant, lift.weight(value, node, "bias"))
-    return x if lift.shape(x) == tuple(shape) else lift.emit(aten.expand.default, x, list(shape))
+    return lift.expand(x, shape)

@@ -77,7 +77,7 @@ def _addmm(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
             constant = lift.compute(aten.sum.dim_IntList, constant, [0])
         x = lift.times(lift.node(start), args["beta"])
         bias = lift.times(lift.weight(constant, node, "bias"), args["alpha"])
-        return _spread_out(lift, lift.emit(ops.shift, x, bias), shape)
+        return lift.expand(lift.emit(ops.shift, x, bias), shape)
     if outer:
         product = _einsum_of(lift, node, [a, b], ["i", "j"], "ij")
     else:
@@ -89,15 +89,9 @@ def _addmm(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
         return product
     if lift.is_active(start):
         x = lift.times(lift.node(start), args["beta"])
-        return lift.emit(ops.add, _spread_out(lift, x, shape), product)
+        return lift.emit(ops.add, lift.expand(x, shape), product)
     bias = lift.times(lift.weight(start, node, "bias"), args["beta"])
     return lift.emit(ops.shift, product, bias)
-
-
-def _spread_out(lift: Lift, x: fx.Node, shape: Sequence[int]) -> fx.Node:
-    if lift.shape(x) == tuple(shape):
-        return x
-    return lift.emit(aten.expand.default, x, list(shape))
 
 
 @rule(aten.linalg_multi_dot.default, aten.chain_matmul.default)

@@ -195,7 +195,7 @@ def _trapezoid(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 @rule(aten.col2im.default)
 def _col2im(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     """Windows added up where they overlap: the transpose of cutting them out."""
-    x = lift.node(args["input"])
+    x = lift.node(args["self"])
     sizes = tuple(args["output_size"])
     spec = [args[key] for key in ("kernel_size", "dilation", "padding", "stride")]
     # Zero stands for padding.

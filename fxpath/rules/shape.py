@@ -95,7 +95,7 @@ def _movedim(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def _expand(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return lift.emit(aten.expand.default, lift.node(args["self"]), list(node.meta["val"].shape))
+    return lift.expand(lift.node(args["self"]), tuple(node.meta["val"].shape))
 
 
 @rule(aten.repeat.default, aten.tile.default)
@@ -180,8 +180,7 @@ def _broadcast(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
             swapped = args.get("indexing") == "xy" and i < 2 and len(shape) > 1
             axis = 1 - i if swapped else i
             x = lift.reshape(x, [shape[d] if d == axis else 1 for d in range(len(shape))])
-        same = list(lift.shape(x)) == shape
-        pieces.append(x if same else lift.emit(aten.expand.default, x, shape))
+        pieces.append(lift.expand(x, shape))
     return pieces
 
 
