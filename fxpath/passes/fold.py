@@ -17,8 +17,7 @@ from torch import fx
 
 from fxpath import ops
 from fxpath.capture import Captured
-from fxpath.errors import module_path
-from fxpath.naming import SAME, coordinate_name
+from fxpath.naming import SAME, coordinate_name, name_without_parameter
 from fxpath.schema import arguments, bind
 
 __all__ = ["fold_batch_norm", "frozen"]
@@ -113,9 +112,9 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
             ops.folded_weight, (weight, factor, int(transposed), bound.get("groups", 1))
         )
     folded.meta["val"] = weight.meta["val"].double()
-    folded.meta["coordinate"] = (
-        coordinate_name(captured, weight, node, "weight") or f"{_prefix(node)}weight"
-    )
+    folded.meta["coordinate"] = coordinate_name(
+        captured, weight, node, "weight"
+    ) or name_without_parameter(captured, node, "weight", weight)
     node.args = (bound["input"], folded, bias, *node.args[3:])
     node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")}
     if node.target is aten.convolution.default and len(node.args) < 3:
@@ -143,14 +142,10 @@ def effective_norm(
         shift = graph.call_function(
             ops.folded_bias, (bias, factor, stats["bias"], stats["running_mean"])
         )
-    for node, suffix in ((factor, "weight"), (shift, "bias")):
+    named = ((factor, "weight", stats["running_var"]), (shift, "bias", stats["running_mean"]))
+    for node, suffix, statistic in named:
         node.meta["val"] = stats["running_var"].meta["val"].double()
-        node.meta["coordinate"] = (
-            coordinate_name(captured, stats[suffix], norm, suffix) or f"{_prefix(norm)}{suffix}"
-        )
+        node.meta["coordinate"] = coordinate_name(
+            captured, stats[suffix], norm, suffix
+        ) or name_without_parameter(captured, norm, suffix, statistic)
     return factor, shift
-
-
-def _prefix(node: fx.Node) -> str:
-    path = module_path(node)
-    return f"{path}." if path else ""
