@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fxpath.capture import Captured
@@ -154,4 +154,5 @@ def _has(captured: Captured, path: str, attribute: str) -> bool:
     except AttributeError:
         return False
     held = {**vars(module), **module._parameters, **module._buffers}
-    return attribute in held or parametrize.is_parametrized(module, attribute)
+    shown = attribute in held and isinstance(held[attribute], (Tensor, type(None)))
+    return shown or parametrize.is_parametrized(module, attribute)

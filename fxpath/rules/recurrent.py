@@ -2,7 +2,8 @@
 
     h_t = ReLU(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh)
 
-An initial state of zeros has no paths, so nothing starts there.
+An initial state of zeros has no paths, so nothing starts there; one that depends on parameters
+alone makes an effective bias W_hh h_0.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ aten = torch.ops.aten
 def _cell(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     only_first_active(lift, args, "w_ih", "w_hh", "b_ih", "b_hh")
     parameters = [args[key] for key in ("w_ih", "w_hh", "b_ih", "b_hh")]
-    state = None if lift.is_zero(args["hx"]) else lift.node(args["hx"])
     seen = _inputs(lift, node, lift.node(args["input"]), parameters)
-    return _next(lift, node, seen, state, parameters)
+    fed_back = None if lift.is_zero(args["hx"]) else _from_start(lift, node, args["hx"], parameters)
+    return _next(lift, node, seen, fed_back, parameters)
 
 
 @rule(aten.rnn_relu.input)
@@ -51,9 +52,7 @@ def _rnn(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
             parameters = args["params"][number * each : (number + 1) * each]
             start = None
             if not lift.is_zero(args["hx"]):
-                state = lift.node(args["hx"])
-                piece = lift.emit(aten.slice.Tensor, state, 0, number, number + 1)
-                start = lift.reshape(piece, lift.shape(state)[1:])
+                start = _from_start(lift, node, args["hx"], parameters, number)
             steps = _run(lift, node, x, time, start, parameters, reverse=direction == 1)
             finals.append(steps[0] if direction else steps[-1])
             outputs.append(_joined(lift, steps, time))
@@ -66,7 +65,7 @@ def _run(
     node: fx.Node,
     x: fx.Node,
     time: int,
-    state: fx.Node | None,
+    fed_back: fx.Node | None,
     parameters: Sequence[Any],
     reverse: bool,
 ) -> list[fx.Node]:
@@ -78,8 +77,25 @@ def _run(
     for t in reversed(order) if reverse else order:
         piece = lift.emit(aten.slice.Tensor, seen, time, t, t + 1)
         piece = lift.reshape(piece, (*shape[:time], *shape[time + 1 :]))
-        state = steps[t] = _next(lift, node, piece, state, parameters)
+        steps[t] = _next(lift, node, piece, fed_back, parameters)
+        fed_back = lift.emit(ops.linear, steps[t], lift.weight(parameters[1], node))
     return [steps[t] for t in order]
+
+
+def _from_start(
+    lift: Lift, node: fx.Node, states: fx.Node, parameters: Sequence[Any], number: int | None = None
+) -> fx.Node:
+    """What the initial state adds to the first step; one of several if it is numbered."""
+    if not lift.is_active(states):
+        if number is not None:
+            states = lift.compute(aten.select.int, states, 0, number)
+        constant = lift.compute(aten.linear.default, states, parameters[1])
+        return lift.emit(ops.constant, lift.weight(constant, node, "bias"))
+    state = lift.node(states)
+    if number is not None:
+        piece = lift.emit(aten.slice.Tensor, state, 0, number, number + 1)
+        state = lift.reshape(piece, lift.shape(state)[1:])
+    return lift.emit(ops.linear, state, lift.weight(parameters[1], node))
 
 
 def _inputs(lift: Lift, node: fx.Node, x: fx.Node, parameters: Sequence[Any]) -> fx.Node:
@@ -88,10 +104,9 @@ def _inputs(lift: Lift, node: fx.Node, x: fx.Node, parameters: Sequence[Any]) ->
 
 
 def _next(
-    lift: Lift, node: fx.Node, seen: fx.Node, state: fx.Node | None, parameters: Sequence[Any]
+    lift: Lift, node: fx.Node, seen: fx.Node, fed_back: fx.Node | None, parameters: Sequence[Any]
 ) -> fx.Node:
-    if state is not None:
-        fed_back = lift.emit(ops.linear, state, lift.weight(parameters[1], node))
+    if fed_back is not None:
         seen = lift.emit(ops.add, seen, fed_back)
     bias = parameters[3] if len(parameters) > 3 else None
     return lift.emit(ops.relu, bias_along(lift, seen, bias, node, -1))
