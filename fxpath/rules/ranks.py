@@ -125,7 +125,8 @@ def _quantile(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     dim %= len(lift.shape(x))
     size = lift.shape(x)[dim]
     dtype = node.meta["val"].dtype
-    given = known(lift, args["q"]) if isinstance(args["q"], fx.Node) else torch.tensor(args["q"])
+    given = args["q"]
+    given = known(lift, given) if isinstance(given, fx.Node) else torch.tensor(given, dtype=dtype)
     places = (given.to(dtype) * (size - 1)).reshape(-1)
     rows = [_between(place, args["interpolation"]) for place in places.tolist()]
     used = sorted({p for row in rows for p, _ in row})
