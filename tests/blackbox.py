@@ -492,7 +492,6 @@ class Case:
     shapes: tuple[Shape, ...]
     steps: tuple[Step, ...]
     layouts: tuple[str, ...]
-    may_refuse: bool = False
 
 
 def case(
@@ -500,14 +499,13 @@ def case(
     shape: Shape | list[Shape],
     *steps: Step,
     layouts: tuple[str, ...] = (),
-    may_refuse: bool = False,
 ) -> Case:
     """A case; a bare tuple is the shape of the only input."""
     shapes = tuple(shape) if isinstance(shape, list) else (shape,)
     if not layouts:
         spatial = all(2 <= len(shape) <= 4 for shape in shapes)
         layouts = ("dense", "spatial") if spatial else ("dense",)
-    return Case(name, shapes, steps, layouts, may_refuse)
+    return Case(name, shapes, steps, layouts)
 
 
 def parameters(cases: Iterable[Case]) -> list[Any]:
@@ -571,9 +569,6 @@ def check(item: Case, layout: str) -> None:
     torch.set_num_threads(1)  # the tensors are tiny: threads only wait for each other
     try:
         _compare(Sandwich(item.steps, item.shapes, layout), exponents)
-    except fxpath.UnsupportedModelError:
-        if not item.may_refuse:
-            raise
     finally:
         torch.set_num_threads(threads)
 
