@@ -14,7 +14,7 @@ from fxpath import ops
 __all__ = ["Forms", "drop_dead", "form", "inputs_first", "written"]
 
 
-def written(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def written(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
     """A graph module whose Python code is written when it is called or printed.
 
     Programs are interpreted, and a module of ten thousand lines takes a second to compile.

@@ -1,6 +1,7 @@
 """Stencils: what a spatial operation does along one axis.
 
-Output position ``o`` reads input positions ``p(o, k)`` with coefficients ``c(o, k)``.  Pooling,
+Output position ``o`` reads input positions ``p(o, k)`` with coefficients ``c(o, k)`` of any
+sign.  Pooling,
 padding, slicing, flipping, upsampling and means are all a product of such maps, one per axis.
 Coefficients are kept as exact rationals, since equality of coefficients decides which positions
 are equal.
@@ -147,6 +148,15 @@ class Stencil:
         row, position = self.row[mine], first.position[theirs]
         return Stencil.sparse(first.size, self.out, row, position, codes, tuple(table))
 
+    def unsigned(self) -> Stencil:
+        """The same map with the sizes of its coefficients."""
+        if all(c >= 0 for c in self.table):
+            return self
+        sizes: dict[Coefficient, int] = {}
+        codes = [sizes.setdefault(c if c > 0 else -c, len(sizes)) for c in self.table]
+        code = torch.tensor(codes, dtype=torch.int64)[self.code]
+        return Stencil(self.size, self.out, self.row, self.position, code, tuple(sizes))
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Positions (int64) and coefficients (float64), both ``[out, taps]``, padded with zeros."""
         taps = max(1, int(self.reads.max())) if self.out else 1
@@ -263,13 +273,12 @@ def resample(size: int, run: Callable[[Tensor], Tensor]) -> Stencil:
     matrix = run(torch.eye(size, dtype=torch.float64)[None])[0].T
     rows: list[list[tuple[int, Coefficient]]] = [[] for _ in range(matrix.shape[0])]
     for o, p in matrix.nonzero().tolist():
-        rows[o].append((p, _rational(matrix[o, p].item())))
+        rows[o].append((p, rational(matrix[o, p].item())))
     return Stencil.of(size, rows)
 
 
-def _rational(value: float) -> Fraction:
-    if value < 0:
-        raise ValueError("a negative coefficient")
+def rational(value: float) -> Fraction:
+    """The simple fraction next to a coefficient, if one is within its rounding."""
     near = Fraction(value).limit_denominator(1 << 20)
     return near if math.isclose(near, value, rel_tol=1e-12, abs_tol=1e-14) else Fraction(value)
 

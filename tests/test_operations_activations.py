@@ -116,8 +116,8 @@ EXTREMA = [
     case("max-of-two", _TWO, maximum(torch.max)),
     case("min-of-two", _TWO, minimum(torch.min)),
     case("max-method", _TWO, maximum(lambda x, y: x.max(y))),
-    case("clamp-by-an-activation", _TWO, minimum(lambda x, y: x.clamp(max=y)), may_refuse=True),
-    case("fmax", _TWO, maximum(torch.fmax), may_refuse=True),
+    case("clamp-by-an-activation", _TWO, minimum(lambda x, y: x.clamp(max=y))),
+    case("fmax", _TWO, maximum(torch.fmax)),
     case("maximum-broadcast", [SHAPE, (3, 1)], maximum(torch.maximum)),
     case("maximum-broadcast-both", [(3, 1), (1, 4)], maximum(torch.maximum)),
     case("minimum-broadcast", [(4,), SHAPE], minimum(lambda x, y: torch.minimum(x[:, None], y))),
@@ -130,7 +130,7 @@ EXTREMA = [
 ]
 MORE = [
     *(case(name, SHAPE, homogeneous(op)) for name, op in HOMOGENEOUS.items()),
-    case("threshold-zero", SHAPE, homogeneous(nn.Threshold(0.0, 0.0)), may_refuse=True),
+    case("threshold-zero", SHAPE, homogeneous(nn.Threshold(0.0, 0.0))),
     *(case(name, SHAPE, clamp(op)) for name, op in CLAMPS.items()),
     *(
         case(name, SHAPE, homogeneous(op), layouts=BRIEF)

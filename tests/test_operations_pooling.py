@@ -175,12 +175,11 @@ REDUCTIONS = [
         maximum(nn.MaxPool2d(3, 1, 1)),
         affine(nn.AvgPool2d(2, ceil_mode=True)),
     ),
-    case("max-indices-unused", SHAPE, maximum(_indices_unused), may_refuse=True),
+    case("max-indices-unused", SHAPE, maximum(_indices_unused)),
     case(
         "adaptive-max-indices-unused",
         SHAPE,
         maximum(lambda x: functional.adaptive_max_pool2d(x, 2, return_indices=True)[0]),
-        may_refuse=True,
     ),
 ]
 
@@ -257,7 +256,6 @@ MORE_UPSAMPLING = [
         affine(
             lambda x: functional.interpolate(x, size=(3, 2), mode="bilinear", antialias=True),
         ),
-        may_refuse=True,
     ),
     case("bilinear-at-the-input", (1, 3, 3), affine(nn.UpsamplingBilinear2d(size=7)), **BARE),
 ]

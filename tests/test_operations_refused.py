@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +108,6 @@ UNARY: dict[str, Callable[..., Any]] = {
     "div:softsign": nn.Softsign(),
     "tanh:shrink": nn.Tanhshrink(),
     "hardswish": nn.Hardswish(),
-    "hardsigmoid": nn.Hardsigmoid(),
     "hardshrink": nn.Hardshrink(),
     "softshrink": nn.Softshrink(),
     "threshold": nn.Threshold(0.5, 0.0),
@@ -129,7 +129,6 @@ UNARY: dict[str, Callable[..., Any]] = {
     "erf": torch.erf,
     "logsumexp": lambda x: x.logsumexp(1),
     "cumprod": lambda x: x.cumprod(1),
-    "cummax": lambda x: x.cummax(1).values,
     "prod": lambda x: x.prod(1),
     "var": lambda x: x.var(1),
     "std": lambda x: x.std(1),
@@ -154,10 +153,14 @@ UNARY: dict[str, Callable[..., Any]] = {
     "argmax:fed-back": lambda x: x * x.argmax(1, keepdim=True),
     "max:indices": lambda x: x.max(1).indices,
     "argmin": lambda x: (x, x.argmin(1)),
-    "sort": lambda x: x.sort(1).values,
-    "topk": lambda x: x.topk(2, 1).values,
-    "median": lambda x: x.median(1).values,
-    "kthvalue": lambda x: x.kthvalue(2, 1).values,
+    "sort:indices": lambda x: x.sort(1).indices,
+    "topk:order": lambda x: x.topk(2, 1, sorted=False).values,
+    "gather": lambda x: x.gather(1, x.sort(1).indices),
+    "index": lambda x: torch.arange(4.0)[x.to(torch.long)],
+    "scatter": lambda x: x.scatter(1, torch.zeros_like(x, dtype=torch.long), x * 2),
+    "scatter_reduce": lambda x: x.scatter_reduce(
+        1, torch.zeros(1, 4, 6, dtype=torch.long).expand(len(x), 4, 6), x, "prod"
+    ),
     "gt": lambda x: x * (x > 0),
     "ge:where": lambda x: torch.where(x >= 0, x, -2 * x),
     "bitwise|isnan|ne": lambda x: x.isnan().to(x),
@@ -174,7 +177,7 @@ UNARY: dict[str, Callable[..., Any]] = {
     "bmm": lambda x: torch.bmm(x, x.transpose(1, 2)),
     "baddbmm": lambda x: torch.baddbmm(x[:, :, :4], x, x.mT),
     "einsum|bmm|matmul": lambda x: torch.einsum("nij,nkj->nik", x, x),
-    "bilinear": Call(functional.bilinear, input2=torch.ones(1, 4, 6), weight=(3, 6, 6)),
+    "bilinear": Call(lambda x, weight: functional.bilinear(x, x, weight), weight=(3, 6, 6)),
     "linear": lambda x: functional.linear(x, x[0]),
     "conv1d": lambda x: functional.conv1d(x, x[0, :, :, None].expand(4, 6, 4).mT[:, :, :1]),
     "scaled_dot_product_attention": _attention,
@@ -183,7 +186,7 @@ UNARY: dict[str, Callable[..., Any]] = {
     ),
     "lstm": First(nn.LSTM(6, 3, batch_first=True)),
     "gru": First(nn.GRU(6, 3, batch_first=True)),
-    "rnn": First(nn.RNN(6, 3, nonlinearity="relu", batch_first=True)),
+    "rnn": First(nn.RNN(6, 3, batch_first=True)),
     "pad": _padded_with_infinity,
     "pad:read-twice": _infinity_read_twice,
     "pad:average": _infinity_before_average,
@@ -195,7 +198,6 @@ UNARY: dict[str, Callable[..., Any]] = {
     "cosine_similarity": lambda x: functional.cosine_similarity(x, x, 1),
 }
 IMAGES: dict[str, Callable[..., Any]] = {
-    "upsample_bicubic2d": nn.Upsample(scale_factor=2, mode="bicubic"),
     "group_norm": nn.GroupNorm(1, 4),
     "instance_norm": nn.InstanceNorm2d(4),
     "softmax": nn.Softmax2d(),
@@ -244,6 +246,66 @@ def assert_refused(model: nn.Module, shape: tuple[int, ...], names: str) -> fxpa
 @pytest.mark.parametrize(("name", "op"), _params(UNARY))
 def test_refused_operations(name: str, op: Callable[..., Any]) -> None:
     assert_refused(Around(_module(op), SHAPE), (2, 6), name)
+
+
+REASONS: dict[str, tuple[Callable[..., Any], str]] = {
+    "elu": (functional.elu, "exponential below zero"),
+    "exp": (torch.exp, "not piecewise linear"),
+    "hardswish": (functional.hardswish, "multiplies an activation with a function"),
+    "softshrink": (functional.softshrink, "write x - x.clamp"),
+    "hardshrink": (functional.hardshrink, "jumps"),
+    "round": (torch.round, "jumps"),
+    "copysign": (lambda x: torch.copysign(x.abs(), x), "jumps"),
+    "threshold": (lambda x: functional.threshold(x, 0.5, 0.0), "jumps"),
+    "norm": (lambda x: x.norm(dim=1), "order 2"),
+    "std": (lambda x: x.std(1), "variance"),
+    "prod": (lambda x: x.prod(1), "multiplies activations"),
+    "pow": (lambda x: x**2, "multiplies activations"),
+    "randn_like": (_noise, "random"),
+    "multinomial": (lambda x: x * torch.multinomial(torch.ones(6), 1), "random"),
+    "gt": (lambda x: x * (x > 0), "booleans"),
+    "argsort": (lambda x: x * x.argsort(1), "positions or an order"),
+    "topk": (lambda x: x.topk(2, 1, sorted=False).values, "no defined order"),
+    "rnn_tanh": (First(nn.RNN(6, 3, batch_first=True)), "gates"),
+    "lstm": (First(nn.LSTM(6, 3, batch_first=True)), "gates"),
+    "instance_norm": (nn.InstanceNorm1d(4), "track_running_stats=True"),
+    "view_as_real": (lambda x: torch.view_as_real(x.to(torch.complex64)), "complex"),
+    "fft_rfft": (lambda x: torch.fft.rfft(x).real, "complex"),
+    "div": (lambda x: x / 0, "divides by zero"),
+    "div:tensor": (lambda x: x / torch.tensor([0.0, 1, 1, 1, 1, 1]), "divides by zero"),
+    "mul": (lambda x: x * INF, "the number inf"),
+    "mul:nan": (lambda x: x * float("nan"), "the number nan"),
+    "mul:complex": (lambda x: x * (2 + 1j), "complex|2[+]1j"),
+    "add": (lambda x: x + torch.full((6,), -INF), "infinite or NaN"),
+    "logsumexp": (lambda x: x.logsumexp(1), "not piecewise linear"),
+    "cdist": (lambda x: torch.cdist(x, x), "all pairs"),
+    "masked_fill": (lambda x: x.masked_fill(x > 0, 1.0), "booleans"),
+    "add:empty": (lambda x: x + torch.empty(6), "undefined"),
+    "index": (lambda x: x[:, [9]], "position 9 of an axis of length 4"),
+}
+
+
+@pytest.mark.parametrize("key", REASONS)
+def test_reasons_are_true(key: str) -> None:
+    """The first problem names the operation, and says what stands in the way."""
+    op, reason = REASONS[key]
+    report = fxpath.check(Around(_module(op), SHAPE), (2, 6))
+    assert not report
+    first = report.problems[0]
+    assert re.search(reason, f"{first.reason}; {first.remedy}"), first
+    assert first.source_line and first.operation
+
+
+def test_memory_that_was_never_written_is_refused() -> None:
+    """Half of an empty tensor is read before anything stands there."""
+
+    def half_written(x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        y[:, :2] = x[:, 2:]
+        return y
+
+    report = assert_refused(Around(_module(half_written), SHAPE), (2, 6), "sum")
+    assert "undefined" in report.problems[0].reason
 
 
 @pytest.mark.parametrize(("name", "op"), _params(IMAGES))

@@ -104,7 +104,7 @@ JOINS = [
         affine(Call(lambda x, p: torch.cat([p, x], 2), p=(1, 2, 3)), single=True),
     ),
     case("concat", THREE, affine(lambda *x: torch.concat(x, 1))),
-    case("hstack", THREE, affine(lambda *x: torch.hstack(x)), may_refuse=True),
+    case("hstack", THREE, affine(lambda *x: torch.hstack(x))),
     case("stack-front", [(2, 4)] * 2, affine(lambda *x: torch.stack(x, 1))),
     case("stack-middle", [(2, 4)] * 3, affine(lambda *x: torch.stack(x, 2))),
     case("stack-back", [(2, 4)] * 2, affine(lambda *x: torch.stack(x, -1))),
@@ -212,9 +212,9 @@ MOVES = {
     "contiguous-view": lambda x: x.permute(0, 2, 1, 3).contiguous().view(-1, 4, 24),
 }
 # Not in the table of rules, but right answers are welcome.
-MAY_REFUSE = {"tensor-split", "index-two", "index-mask", "diagonal", "unfold-method", "gather"}
-MAY_REFUSE |= {"as-strided", "triangle", "rot90", "flip-left-right", "fold", "unfold", "cumsum"}
-MAY_REFUSE |= {"tile", "repeat-interleave", "repeat-interleave-last", "reshape-as"}
+RARE = {"tensor-split", "index-two", "index-mask", "diagonal", "unfold-method", "gather"}
+RARE |= {"as-strided", "triangle", "rot90", "flip-left-right", "fold", "unfold", "cumsum"}
+RARE |= {"tile", "repeat-interleave", "repeat-interleave-last", "reshape-as"}
 
 BATCH_OF_ONE = {
     "squeeze-batch": lambda x: (x.squeeze(0) * 2).unsqueeze(0),
@@ -226,9 +226,9 @@ BATCH_OF_ONE = {
 
 
 def _items(table: dict[str, Any], shape: tuple[int, ...]) -> list[Case]:
-    rare: dict[str, Any] = {"may_refuse": True, "layouts": BRIEF}
+    rare: dict[str, Any] = {"layouts": BRIEF}
     return [
-        case(name, shape, affine(op), **(rare if name in MAY_REFUSE else {}))
+        case(name, shape, affine(op), **(rare if name in RARE else {}))
         for name, op in table.items()
     ]
 
@@ -255,13 +255,10 @@ def test_moving(item: Case, layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("item", "layout"),
-    parameters(
-        case(name, SHAPE, affine(op, single=True), may_refuse=True)
-        for name, op in BATCH_OF_ONE.items()
-    ),
+    parameters(case(name, SHAPE, affine(op, single=True)) for name, op in BATCH_OF_ONE.items()),
 )
 def test_batch_of_one(item: Case, layout: str) -> None:
-    """What is only right for the batch of one that an analysis uses: right or refused."""
+    """What is only right for the batch of one that an analysis uses."""
     check(item, layout)
 
 
@@ -370,18 +367,18 @@ IN_PLACE_AFFINE = (
 )
 IN_PLACE = [
     *(
-        case(op.__name__[1:].replace("_", "-"), SHAPE, affine(op), may_refuse=True, layouts=BRIEF)
+        case(op.__name__[1:].replace("_", "-"), SHAPE, affine(op), layouts=BRIEF)
         for op in IN_PLACE_AFFINE
     ),
     case("both-names", SHAPE, affine(_both_names)),
-    case("view-taken-before-positions", (2, 3), affine(_view_taken_before), may_refuse=True),
-    case("relu-slice", SHAPE, homogeneous(_relu_slice), may_refuse=True, layouts=BRIEF),
-    case("leaky-slice", SHAPE, homogeneous(_leaky_slice), may_refuse=True),
-    case("clamp-slice", SHAPE, clamp(_clamp_slice), may_refuse=True, layouts=BRIEF),
+    case("view-taken-before-positions", (2, 3), affine(_view_taken_before)),
+    case("relu-slice", SHAPE, homogeneous(_relu_slice), layouts=BRIEF),
+    case("leaky-slice", SHAPE, homogeneous(_leaky_slice)),
+    case("clamp-slice", SHAPE, clamp(_clamp_slice), layouts=BRIEF),
 ]
 
 
 @pytest.mark.parametrize(("item", "layout"), parameters(IN_PLACE))
 def test_in_place_on_views(item: Case, layout: str) -> None:
-    """An operation in place on a view changes its base: right, or refused, never ignored."""
+    """An operation in place on a view changes its base: right, never ignored."""
     check(item, layout)

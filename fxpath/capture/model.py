@@ -125,6 +125,13 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
+def _stored(tensor: Tensor) -> Tensor:
+    """The entries that a tensor holds, also a sparse one."""
+    if tensor.layout == torch.strided:
+        return tensor
+    return (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
+
+
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse parameters that are not numbers.
 
@@ -139,8 +146,9 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
     bad = []
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            lo, hi = torch.aminmax(tensor.detach())
+        values = _stored(tensor.detach())
+        if values.is_floating_point() and values.numel():
+            lo, hi = torch.aminmax(values)
             if not bool(torch.isfinite(lo) & torch.isfinite(hi)):
                 bad.append(name)
     if bad:

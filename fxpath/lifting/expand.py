@@ -24,6 +24,7 @@ from fxpath.passes.fold import (
     CONVOLUTIONS,
     DROPOUTS,
     TRANSPOSED,
+    WITH_STATISTICS,
     effective_norm,
 )
 from fxpath.schema import arguments, bind, target
@@ -283,7 +284,7 @@ class _Expansion:
         value, code = (v.reshape(shape) for v in self.weight(factor, node, "weight"))
         bias = self._bias(shift, _first(node), ids.dim() - 2)
         y = self._each("sum", _first(node), [(ids, value, code)], bias=bias)
-        return y if node.target is aten.batch_norm.default else [y, None, None]
+        return [y, None, None] if node.target in WITH_STATISTICS else y
 
     def _activation(self, node: fx.Node, args: dict[str, Any]) -> Tensor:
         kind = "relu" if node.target is aten.relu.default else "abs"
@@ -346,6 +347,6 @@ def _bind(node: fx.Node) -> dict[str, Any]:
 
 def _first(node: fx.Node) -> fx.Node:
     """The node that holds a batch norm's activation."""
-    if node.target is aten.batch_norm.default:
+    if node.target not in WITH_STATISTICS:
         return node
     return next(user for user in node.users if arguments(user)[1] == 0)

@@ -17,9 +17,8 @@ from torch import fx
 
 from fxpath import ops
 from fxpath.capture import Captured
-from fxpath.errors import module_path
 from fxpath.graphs import drop_dead
-from fxpath.naming import SAME, coordinate_name
+from fxpath.naming import SAME, coordinate_name, name_without_parameter
 from fxpath.schema import arguments, bind
 
 __all__ = ["fold_batch_norm", "frozen"]
@@ -44,16 +43,16 @@ DROPOUTS = {
 }
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-BATCH_NORMS = {
-    aten.batch_norm.default,
-    aten._native_batch_norm_legit_no_training.default,
-}
+#: Batch norms that return their statistics as well.
+WITH_STATISTICS = {aten._native_batch_norm_legit_no_training.default}
+#: With frozen statistics an instance norm is the same map.
+BATCH_NORMS = {aten.batch_norm.default, aten.instance_norm.default, *WITH_STATISTICS}
 
 
 def frozen(node: fx.Node) -> bool:
     """Whether a batch norm uses its running statistics."""
     bound = bind(node)
-    if bound.get("training", False):
+    if bound.get("training", False) or bound.get("use_input_stats", False):
         return False
     return isinstance(bound["running_mean"], fx.Node) and isinstance(bound["running_var"], fx.Node)
 
@@ -98,6 +97,8 @@ def _foldable(node: fx.Node) -> bool:
     if "val" not in weight.meta:
         return False
     dims = node.meta["val"].dim()
+    if node.target is aten.linear.default and weight.meta["val"].dim() != 2:
+        return False
     return dims == (2 if node.target is aten.linear.default else weight.meta["val"].dim())
 
 
@@ -112,9 +113,9 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
             ops.folded_weight, (weight, factor, int(transposed), bound.get("groups", 1))
         )
     folded.meta["val"] = weight.meta["val"].double()
-    folded.meta["coordinate"] = (
-        coordinate_name(captured, weight, node, "weight") or f"{_prefix(node)}weight"
-    )
+    folded.meta["coordinate"] = coordinate_name(
+        captured, weight, node, "weight"
+    ) or name_without_parameter(captured, node, "weight", weight)
     node.args = (bound["input"], folded, bias, *node.args[3:])
     node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")}
     if node.target is aten.convolution.default and len(node.args) < 3:
@@ -125,7 +126,7 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
 
 def _results(norm: fx.Node) -> list[fx.Node]:
     """The normalized activation: the node itself, or item 0 of a native batch norm."""
-    if norm.target is aten.batch_norm.default:
+    if norm.target not in WITH_STATISTICS:
         return [norm]
     return [user for user in norm.users if user.args[1] == 0]
 
@@ -142,14 +143,10 @@ def effective_norm(
         shift = graph.call_function(
             ops.folded_bias, (bias, factor, stats["bias"], stats["running_mean"])
         )
-    for node, suffix in ((factor, "weight"), (shift, "bias")):
+    named = ((factor, "weight", stats["running_var"]), (shift, "bias", stats["running_mean"]))
+    for node, suffix, statistic in named:
         node.meta["val"] = stats["running_var"].meta["val"].double()
-        node.meta["coordinate"] = (
-            coordinate_name(captured, stats[suffix], norm, suffix) or f"{_prefix(norm)}{suffix}"
-        )
+        node.meta["coordinate"] = coordinate_name(
+            captured, stats[suffix], norm, suffix
+        ) or name_without_parameter(captured, norm, suffix, statistic)
     return factor, shift
-
-
-def _prefix(node: fx.Node) -> str:
-    path = module_path(node)
-    return f"{path}." if path else ""

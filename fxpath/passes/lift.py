@@ -22,6 +22,24 @@ from fxpath.capture import Captured
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.graphs import Forms, drop_dead, form, inputs_first, written
 from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
+from fxpath.passes.unwritten import UNWRITTEN, reads_unwritten, unwritten
+from fxpath.passes.values import (
+    BY_VALUE,
+    INFINITE,
+    MADE_FROM_SHAPE,
+    NEVER_WRITTEN,
+    SPARSE,
+    ancestors,
+    as_slice,
+    check_format,
+    fill_of,
+    is_float,
+    is_sparse,
+    placeholders,
+    read_by,
+    real,
+    settled,
+)
 from fxpath.rules import RULES, Refusal, refusal
 from fxpath.rules.refused import ORDER, RANDOM
 from fxpath.schema import arguments, bind, target
@@ -30,19 +48,6 @@ from fxpath.stencil import Stencil
 __all__ = ["Lift", "lift"]
 
 aten = torch.ops.aten
-
-#: Tensors made from the shape of another one: the fill value, or the argument that holds it.
-MADE_FROM_SHAPE: dict[Any, float | str] = {
-    aten.zeros_like.default: 0.0,
-    aten.ones_like.default: 1.0,
-    aten.new_zeros.default: 0.0,
-    aten.new_ones.default: 1.0,
-    aten.zero.default: 0.0,
-    aten.full_like.default: "fill_value",
-    aten.new_full.default: "fill_value",
-    aten.fill.Scalar: "value",
-    aten.fill.Tensor: "value",
-}
 
 
 def lift(captured: Captured) -> fx.GraphModule:
@@ -76,11 +81,14 @@ class Lift:
         self._expressions: dict[Any, fx.Node] = {}
         self._weights: dict[fx.Node, fx.Node] = {}
         self._owners: dict[str, fx.Node] = {}
-        self._constants: dict[fx.Node, Tensor | None] = {}
         self._starts: dict[fx.Node, list[int]] = {}
         self._buffers: Counter[str] = Counter()
         self._forms = Forms()
         self._active: set[fx.Node] = set()
+        self._constants: dict[fx.Node, Any] = {}
+        self._baked: set[fx.Node] = set()
+        self._unwritten: dict[fx.Node, Tensor] = {}
+        self._scratch = fx.Graph()
         self._current: fx.Node | None = None
         self._shapeless = False
 
@@ -90,20 +98,21 @@ class Lift:
         """Lift node by node; problems are collected, not raised."""
         original = self.captured.graph_module.graph
         output = next(iter(reversed(original.nodes)))
-        needed = _ancestors(output)
+        needed = ancestors(output)
         for node in original.nodes:
             if node.op == "placeholder":
                 self._placeholder(node)
         for node in original.nodes:
-            if node.op != "call_function" or node.target in MADE_FROM_SHAPE:
+            if node.op != "call_function":
                 continue
-            if any(n in self._active for n in node.all_input_nodes):
+            self._note_unwritten(node)
+            if any(n in self._active for n in read_by(node)):
                 self._active.add(node)
                 if node in needed:
                     self._env[node] = self._apply(node)
                     if self._shapeless:
                         return fx.GraphModule(self.root, fx.Graph())
-        outputs = [self._output(value) for value in output.args[0] if _is_float(value)]
+        outputs = [self._output(value) for value in output.args[0] if is_float(value)]
         if not outputs and not self.problems:
             raise ValueError("the model has no floating-point output, so it has no paths")
         self.graph.output(self.emit(ops.total, outputs or [self.emit(ops.source, (1,))]))
@@ -119,15 +128,23 @@ class Lift:
             if isinstance(node.meta.get("val"), Tensor):
                 self._env[node] = self.emit(ops.source, tuple(node.meta["val"].shape))
 
+    def _note_unwritten(self, node: fx.Node) -> None:
+        """Keep track of memory that was allocated, and not written yet."""
+        mask = unwritten(node, self._unwritten, self.constant)
+        if mask is not None:
+            self._unwritten[node] = mask
+
     def _apply(self, node: fx.Node) -> fx.Node | list[fx.Node | None]:
         self._current = node
         try:
             if node.target is operator.getitem:
                 return self._item(node)
+            if node.target not in MADE_FROM_SHAPE and reads_unwritten(node, self._unwritten):
+                raise Refusal(*NEVER_WRITTEN)
             rule = RULES.get(target(node))
             if rule is None:
-                name = getattr(node.target, "_schema", None)
-                raise refusal(name.name.split("::")[1] if name else str(node.target))
+                raise refusal(node)
+            node.meta["val"] = fx.node.map_aggregate(node.meta.get("val"), settled)
             lifted = rule(self, node, bind(node))
         except Refusal as why:
             self.problems.append(problem(node, why.reason, why.remedy))
@@ -157,11 +174,13 @@ class Lift:
         return [self._stand_in(v) for v in value] if isinstance(value, (list, tuple)) else []
 
     def _output(self, value: fx.Node) -> fx.Node:
-        if value in self._active:
-            lifted = self._env[value]
-            assert isinstance(lifted, fx.Node)
-            return lifted
-        return self.emit(ops.constant, self.weight(value, value, "bias"))
+        try:
+            if value in self._unwritten:
+                raise Refusal(*NEVER_WRITTEN)
+            return self.node(value)
+        except Refusal as why:
+            self.problems.append(problem(value, why.reason, why.remedy))
+            return self.emit(ops.source, tuple(value.meta["val"].shape))
 
     # -- what rules use ---------------------------------------------------------------------------
 
@@ -184,6 +203,52 @@ class Lift:
         assert isinstance(lifted, fx.Node)
         return lifted
 
+    def zeros(self, shape: Sequence[int]) -> fx.Node:
+        """Neurons that nothing reaches."""
+        return self.expand(self.emit(ops.constant, self.number(0.0)), shape)
+
+    def expand(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+        """Repeat entries by broadcasting; missing axes are made first."""
+        if self.shape(x) == tuple(shape):
+            return x
+        full = (*(1,) * (len(shape) - len(self.shape(x))), *self.shape(x))
+        return self.emit(aten.expand.default, self.reshape(x, full), list(shape))
+
+    def add(self, terms: Sequence[fx.Node], shape: Sequence[int]) -> fx.Node:
+        """The sum of any number of lifted values, of one shape."""
+        if not terms:
+            return self.zeros(shape)
+        total, *rest = terms
+        for term in rest:
+            total = self.emit(ops.add, total, term)
+        return total
+
+    def is_zero(self, value: Any) -> bool:
+        """Whether a value is zero whatever the parameters are; unwritten memory counts as zero."""
+        if not isinstance(value, fx.Node):
+            return bool(value == 0)
+        if value.target in UNWRITTEN:
+            return True
+        known = None if value in self._active else self.peek(value)
+        if known is None or bool(known.any()):
+            return False
+        self.constant(value)
+        return True
+
+    def times(self, x: fx.Node, factor: Any) -> fx.Node:
+        """A coefficient such as ``alpha``, of an activation or of a weight."""
+        if factor == 1:
+            return x
+        if factor == -1:
+            return self.emit(ops.negative, x)
+        return self.emit(ops.scale, x, self.weight(factor, x))
+
+    def compute(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """An expression of the model's tensors that the original graph does not write out."""
+        node = self._scratch.call_function(function, args)
+        node.meta["val"] = function(*fx.map_arg(args, lambda n: form(n.meta["val"])))
+        return node
+
     @staticmethod
     def shape(lifted: fx.Node) -> tuple[int, ...]:
         """Shape of a lifted value."""
@@ -198,10 +263,7 @@ class Lift:
             suffix: ``weight`` or ``bias``.
         """
         if not isinstance(value, fx.Node):
-            return self.emit(
-                ops.coefficient,
-                self.buffer(torch.tensor(float(value), dtype=torch.float64), "number"),
-            )
+            return self.number(value)
         views: list[fx.Node] = []
         while value not in self._weights and (value.target in RELABELLING or value.target in SAME):
             views.append(value)
@@ -211,22 +273,45 @@ class Lift:
         lifted = self._weights[value]
         for view in reversed(views):
             if view.target in RELABELLING:
-                lifted = self.emit(target(view), lifted, *view.args[1:])
+                called = BY_VALUE.get(target(view), target(view))
+                lifted = self.emit(called, lifted, *view.args[1:])
             self._weights[view] = lifted
         return lifted
+
+    def number(self, value: Any) -> fx.Node:
+        """A coefficient of the architecture."""
+        held = torch.tensor(real(value), dtype=torch.float64)
+        return self.emit(ops.coefficient, self.buffer(held, "number"))
 
     def _weight(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
         if value.target is operator.getitem and arguments(value)[0].target in SPLITTING:
             return self._piece(value, user, suffix)
+        check_format(value)
+        if is_sparse(value) and depends_on_parameter(self.captured, value):
+            raise Refusal(*SPARSE)
         name = value.meta.get("coordinate")
         if name is None and depends_on_parameter(self.captured, value):
             name = coordinate_name(self.captured, value, user, suffix)
+        if name is None:
+            return self.emit(ops.coefficient, self._fixed(value))
         static = self.static(value)
         if not static.meta["val"].is_floating_point():
             static = self.emit(aten.to.dtype, static, torch.float32)
-        if name is None:
-            return self.emit(ops.coefficient, static)
         return self.emit(ops.coordinate, static, self._own(name, value, static))
+
+    def _fixed(self, value: fx.Node) -> fx.Node:
+        """Numbers of the architecture; they must be finite."""
+        if is_sparse(value):
+            dense = self.constant(value)
+            assert dense is not None
+            return self.buffer(dense.to_dense().double(), "dense")
+        static = self.static(value)
+        known = self.peek(value) if static.meta["val"].is_floating_point() else None
+        if known is not None and not bool(torch.isfinite(known).all()):
+            raise Refusal(*INFINITE)
+        if not static.meta["val"].is_floating_point():
+            static = self.emit(aten.to.dtype, static, torch.float32)
+        return static
 
     def _piece(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
         """One piece of a parameter that is split: its entries stay the parameter's own."""
@@ -261,29 +346,34 @@ class Lift:
 
     def static(self, value: fx.Node) -> fx.Node:
         """Copy a computation on parameters and constants; equal expressions become one."""
-        for node in inputs_first(value, self._copied, _read_by_copy):
+        if value in self._unwritten:
+            raise Refusal(*NEVER_WRITTEN)
+        for node in inputs_first(value, self._copied, read_by):
             self._copied[node] = self._copy(node)
         return self._copied[value]
 
-    def _copy(self, node: fx.Node) -> fx.Node:
-        """Copy one operation whose inputs were copied."""
-        if node.op != "call_function" or node in self._active:
-            raise AssertionError(f"{node.name} is no constant expression")
-        if node.target in MADE_FROM_SHAPE:
-            copied = self._filled(node)
+    def _copy(self, value: fx.Node) -> fx.Node:
+        """Copy one step of a computation on parameters and constants."""
+        if value.op != "call_function" or value in self._active:
+            raise AssertionError(f"{value.name} is no constant expression")
+        if value.target in MADE_FROM_SHAPE:
+            copied = self._filled(value)
         else:
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                self.problems.append(problem(node, *RANDOM))
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self._copied.__getitem__)
-            key = (node.target, repr(args), repr(kwargs))
+            if reads_unwritten(value, self._unwritten):
+                raise Refusal(*NEVER_WRITTEN)
+            if torch.Tag.nondeterministic_seeded in getattr(value.target, "tags", ()):
+                self.problems.append(problem(value, *RANDOM))
+            args, kwargs = fx.map_arg((value.args, value.kwargs), self._copied.__getitem__)
+            called = BY_VALUE.get(target(value), target(value))
+            key = (called, repr(args), repr(kwargs))
             if key not in self._expressions:
-                self._expressions[key] = self.graph.call_function(target(node), args, kwargs)
+                self._expressions[key] = self.graph.call_function(called, args, kwargs)
             copied = self._expressions[key]
-        copied.meta.setdefault("val", fx.node.map_aggregate(node.meta.get("val"), form))
+        copied.meta.setdefault("val", fx.node.map_aggregate(value.meta.get("val"), form))
         return copied
 
     def _filled(self, value: fx.Node) -> fx.Node:
-        made, number = value.meta["val"], _fill(value)
+        made, number = value.meta["val"], fill_of(value)
         if isinstance(number, fx.Node):
             return self.emit(aten.expand.default, self._copied[number], list(made.shape))
         return self.buffer(torch.full(tuple(made.shape), number, dtype=made.dtype), "filled")
@@ -292,30 +382,38 @@ class Lift:
         """The value of a constant expression, or ``None`` if it depends on tensors of the model."""
         if not isinstance(value, fx.Node):
             return torch.tensor(value)
+        found = self.peek(value)
+        if found is not None and value not in self._baked:
+            # The graph is made for it.
+            for node in placeholders(value):
+                name = self.captured.tensors[node.name]
+                self.captured.baked.setdefault(name, self._live[node.name].detach().clone())
+            self._baked.add(value)
+        return found
+
+    def peek(self, value: fx.Node) -> Tensor | None:
+        """:meth:`constant` for a check on which the graph does not depend."""
         for node in inputs_first(value, self._constants, self._read_by_constant):
-            self._constants[node] = self._constant(node)
-        return self._constants[value]
+            self._constants[node] = self._evaluated(node)
+        found = self._constants[value]
+        return found if isinstance(found, Tensor) else None
 
     def _read_by_constant(self, node: fx.Node) -> list[fx.Node]:
         return [] if node in self._active else node.all_input_nodes
 
-    def _constant(self, node: fx.Node) -> Tensor | None:
-        """The value of a node whose inputs' values are known."""
+    def _evaluated(self, node: fx.Node) -> Any:
+        """The value of a node, those of its inputs being known; ``None`` if it has none."""
         if node.op == "placeholder":
             name = self.captured.tensors.get(node.name)
             if name is None or name in self.captured.parameters:
                 return None
-            number = self._live[node.name].detach()
-            # The graph is made for it.
-            self.captured.baked.setdefault(name, number.clone())
-            return number
-        if node in self._active or node.op != "call_function":
+            return self._live[node.name].detach()
+        if node.op != "call_function" or node in self._active:
             return None
         if any(self._constants[n] is None for n in node.all_input_nodes):
             return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._constants.__getitem__)
-        result = target(node)(*args, **kwargs)
-        return result if isinstance(result, Tensor) else None
+        return target(node)(*args, **kwargs)
 
     @functools.cached_property
     def _live(self) -> dict[str, Tensor]:
@@ -334,12 +432,15 @@ class Lift:
         self, x: fx.Node, dim: int, stencil: Stencil, ranks: Sequence[int] | None = None
     ) -> fx.Node:
         """Apply a stencil along one axis; with ``ranks`` its windows are k-max-pooled."""
-        dim %= len(self.shape(x))
+        shape = self.shape(x)
+        dim %= len(shape)
+        if 0 in shape:  # nothing is there to be read
+            return self.zeros((*shape[:dim], stencil.out, *shape[dim + 1 :]))
         if stencil.size != self.shape(x)[dim]:
             raise AssertionError(f"a stencil over {stencil.size} meets {self.shape(x)}")
         if stencil.is_identity:
             return x
-        plain = None if ranks else _as_slice(stencil)
+        plain = None if ranks else as_slice(stencil)
         if plain is not None:
             node = self.emit(aten.slice.Tensor, x, dim, *plain)
         else:
@@ -357,44 +458,3 @@ class Lift:
         if self.shape(x) == tuple(shape):
             return x
         return self.emit(aten.reshape.default, x, list(shape))
-
-
-def _fill(made: fx.Node) -> Any:
-    """What a tensor that is made from the shape of another one is filled with."""
-    fill = MADE_FROM_SHAPE[made.target]
-    return bind(made)[fill] if isinstance(fill, str) else fill
-
-
-def _read_by_copy(node: fx.Node) -> list[fx.Node]:
-    """The inputs whose values count."""
-    if node.target not in MADE_FROM_SHAPE:
-        return node.all_input_nodes
-    fill = _fill(node)
-    return [fill] if isinstance(fill, fx.Node) else []
-
-
-def _as_slice(stencil: Stencil) -> tuple[int, int, int] | None:
-    """Start, end and step, if the stencil picks positions at a constant step."""
-    if not stencil.out or len(stencil.row) != stencil.out or not stencil.is_selection:
-        return None
-    picked = stencil.position
-    start, end = int(picked[0]), int(picked[-1]) + 1
-    step = int(picked[1]) - start if len(picked) > 1 else 1
-    if step < 1 or not torch.equal(picked, torch.arange(start, end, step)):
-        return None
-    return start, end, step
-
-
-def _is_float(value: fx.Node) -> bool:
-    tensor = value.meta.get("val")
-    return isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
-
-
-def _ancestors(output: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [output]
-    while stack:
-        new = [n for n in stack.pop().all_input_nodes if n not in found]
-        found.update(new)
-        stack.extend(new)
-    return found

@@ -1,10 +1,12 @@
-"""Pass: signed graph -> lifted graph, without what path mass does not depend on.
+"""Pass: the signed graph without what path mass ignores.
 
-Requires a graph as the rules write it.  Ensures that ReLU, absolute value and sign are gone, and
-that minimum and maximum are one; all other nodes keep what is noted in them.
+Requires a signed graph.  Ensures the same path-norm; no ReLU, absolute value or negation is left,
+minima are maxima, clamps that bound nothing but by 0 are gone, and fixed coefficients have no sign.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import fx
 
@@ -22,13 +24,19 @@ def unsign(signed: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(signed.graph, copied))
+    held: dict[str, Any] = dict(signed.named_buffers())
     for node in list(copied.values()):
         if node.target in IDENTITIES or _is_open(node):
             node.replace_all_uses_with(arguments(node)[0])
             graph.erase_node(node)
         elif node.target is ops.minimum:
             node.target = ops.maximum
-    return written(signed, graph)
+        elif node.target is ops.along:
+            taps = str(arguments(node)[3].target)
+            held[taps] = held[taps].abs()
+            dim, stencil = node.meta["stencil"]
+            node.meta["stencil"] = dim, stencil.unsigned()
+    return written(held, graph)
 
 
 def _is_open(node: fx.Node) -> bool:

@@ -1,12 +1,42 @@
 """The rules of the path-lifting, one entry per ATen operation.
 
-``affine`` weighs and adds, ``activation`` has ReLU and its relatives, ``spatial`` what works along
-axes with fixed coefficients, ``shape`` what only moves entries, ``refused`` explains the best-known
-operations that the theory does not cover.
+Weights: ``affine`` (convolutions, linear maps, batch norms), ``products`` (everything that
+multiplies or adds), ``recurrent``.  Neurons: ``activation`` (ReLU and its relatives), ``pooling``
+(maxima, means, sums), ``ranks`` (order statistics), ``norms``.  Fixed maps: ``resampling``
+(padding, interpolation), ``indexing`` and ``assignment`` (entries read from and written to constant
+positions), ``shape`` (what only moves entries).  ``refused`` explains the best-known operations
+that the theory does not cover.
 """
 
-from fxpath.rules import activation, affine, shape, spatial
+from fxpath.rules import (
+    activation,
+    affine,
+    assignment,
+    indexing,
+    norms,
+    pooling,
+    products,
+    ranks,
+    recurrent,
+    resampling,
+    shape,
+)
 from fxpath.rules.refused import refusal
 from fxpath.rules.registry import RULES, Refusal
 
-__all__ = ["RULES", "Refusal", "activation", "affine", "refusal", "shape", "spatial"]
+__all__ = [
+    "RULES",
+    "Refusal",
+    "activation",
+    "affine",
+    "assignment",
+    "indexing",
+    "norms",
+    "pooling",
+    "products",
+    "ranks",
+    "recurrent",
+    "refusal",
+    "resampling",
+    "shape",
+]

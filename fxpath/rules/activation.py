@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.rules.affine import only_first_active
-from fxpath.rules.refused import TRAINING
+from fxpath.rules.refused import COMPLEX, TRAINING
 from fxpath.rules.registry import Refusal, rule
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ def _relu(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return lift.emit(ops.relu, lift.node(args["self"]))
 
 
-@rule(aten.abs.default)
+@rule(aten.abs.default, aten.absolute.default)
 def _abs(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return lift.emit(ops.absolute, lift.node(args["self"]))
 
 
-@rule(aten.neg.default)
+@rule(aten.neg.default, aten.negative.default)
 def _neg(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return lift.emit(ops.negative, lift.node(args["self"]))
 
@@ -43,6 +43,7 @@ def _neg(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     aten.alias.default,
     aten.detach.default,
     aten.lift_fresh_copy.default,
+    aten.nan_to_num.default,  # what is finite stays as it is
 )
 def _identity(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return lift.node(args["self"])
@@ -52,11 +53,15 @@ def _identity(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     aten.to.dtype,
     aten.to.dtype_layout,
     aten.to.device,
+    aten.to.other,
     aten._to_copy.default,
     aten.type_as.default,
 )
 def _cast(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    if not node.meta["val"].is_floating_point():
+    dtype = node.meta["val"].dtype
+    if dtype.is_complex:
+        raise Refusal(*COMPLEX)
+    if not dtype.is_floating_point:
         raise Refusal("rounding to integers is not continuous", "keep activations floating point")
     return lift.node(args["self"])
 
@@ -105,9 +110,20 @@ def _prelu(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 @rule(aten.threshold.default)
 def _threshold(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    if args["threshold"] != 0 or args["value"] != 0:
-        raise Refusal("a threshold with a jump is not continuous", "use threshold 0 and value 0")
-    return lift.emit(ops.relu, lift.node(args["self"]))
+    """``x`` above the threshold, else the value: a maximum where both are one number."""
+    if args["threshold"] != args["value"]:
+        raise Refusal(
+            "a threshold whose value is another number jumps there",
+            "use one number for both, which is a maximum",
+        )
+    return _bounded(lift, node, args["self"], args["threshold"], None)
+
+
+@rule(aten.hardsigmoid.default)
+def _hardsigmoid(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    """``clamp(x + 3, 0, 6) / 6``."""
+    x = lift.emit(ops.shift, lift.node(args["self"]), lift.weight(3.0, node))
+    return lift.emit(ops.scale, lift.emit(ops.clamp, x, 0.0, 6.0), lift.weight(1 / 6, node))
 
 
 # -- bounds ----------------------------------------------------------------------------------------
@@ -244,4 +260,4 @@ def _blend(lift: Lift, node: fx.Node, condition: Any, chosen: Any, other: Any) -
         kept = lift.emit(ops.coefficient, lift.buffer(keep.to(torch.float32), "mask"))
         halves.append(lift.emit(ops.scale, x, kept))
     y = lift.emit(ops.add, *halves)
-    return y if lift.shape(y) == shape else lift.emit(aten.expand.default, y, list(shape))
+    return lift.expand(y, shape)

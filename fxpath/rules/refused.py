@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import fx
+
 from fxpath.rules.registry import Refusal
+
+Reason = tuple[str, str]
 
 CUT = 'analyse the network up to the module before it with until="..."'
 
@@ -10,13 +17,45 @@ SMOOTH = (
     "a smooth activation is not positively homogeneous, so no path-lifting exists",
     f"replace it by ReLU, or {CUT}",
 )
+CURVED = (
+    "it is not piecewise linear in its input, so no path-lifting exists",
+    f"use ReLU, absolute values and maxima instead, or {CUT}",
+)
+GATED = (
+    "it multiplies an activation with a function of an activation",
+    f"replace it by ReLU, or {CUT}",
+)
+SHRINKING = (
+    "it is piecewise linear, but no ReLU or k-max-pooling neuron",
+    "write x - x.clamp(-lambd, lambd), which is the same function",
+)
 NORMALIZING = (
     "it normalizes by statistics of the activations themselves, which is not piecewise linear",
     "use BatchNorm in eval mode, whose statistics are frozen",
 )
+OWN_STATISTICS = (
+    "it normalizes by statistics of the activations themselves, which is not piecewise linear",
+    "use track_running_stats=True and eval mode, where the statistics are frozen, or BatchNorm",
+)
+SPREAD = (
+    "a variance multiplies activations with each other, which is not piecewise linear",
+    f"use frozen statistics, or {CUT}",
+)
 PRODUCT = (
+    "it multiplies activations with each other, which is not piecewise linear in them",
+    f"keep one factor constant, or {CUT}",
+)
+ATTENTION = (
     "attention multiplies activations with each other",
     f"no path-lifting covers attention; {CUT}",
+)
+DISTANCES = (
+    "distances of all pairs have no rule, and are piecewise linear for p=1 alone",
+    "write (a[:, None] - b[None]).abs().sum(-1) for the 1-norm",
+)
+GATES = (
+    "its gates are tanh and sigmoid, which are not piecewise linear",
+    f"use nn.RNN(nonlinearity='relu'), or {CUT}",
 )
 TRAINING = (
     "it is hard-coded to training mode, where its output is random or depends on the batch",
@@ -26,54 +65,146 @@ ORDER = (
     "it returns positions or an order instead of activations",
     f"return the values themselves, or {CUT}",
 )
+BOOLEAN = (
+    "a comparison or test of activations gives booleans, which jump",
+    "use maximum, minimum, clamp or ReLU instead of a condition",
+)
+JUMPING = (
+    "it jumps, so it is not continuous",
+    f"use ReLU, clamp or hardtanh instead, or {CUT}",
+)
+COUNTING = (
+    "it returns integers, which jump",
+    f"leave it out, or {CUT}",
+)
+COMPLEX = (
+    "complex numbers have no path-lifting",
+    "write the map as a real matrix, or as two maps for real and imaginary part",
+)
+NOT_REAL = (
+    "it reads the bytes of activations as another number format",
+    "convert with .to(dtype) instead",
+)
+READ_OUT = (
+    "it reads a number out of a tensor, by which the program goes on",
+    "keep it a tensor, or a constant of the module",
+)
+UNPOOLING = (
+    "it puts values to positions that depend on activations, which may jump",
+    "use interpolation or a transposed convolution",
+)
 RANDOM = ("its result is random", "remove the noise in eval mode")
 
-EXPLAINED: dict[str, tuple[str, str]] = {
+EXPLAINED: dict[str, Reason] = {
     **dict.fromkeys(
-        [
-            *("sigmoid", "log_sigmoid", "tanh", "gelu", "silu", "elu", "selu", "celu", "mish"),
-            *("softplus", "hardsigmoid", "hardswish", "softsign", "exp", "log", "sqrt", "rsqrt"),
-            *("erf", "sin", "cos", "pow", "square", "hardshrink", "softshrink", "glu"),
-        ],
-        SMOOTH,
+        ["sigmoid", "log_sigmoid", "tanh", "gelu", "silu", "mish", "softplus", "tanhshrink"], SMOOTH
+    ),
+    **dict.fromkeys(
+        ["elu", "selu", "celu"],
+        ("it is exponential below zero, which is not positively homogeneous", SMOOTH[1]),
     ),
     **dict.fromkeys(["softmax", "log_softmax", "_softmax", "_log_softmax"], (SMOOTH[0], CUT)),
+    **dict.fromkeys(["softmin", "gumbel_softmax"], (SMOOTH[0], CUT)),
+    **dict.fromkeys(
+        [
+            *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "erf"),
+            *("erfc", "erfinv", "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan"),
+            *("asinh", "acosh", "atanh", "atan2", "arctan", "arctan2", "sinc", "logit", "softsign"),
+            *("logsumexp", "logaddexp", "logaddexp2", "logcumsumexp", "special_expit", "hypot"),
+            *("lgamma", "digamma", "reciprocal", "float_power", "xlogy", "mse_loss", "huber_loss"),
+            *("smooth_l1_loss", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "kl_div"),
+            *("binary_cross_entropy", "binary_cross_entropy_with_logits", "linalg_inv", "inverse"),
+            *("linalg_det", "det", "linalg_svd", "linalg_norm", "linalg_matrix_norm", "frexp"),
+            *("linalg_solve", "linalg_cholesky", "matrix_exp", "linalg_matrix_exp", "nuclear_norm"),
+            *("frobenius_norm", "linalg_eigh", "linalg_qr", "linalg_pinv", "trilinear"),
+        ],
+        CURVED,
+    ),
+    **dict.fromkeys(["hardswish", "glu", "swish"], GATED),
+    "softshrink": SHRINKING,
     **dict.fromkeys(
         [
             *("layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm"),
-            *("instance_norm", "local_response_norm", "linalg_vector_norm", "norm", "var", "std"),
+            *("local_response_norm", "cosine_similarity", "renorm", "_fused_rms_norm"),
         ],
         NORMALIZING,
+    ),
+    **dict.fromkeys(["var", "std", "var_mean", "std_mean", "cov", "corrcoef"], SPREAD),
+    **dict.fromkeys(
+        [
+            *("prod", "cumprod", "square", "cross", "linalg_cross", "matrix_power"),
+            *("linalg_matrix_power", "cartesian_prod", "vander", "linalg_vander", "pow"),
+        ],
+        PRODUCT,
     ),
     **dict.fromkeys(
         [
             *("scaled_dot_product_attention", "_native_multi_head_attention"),
-            "_transformer_encoder_layer_fwd",
+            *("_transformer_encoder_layer_fwd", "multi_head_attention_forward"),
+            *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math"),
         ],
-        PRODUCT,
+        ATTENTION,
     ),
-    **dict.fromkeys(["argmax", "argmin", "sort", "topk", "argsort"], ORDER),
+    **dict.fromkeys(["cdist", "_cdist_forward", "pdist"], DISTANCES),
     **dict.fromkeys(
-        ["upsample_bicubic2d", "_upsample_bicubic2d_aa"],
-        ("bicubic interpolation has negative coefficients", "use bilinear or nearest upsampling"),
+        ["rnn_tanh", "rnn_tanh_cell", "lstm", "lstm_cell", "gru", "gru_cell", "quantized_lstm"],
+        GATES,
     ),
-    "embedding": (
-        "it looks entries up by integer inputs, which is not a function of real inputs",
-        "analyse the network from the embedded vectors on",
+    **dict.fromkeys(["argmax", "argmin", "argsort", "nonzero", "nonzero_static"], ORDER),
+    **dict.fromkeys(
+        [
+            *("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal"),
+            *("equal", "not_equal", "isclose", "allclose", "isfinite", "isinf", "isnan", "isreal"),
+            *("logical_and", "logical_or", "logical_not", "logical_xor", "signbit", "any", "all"),
+            *("isposinf", "isneginf", "isin", "bitwise_and", "bitwise_or", "bitwise_not"),
+        ],
+        BOOLEAN,
     ),
+    **dict.fromkeys(
+        [
+            *("sign", "sgn", "heaviside", "round", "floor", "ceil", "trunc", "fix", "frac"),
+            *("copysign", "fmod", "remainder", "floor_divide", "hardshrink", "mode", "nextafter"),
+            *("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
+            *("quantize_per_tensor", "quantize_per_channel"),
+        ],
+        JUMPING,
+    ),
+    **dict.fromkeys(
+        [
+            *("count_nonzero", "bucketize", "searchsorted", "histc", "bincount", "unique"),
+            *("_unique2", "unique_consecutive", "unique_dim", "one_hot", "histogram"),
+        ],
+        COUNTING,
+    ),
+    **dict.fromkeys(
+        [
+            *("view_as_real", "view_as_complex", "real", "imag", "complex", "polar", "angle"),
+            *("stft", "istft", "conj", "_conj", "resolve_conj"),
+        ],
+        COMPLEX,
+    ),
+    **dict.fromkeys(["_local_scalar_dense", "item", "is_nonzero"], READ_OUT),
+    **dict.fromkeys(["max_unpool2d", "max_unpool3d"], UNPOOLING),
+    **dict.fromkeys(["fractional_max_pool2d", "fractional_max_pool3d"], RANDOM),
 }
 
+UNKNOWN = (
+    "there is no rule for this operation",
+    "express it by supported operations, or analyse the network up to the module before it "
+    'with until="..."; a rule of its own is one function under fxpath/rules/',
+)
 
-def refusal(operation: str) -> Refusal:
-    """Explain why an operation without a rule is refused.
 
-    ``operation`` is the ATen name without overload, e.g. ``softmax``.
-    """
-    known = EXPLAINED.get(operation) or EXPLAINED.get(operation.removesuffix("_"))
+def refusal(node: fx.Node) -> Refusal:
+    """Explain why an operation without a rule is refused."""
+    called: Any = node.target
+    schema = getattr(called, "_schema", None)
+    name = schema.name.split("::")[1] if schema else str(called)
+    known = EXPLAINED.get(name) or EXPLAINED.get(name.removesuffix("_"))
     if known is not None:
         return Refusal(*known)
-    return Refusal(
-        "there is no rule for this operation",
-        "express it by supported operations, or analyse the network up to the module before it "
-        'with until="..."; a rule of its own is one function under fxpath/rules/',
-    )
+    if torch.Tag.nondeterministic_seeded in getattr(called, "tags", ()):
+        return Refusal(*RANDOM)
+    if name.startswith(("fft_", "_fft")):
+        return Refusal(*COMPLEX)
+    return Refusal(*UNKNOWN)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxpath.rules.registry import rule
+from fxpath.rules.common import places, spread
+from fxpath.rules.refused import NOT_REAL
+from fxpath.rules.registry import Refusal, rule
 from fxpath.schema import target
 from fxpath.stencil import Stencil
 
@@ -34,8 +36,11 @@ Args = dict[str, Any]
     aten.atleast_1d.default,
     aten.atleast_2d.default,
     aten.atleast_3d.default,
+    aten.view.dtype,
 )
 def _reshape(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    if node.target is aten.view.dtype and node.meta["val"].dtype != args["self"].meta["val"].dtype:
+        raise Refusal(*NOT_REAL)
     return lift.reshape(lift.node(args["self"]), tuple(node.meta["val"].shape))
 
 
@@ -60,11 +65,18 @@ def _transpose(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return permute(lift, x, dims)
 
 
-@rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+@rule(
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
+    aten.mH.default,
+    aten.adjoint.default,
+)
 def _t(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     x = lift.node(args["self"])
     dims = list(range(len(lift.shape(x))))
-    last = dims[::-1] if node.target is not aten.mT.default else [*dims[:-2], dims[-1], dims[-2]]
+    reverses = node.target in (aten.t.default, aten.numpy_T.default)
+    last = dims[::-1] if reverses else [*dims[:-2], dims[-1], dims[-2]]
     return permute(lift, x, last)
 
 
@@ -83,7 +95,7 @@ def _movedim(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def _expand(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return lift.emit(aten.expand.default, lift.node(args["self"]), list(node.meta["val"].shape))
+    return lift.expand(lift.node(args["self"]), tuple(node.meta["val"].shape))
 
 
 @rule(aten.repeat.default, aten.tile.default)
@@ -116,6 +128,60 @@ def _cat(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 def _hstack(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     pieces = [lift.node(x) for x in args["tensors"]]
     return lift.emit(aten.cat.default, pieces, int(len(node.meta["val"].shape) > 1))
+
+
+@rule(aten.vstack.default, aten.dstack.default, aten.column_stack.default)
+def _stack_with_axes(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    """Pieces that lack axes are given them first."""
+    least, dim = JOINED[target(node)]
+    pieces = []
+    for each in args["tensors"]:
+        x = lift.node(each)
+        shape = lift.shape(x)
+        if len(shape) < least:
+            if node.target is aten.column_stack.default:
+                shape = (*shape, *(1,) * (least - len(shape)))
+            elif len(shape) < 2:
+                shape = (1, *(shape or (1,)))
+            shape = (*shape, *(1,) * (least - len(shape)))
+        pieces.append(lift.reshape(x, shape))
+    return lift.emit(aten.cat.default, pieces, dim)
+
+
+#: Axes that the pieces have at least, and the one along which they are joined.
+JOINED = {
+    aten.vstack.default: (2, 0),
+    aten.dstack.default: (3, 2),
+    aten.column_stack.default: (2, 1),
+}
+
+
+@rule(aten.block_diag.default)
+def _block_diag(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    rows, columns = shape = tuple(node.meta["val"].shape)
+    terms, row, column = [], 0, 0
+    for each in args["tensors"]:
+        x = lift.node(each)
+        x = lift.reshape(x, (1,) * (2 - len(lift.shape(x))) + lift.shape(x))
+        height, width = lift.shape(x)
+        where = places(shape)[row : row + height, column : column + width]
+        terms.append(spread(lift, x, where, shape))
+        row, column = row + height, column + width
+    return lift.add(terms, shape)
+
+
+@rule(aten.broadcast_tensors.default, aten.meshgrid.default, aten.meshgrid.indexing)
+def _broadcast(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    grid = node.target is not aten.broadcast_tensors.default
+    pieces: list[fx.Node | None] = []
+    for i, (each, value) in enumerate(zip(args["tensors"], node.meta["val"], strict=True)):
+        x, shape = lift.node(each), list(value.shape)
+        if grid:
+            swapped = args.get("indexing") == "xy" and i < 2 and len(shape) > 1
+            axis = 1 - i if swapped else i
+            x = lift.reshape(x, [shape[d] if d == axis else 1 for d in range(len(shape))])
+        pieces.append(lift.expand(x, shape))
+    return pieces
 
 
 @rule(aten.stack.default)

@@ -1,0 +1,142 @@
+"""What the lifting pass asks of values in the captured graph."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+from fxpath.passes.unwritten import UNWRITTEN
+from fxpath.rules.refused import READ_OUT
+from fxpath.rules.registry import Refusal
+from fxpath.schema import bind
+from fxpath.stencil import Stencil
+
+aten = torch.ops.aten
+
+SPARSE = (
+    "its weights are stored sparsely, and scores have an entry for each weight",
+    "store them as a dense tensor (weight.to_dense())",
+)
+UNKNOWN_SHAPE = (
+    "the number of entries that it returns depends on values, so torch.export does not know it",
+    "select by a list of positions (mask.nonzero()) that is kept in a buffer",
+)
+INFINITE = (
+    "it reads a constant with infinite or NaN entries",
+    "use finite constants (a mask of -inf belongs to a softmax, which no path-norm covers)",
+)
+NEVER_WRITTEN = (
+    "it reads memory of torch.empty that nothing was written to, so its values are undefined",
+    "allocate it by torch.zeros",
+)
+#: Weights are lifted by value: what a view needs to know of memory may not hold for them.
+BY_VALUE = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
+FORMATS = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+}
+
+#: Tensors made from the shape of another one: the fill value, or the argument that holds it.
+MADE_FROM_SHAPE: dict[Any, float | str] = {
+    aten.zeros_like.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.new_zeros.default: 0.0,
+    aten.new_ones.default: 1.0,
+    aten.zero.default: 0.0,
+    aten.full_like.default: "fill_value",
+    aten.new_full.default: "fill_value",
+    aten.fill.Scalar: "value",
+    aten.fill.Tensor: "value",
+}
+
+
+def fill_of(made: fx.Node) -> Any:
+    """What a tensor that is made from the shape of another one is filled with."""
+    fill = MADE_FROM_SHAPE[made.target]
+    return bind(made)[fill] if isinstance(fill, str) else fill
+
+
+def read_by(node: fx.Node) -> list[fx.Node]:
+    """What an operation takes values from, not only a shape."""
+    if node.target in UNWRITTEN:
+        return []
+    if node.target not in MADE_FROM_SHAPE:
+        return node.all_input_nodes
+    fill = fill_of(node)
+    return [fill] if isinstance(fill, fx.Node) else []
+
+
+def settled(value: Any) -> Any:
+    """A tensor whose extents are numbers, also where they were counted during the export."""
+    if not isinstance(value, Tensor) or all(isinstance(n, int) for n in value.shape):
+        return value
+    if any(not is_concrete_int(n) for n in value.shape):
+        raise Refusal(*UNKNOWN_SHAPE)
+    return value.new_empty([int(n) for n in value.shape], device="meta")
+
+
+def real(value: Any) -> float:
+    """A number of the forward code as a coefficient."""
+    if isinstance(value, complex) or not math.isfinite(value):
+        raise Refusal(f"it uses the number {value}", "use a finite real number")
+    return float(value)
+
+
+def is_sparse(value: fx.Node) -> bool:
+    """Whether a value is stored by its non-zero entries alone."""
+    held = value.meta.get("val")
+    return isinstance(held, Tensor) and held.layout != torch.strided
+
+
+def check_format(value: fx.Node) -> None:
+    """Refuse weights that are no plain real numbers."""
+    held = value.meta.get("val")
+    if not isinstance(held, Tensor):
+        raise Refusal(*READ_OUT)
+    dtype = held.dtype
+    if dtype not in FORMATS:
+        raise Refusal(
+            f"it reads a weight of dtype {dtype}, which is no plain number format",
+            "convert the weights to float32 or float64",
+        )
+
+
+def as_slice(stencil: Stencil) -> tuple[int, int, int] | None:
+    """Start, end and step, if the stencil picks positions at a constant step."""
+    if not stencil.out or len(stencil.row) != stencil.out or not stencil.is_selection:
+        return None
+    picked = stencil.position
+    start, end = int(picked[0]), int(picked[-1]) + 1
+    step = int(picked[1]) - start if len(picked) > 1 else 1
+    if step < 1 or end <= start or not torch.equal(picked, torch.arange(start, end, step)):
+        return None
+    return start, end, step
+
+
+def is_float(value: fx.Node) -> bool:
+    """Whether a value is an activation or weight rather than a list of positions."""
+    tensor = value.meta.get("val")
+    return isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def placeholders(value: fx.Node) -> list[fx.Node]:
+    """The tensors that a value is computed from."""
+    return [n for n in {value, *ancestors(value)} if n.op == "placeholder"]
+
+
+def ancestors(output: fx.Node) -> set[fx.Node]:
+    """All that a value is computed from."""
+    found: set[fx.Node] = set()
+    stack = [output]
+    while stack:
+        new = [n for n in stack.pop().all_input_nodes if n not in found]
+        found.update(new)
+        stack.extend(new)
+    return found

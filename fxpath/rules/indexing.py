@@ -1,0 +1,254 @@
+"""Rules: entries that are picked by constant positions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath.rules.common import (
+    UNKNOWN_POSITIONS,
+    Args,
+    in_range,
+    known,
+    move,
+    places,
+    select,
+    summed,
+)
+from fxpath.rules.registry import Refusal, rule
+from fxpath.schema import target
+
+if TYPE_CHECKING:
+    from fxpath.passes.lift import Lift
+
+aten = torch.ops.aten
+
+
+# -- positions along an axis -----------------------------------------------------------------------
+
+
+def span(size: int, start: Any, end: Any, step: int) -> range:
+    """Positions of a slice."""
+    return range(*slice(start, end, step).indices(size))
+
+
+@rule(aten.slice.Tensor)
+def _slice(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x, dim = lift.node(args["self"]), args["dim"]
+    return select(lift, x, dim, span(lift.shape(x)[dim], args["start"], args["end"], args["step"]))
+
+
+@rule(aten.narrow.default)
+def _narrow(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x, start = lift.node(args["self"]), args["start"]
+    start %= lift.shape(x)[args["dim"]] or 1
+    return select(lift, x, args["dim"], range(start, start + args["length"]))
+
+
+@rule(aten.select.int)
+def _select_int(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x, dim = lift.node(args["self"]), args["dim"]
+    y = select(lift, x, dim, [args["index"] % lift.shape(x)[dim]])
+    return lift.reshape(y, tuple(node.meta["val"].shape))
+
+
+SPLIT_ALONG = {
+    **dict.fromkeys((aten.vsplit.int, aten.vsplit.array), 0),
+    **dict.fromkeys((aten.dsplit.int, aten.dsplit.array), 2),
+}
+
+
+@rule(
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+    aten.unsafe_chunk.default,
+    aten.unsafe_split.Tensor,
+    aten.unbind.int,
+    aten.hsplit.int,
+    aten.hsplit.array,
+    aten.vsplit.int,
+    aten.vsplit.array,
+    aten.dsplit.int,
+    aten.dsplit.array,
+)
+def _split(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    x = lift.node(args["self"])
+    dim = args.get("dim", SPLIT_ALONG.get(target(node)))
+    if dim is None:  # hsplit of a vector
+        dim = int(len(lift.shape(x)) > 1)
+    pieces: list[fx.Node | None] = []
+    start = 0
+    for value in node.meta["val"]:
+        size = 1 if node.target is aten.unbind.int else value.shape[dim]
+        piece = select(lift, x, dim, range(start, start + size))
+        pieces.append(lift.reshape(piece, tuple(value.shape)))
+        start += size
+    return pieces
+
+
+@rule(aten.flip.default)
+def _flip(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x = lift.node(args["self"])
+    for dim in args["dims"]:
+        x = select(lift, x, dim, reversed(range(lift.shape(x)[dim])))
+    return x
+
+
+@rule(aten.roll.default)
+def _roll(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x = lift.node(args["self"])
+    shape = lift.shape(x)
+    if not args["dims"]:
+        x = lift.reshape(x, (math.prod(shape),))
+    for shift, dim in zip(args["shifts"], args["dims"] or [0], strict=True):
+        size = lift.shape(x)[dim]
+        x = select(lift, x, dim, [(p - shift) % size for p in range(size)])
+    return lift.reshape(x, shape)
+
+
+@rule(aten.index_select.default)
+def _index_select(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    return _indexed(lift, args["self"], args["dim"], known(lift, args["index"]))
+
+
+@rule(aten.index.Tensor)
+def _index(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    used = [(dim, index) for dim, index in enumerate(args["indices"]) if index is not None]
+    if len(used) == 1:
+        dim = used[0][0]
+        positions = known(lift, used[0][1])
+        if positions.dim() <= 1 and (positions.dtype != torch.bool or positions.dim() == 1):
+            y = _indexed(lift, args["self"], dim, positions)
+            return lift.reshape(y, tuple(node.meta["val"].shape))
+    return move(lift, lift.node(args["self"]), indexed(lift, args))
+
+
+def indexed(lift: Lift, args: Args) -> Tensor:
+    """The places that ``self[indices]`` reads."""
+    indices = args["indices"]
+    shape = args["self"].meta["val"].shape
+    if any(lift.is_active(index) for index in indices):
+        raise Refusal(*UNKNOWN_POSITIONS)
+    chosen: list[Any] = []
+    axis = 0
+    for index in indices:
+        if index is None:
+            chosen.append(slice(None))
+            axis += 1
+        else:
+            chosen.append(known(lift, index, shape[axis]))
+            axis += chosen[-1].dim() if chosen[-1].dtype == torch.bool else 1
+    return places(shape)[tuple(chosen)]
+
+
+def _indexed(lift: Lift, value: Any, dim: int, positions: Tensor) -> fx.Node:
+    if not lift.is_active(value):  # only the positions are activations
+        raise Refusal(*UNKNOWN_POSITIONS)
+    x = lift.node(value)
+    if not lift.shape(x):
+        return x
+    if positions.dtype == torch.bool:
+        positions = positions.nonzero()[:, 0]
+    size = lift.shape(x)[dim]
+    in_range(positions, size)
+    return select(lift, x, dim, [p % size for p in positions.reshape(-1).tolist()])
+
+
+@rule(aten.gather.default)
+def _gather(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x = lift.node(args["self"])
+    index = known(lift, args["index"], lift.shape(x)[args["dim"]] if lift.shape(x) else 1)
+    return move(lift, x, places(lift.shape(x)).gather(args["dim"], index))
+
+
+@rule(aten.take_along_dim.default)
+def _take_along_dim(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x, dim = lift.node(args["self"]), args["dim"]
+    shape = lift.shape(x)
+    index = known(lift, args["indices"], math.prod(shape) if dim is None else shape[dim])
+    flat = torch.take_along_dim(places(shape), index, dim)
+    return move(lift, x, flat)
+
+
+@rule(aten.take.default)
+def _take(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x = lift.node(args["self"])
+    index = known(lift, args["index"], math.prod(lift.shape(x)))
+    return move(lift, x, places(lift.shape(x)).take(index))
+
+
+@rule(aten.masked_select.default)
+def _masked_select(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x, mask = lift.node(args["self"]), known(lift, args["mask"])
+    return move(lift, x, places(lift.shape(x)).masked_select(mask))
+
+
+@rule(aten.embedding.default)
+def _embedding(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    if lift.is_active(args["indices"]):
+        raise Refusal(
+            "it looks entries up by integer inputs, which is not a function of real inputs",
+            "analyse the network from the embedded vectors on",
+        )
+    index = known(lift, args["indices"])
+    y = _indexed(lift, args["weight"], 0, index)
+    return lift.reshape(y, tuple(node.meta["val"].shape))
+
+
+@rule(aten.as_strided.default)
+def _as_strided(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    return move(lift, lift.node(args["self"]), strided(args))
+
+
+def strided(args: Args) -> Tensor:
+    """The places that a strided window into the memory of ``self`` shows."""
+    held = args["self"].meta["val"]
+    if not held.is_contiguous() or held.storage_offset():
+        raise Refusal(
+            "as_strided shows memory whatever the layout of its tensor is",
+            "call it on a contiguous tensor that owns its memory, or index instead",
+        )
+    flat = torch.tensor(args["storage_offset"] or 0)
+    for size, stride in zip(args["size"], args["stride"], strict=True):
+        flat = flat[..., None] + torch.arange(size) * stride
+    if flat.numel() and int(flat.max()) >= held.numel():
+        raise Refusal("as_strided reads beyond its tensor", "index instead")
+    return flat
+
+
+@rule(aten.diag.default)
+def _diag(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x = lift.node(args["self"])
+    return move(lift, x, (places(lift.shape(x)) + 1).diag(args["diagonal"]) - 1)
+
+
+@rule(aten.diag_embed.default)
+def _diag_embed(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x, *where = args.values()
+    x = lift.node(x)
+    return move(lift, x, torch.diag_embed(places(lift.shape(x)) + 1, *where) - 1)
+
+
+@rule(aten.trace.default)
+def _trace(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x = lift.node(args["self"])
+    y = move(lift, x, places(lift.shape(x)).diagonal())
+    return summed(lift, y, None, ())
+
+
+@rule(aten.rot90.default)
+def _rot90(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    x, (a, b) = lift.node(args["self"]), args["dims"]
+    order = list(range(len(lift.shape(x))))
+    order[a], order[b] = order[b], order[a]
+    turns = args["k"] % 4
+    for dim in {0: (), 1: (b,), 2: (a, b), 3: (a,)}[turns]:
+        x = select(lift, x, dim, reversed(range(lift.shape(x)[dim])))
+    return x if turns % 2 == 0 else lift.emit(aten.permute.default, x, order)

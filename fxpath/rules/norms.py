@@ -1,0 +1,64 @@
+"""Rules: 1-norms, maximum norms, and the distances that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxpath import ops
+from fxpath.rules.common import LARGEST, SMALLEST, Args, pooled, summed
+from fxpath.rules.products import combined
+from fxpath.rules.registry import Refusal, rule
+
+if TYPE_CHECKING:
+    from fxpath.passes.lift import Lift
+
+aten = torch.ops.aten
+
+
+def _sum_of_sizes(lift: Lift, x: fx.Node, dims: Any, shape: Sequence[int]) -> fx.Node:
+    return summed(lift, lift.emit(ops.absolute, x), dims, shape)
+
+
+@rule(aten.dist.default)
+def _dist(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    if args["p"] != 1:
+        raise Refusal(*euclidean(args["p"]))
+    difference = combined(lift, node, args["self"], args["other"], 1, -1)
+    return _sum_of_sizes(lift, difference, None, ())
+
+
+@rule(aten.pairwise_distance.default)
+def _pairwise_distance(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    if args["p"] != 1:
+        raise Refusal(*euclidean(args["p"]))
+    difference = combined(lift, node, args["x1"], args["x2"], 1, -1)
+    x = lift.emit(ops.shift, difference, lift.weight(args["eps"], node))
+    return _sum_of_sizes(lift, x, -1, tuple(node.meta["val"].shape))
+
+
+def euclidean(order: Any) -> tuple[str, str]:
+    """Why a norm of another order than 1 and infinity is refused."""
+    return (
+        f"a norm of order {order} is not piecewise linear",
+        "use the 1-norm or the maximum norm, which are",
+    )
+
+
+@rule(aten.linalg_vector_norm.default, aten.norm.Scalar, aten.norm.ScalarOpt_dim)
+def _norm(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    order = args.get("ord", args.get("p"))
+    x, shape = lift.node(args["self"]), tuple(node.meta["val"].shape)
+    dims = args.get("dim")
+    if order == 1:
+        return _sum_of_sizes(lift, x, dims, shape)
+    if order is not None and abs(order) == math.inf:
+        ranks = LARGEST if order > 0 else SMALLEST
+        return pooled(lift, lift.emit(ops.absolute, x), dims, shape, ranks)
+    if order == 0:
+        raise Refusal("it counts the entries that are not zero, which jumps", "use the 1-norm")
+    raise Refusal(*euclidean(2 if order is None else order))
