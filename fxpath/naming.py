@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from fxpath.capture import Captured
 from fxpath.errors import module_path
+from fxpath.made import read_by
 
 __all__ = [
     "RELABELLING",
@@ -89,7 +90,7 @@ def _parameters_in(captured: Captured, node: fx.Node) -> Iterator[str]:
         name = parameter_of(captured, current)
         if name is not None:
             yield name
-        new = [n for n in current.all_input_nodes if n not in seen]
+        new = [n for n in read_by(current) if n not in seen]
         seen.update(new)
         stack.extend(reversed(new))
 

@@ -7,7 +7,6 @@ shape is the one of the original network, and that every coordinate of theta has
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 from collections import Counter
@@ -21,22 +20,20 @@ from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.graphs import Forms, drop_dead, form, inputs_first, written
+from fxpath.made import MADE_FROM_SHAPE, fill_of, read_by
 from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
-from fxpath.passes.unwritten import UNWRITTEN, reads_unwritten, unwritten
+from fxpath.passes.constants import Constants
+from fxpath.passes.unwritten import reads_unwritten, unwritten
 from fxpath.passes.values import (
     BY_VALUE,
     INFINITE,
-    MADE_FROM_SHAPE,
     NEVER_WRITTEN,
     SPARSE,
     ancestors,
     as_slice,
     check_format,
-    fill_of,
     is_float,
     is_sparse,
-    placeholders,
-    read_by,
     real,
     settled,
 )
@@ -67,12 +64,12 @@ def lift(captured: Captured) -> fx.GraphModule:
     return module
 
 
-class Lift:
+class Lift(Constants):
     """The state of the pass; rules call its methods to emit lifted nodes."""
 
     def __init__(self, captured: Captured) -> None:
         """Prepare an empty lifted graph."""
-        self.captured = captured
+        super().__init__(captured)
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.problems: list[Any] = []
@@ -84,9 +81,6 @@ class Lift:
         self._starts: dict[fx.Node, list[int]] = {}
         self._buffers: Counter[str] = Counter()
         self._forms = Forms()
-        self._active: set[fx.Node] = set()
-        self._constants: dict[fx.Node, Any] = {}
-        self._baked: set[fx.Node] = set()
         self._unwritten: dict[fx.Node, Tensor] = {}
         self._scratch = fx.Graph()
         self._current: fx.Node | None = None
@@ -191,10 +185,6 @@ class Lift:
         node.meta["val"] = self._forms(function, args)
         return node
 
-    def is_active(self, value: Any) -> bool:
-        """Whether a value of the original graph depends on the network's inputs."""
-        return isinstance(value, fx.Node) and value in self._active
-
     def node(self, value: fx.Node) -> fx.Node:
         """The lifted counterpart of an activation; constants become neurons with a bias only."""
         if value not in self._active:
@@ -222,18 +212,6 @@ class Lift:
         for term in rest:
             total = self.emit(ops.add, total, term)
         return total
-
-    def is_zero(self, value: Any) -> bool:
-        """Whether a value is zero whatever the parameters are; unwritten memory counts as zero."""
-        if not isinstance(value, fx.Node):
-            return bool(value == 0)
-        if value.target in UNWRITTEN:
-            return True
-        known = None if value in self._active else self.peek(value)
-        if known is None or bool(known.any()):
-            return False
-        self.constant(value)
-        return True
 
     def times(self, x: fx.Node, factor: Any) -> fx.Node:
         """A coefficient such as ``alpha``, of an activation or of a weight."""
@@ -377,47 +355,6 @@ class Lift:
         if isinstance(number, fx.Node):
             return self.emit(aten.expand.default, self._copied[number], list(made.shape))
         return self.buffer(torch.full(tuple(made.shape), number, dtype=made.dtype), "filled")
-
-    def constant(self, value: Any) -> Tensor | None:
-        """The value of a constant expression, or ``None`` if it depends on tensors of the model."""
-        if not isinstance(value, fx.Node):
-            return torch.tensor(value)
-        found = self.peek(value)
-        if found is not None and value not in self._baked:
-            # The graph is made for it.
-            for node in placeholders(value):
-                name = self.captured.tensors[node.name]
-                self.captured.baked.setdefault(name, self._live[node.name].detach().clone())
-            self._baked.add(value)
-        return found
-
-    def peek(self, value: fx.Node) -> Tensor | None:
-        """:meth:`constant` for a check on which the graph does not depend."""
-        for node in inputs_first(value, self._constants, self._read_by_constant):
-            self._constants[node] = self._evaluated(node)
-        found = self._constants[value]
-        return found if isinstance(found, Tensor) else None
-
-    def _read_by_constant(self, node: fx.Node) -> list[fx.Node]:
-        return [] if node in self._active else node.all_input_nodes
-
-    def _evaluated(self, node: fx.Node) -> Any:
-        """The value of a node, those of its inputs being known; ``None`` if it has none."""
-        if node.op == "placeholder":
-            name = self.captured.tensors.get(node.name)
-            if name is None or name in self.captured.parameters:
-                return None
-            return self._live[node.name].detach()
-        if node.op != "call_function" or node in self._active:
-            return None
-        if any(self._constants[n] is None for n in node.all_input_nodes):
-            return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._constants.__getitem__)
-        return target(node)(*args, **kwargs)
-
-    @functools.cached_property
-    def _live(self) -> dict[str, Tensor]:
-        return self.captured.live()
 
     def buffer(self, tensor: Tensor, name: str) -> fx.Node:
         """A constant of the lifted graph."""

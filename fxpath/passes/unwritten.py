@@ -12,18 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxpath.made import UNWRITTEN
 from fxpath.naming import RELABELLING, SAME
 from fxpath.schema import target
 
-__all__ = ["UNWRITTEN", "reads_unwritten", "unwritten"]
+__all__ = ["reads_unwritten", "unwritten"]
 
 aten = torch.ops.aten
 
-#: Memory as it is found.
-UNWRITTEN = {
-    *(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default),
-    *(aten.empty_strided.default, aten.new_empty_strided.default, aten.empty_permuted.default),
-}
 #: Operations that move entries, and apply to a mask as they do to a tensor.
 MOVING = {
     *RELABELLING,

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from fxpath.passes.unwritten import UNWRITTEN
 from fxpath.rules.refused import READ_OUT
 from fxpath.rules.registry import Refusal
-from fxpath.schema import bind
 from fxpath.stencil import Stencil
 
 aten = torch.ops.aten
@@ -42,35 +40,6 @@ FORMATS = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
 }
-
-#: Tensors made from the shape of another one: the fill value, or the argument that holds it.
-MADE_FROM_SHAPE: dict[Any, float | str] = {
-    aten.zeros_like.default: 0.0,
-    aten.ones_like.default: 1.0,
-    aten.new_zeros.default: 0.0,
-    aten.new_ones.default: 1.0,
-    aten.zero.default: 0.0,
-    aten.full_like.default: "fill_value",
-    aten.new_full.default: "fill_value",
-    aten.fill.Scalar: "value",
-    aten.fill.Tensor: "value",
-}
-
-
-def fill_of(made: fx.Node) -> Any:
-    """What a tensor that is made from the shape of another one is filled with."""
-    fill = MADE_FROM_SHAPE[made.target]
-    return bind(made)[fill] if isinstance(fill, str) else fill
-
-
-def read_by(node: fx.Node) -> list[fx.Node]:
-    """What an operation takes values from, not only a shape."""
-    if node.target in UNWRITTEN:
-        return []
-    if node.target not in MADE_FROM_SHAPE:
-        return node.all_input_nodes
-    fill = fill_of(node)
-    return [fill] if isinstance(fill, fx.Node) else []
 
 
 def settled(value: Any) -> Any:
@@ -124,11 +93,6 @@ def is_float(value: fx.Node) -> bool:
     """Whether a value is an activation or weight rather than a list of positions."""
     tensor = value.meta.get("val")
     return isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
-
-
-def placeholders(value: fx.Node) -> list[fx.Node]:
-    """The tensors that a value is computed from."""
-    return [n for n in {value, *ancestors(value)} if n.op == "placeholder"]
 
 
 def ancestors(output: fx.Node) -> set[fx.Node]:

@@ -44,8 +44,11 @@ def _neg(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     aten.detach.default,
     aten.lift_fresh_copy.default,
     aten.nan_to_num.default,  # what is finite stays as it is
+    aten.real.default,
 )
 def _identity(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    if args["self"].meta["val"].dtype.is_complex:
+        raise Refusal(*COMPLEX)
     return lift.node(args["self"])
 
 
@@ -245,8 +248,8 @@ def _blend(lift: Lift, node: fx.Node, condition: Any, chosen: Any, other: Any) -
     mask = None if lift.is_active(condition) else lift.constant(condition)
     if mask is None:
         raise Refusal(
-            "it selects by a condition that depends on activations, which may jump",
-            "use maximum, minimum, clamp or ReLU instead of a mask",
+            "it selects by a condition that depends on activations or parameters, which may jump",
+            "use maximum, minimum, clamp or ReLU instead of a mask, or keep the mask in a buffer",
         )
     shape = tuple(node.meta["val"].shape)
     halves = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath import ops
+from fxpath.naming import RELABELLING
 from fxpath.rules.common import (
     LARGEST,
     SMALLEST,
@@ -280,7 +281,7 @@ def written_through(lift: Lift, node: fx.Node) -> fx.Node | None:
     if _calls(change, aten.sum.dim_IntList):
         dims = list(arguments(change)[1])
         change = arguments(change)[0]
-    if not _calls(change, aten.sub.Tensor) or arguments(change)[1] is not base:
+    if not _calls(change, aten.sub.Tensor) or not _same(arguments(change)[1], base):
         return None
     new = arguments(change)[0]
     mask = _mask(lift, new, base)
@@ -335,4 +336,13 @@ def _mask(lift: Lift, new: Any, base: Any) -> Tensor | None:
 
 
 def _expands(value: Any, base: Any) -> bool:
-    return _calls(value, aten.expand.default) and arguments(value)[0] is base
+    return _calls(value, aten.expand.default) and _same(arguments(value)[0], base)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are one, or the same view of one."""
+    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return bool(a is b or a == b)
+    if a.target is not b.target or a.target not in RELABELLING or a.kwargs or b.kwargs:
+        return False
+    return len(a.args) == len(b.args) and all(map(_same, a.args, b.args))

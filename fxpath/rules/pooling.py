@@ -113,7 +113,7 @@ def _aminmax(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
 # -- means and sums --------------------------------------------------------------------------------
 
 
-@rule(aten.mean.dim, aten.mean.default)
+@rule(aten.mean.dim, aten.mean.default, aten.nanmean.default)
 def _mean(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     x, shape = lift.node(args["self"]), tuple(node.meta["val"].shape)
     for dim in axes(args.get("dim"), len(lift.shape(x))):

@@ -272,6 +272,9 @@ def _inverse(lift: Lift, divisor: Any) -> Any:
 def _pow(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     if args["exponent"] == 1:
         return lift.node(args["self"])
+    if args["exponent"] == 0:
+        one = lift.emit(ops.constant, lift.number(1.0))
+        return lift.expand(one, tuple(node.meta["val"].shape))
     if float(args["exponent"]).is_integer() and args["exponent"] > 1:
         raise Refusal(*PRODUCT)
     raise Refusal(

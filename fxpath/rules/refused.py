@@ -111,6 +111,7 @@ EXPLAINED: dict[str, Reason] = {
             *("erfc", "erfinv", "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan"),
             *("asinh", "acosh", "atanh", "atan2", "arctan", "arctan2", "sinc", "logit", "softsign"),
             *("logsumexp", "logaddexp", "logaddexp2", "logcumsumexp", "special_expit", "hypot"),
+            "pow",
             *("lgamma", "digamma", "reciprocal", "float_power", "xlogy", "mse_loss", "huber_loss"),
             *("smooth_l1_loss", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "kl_div"),
             *("binary_cross_entropy", "binary_cross_entropy_with_logits", "linalg_inv", "inverse"),
@@ -133,7 +134,7 @@ EXPLAINED: dict[str, Reason] = {
     **dict.fromkeys(
         [
             *("prod", "cumprod", "square", "cross", "linalg_cross", "matrix_power"),
-            *("linalg_matrix_power", "cartesian_prod", "vander", "linalg_vander", "pow"),
+            *("linalg_matrix_power", "cartesian_prod", "vander", "linalg_vander"),
         ],
         PRODUCT,
     ),

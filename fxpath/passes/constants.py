@@ -1,0 +1,93 @@
+"""Values that are computed without activations, where no parameter is involved."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath.capture import Captured
+from fxpath.graphs import inputs_first
+from fxpath.made import MADE_FROM_SHAPE, UNWRITTEN, fill_of, read_by
+from fxpath.schema import target
+
+__all__ = ["Constants"]
+
+
+class Constants:
+    """Evaluates constants, each step once; knows what is active, and what the graph is made for."""
+
+    def __init__(self, captured: Captured) -> None:
+        """Nothing is evaluated before it is asked for."""
+        self.captured = captured
+        self._active: set[fx.Node] = set()
+        self._constants: dict[fx.Node, Any] = {}
+        self._baked: set[fx.Node] = set()
+
+    def is_active(self, value: Any) -> bool:
+        """Whether a value of the original graph depends on the network's inputs."""
+        return isinstance(value, fx.Node) and value in self._active
+
+    def is_zero(self, value: Any) -> bool:
+        """Whether a value is zero whatever the parameters are; unwritten memory counts as zero."""
+        if not isinstance(value, fx.Node):
+            return bool(value == 0)
+        if value.target in UNWRITTEN:
+            return True
+        known = None if value in self._active else self.peek(value)
+        if known is None or bool(known.any()):
+            return False
+        self.constant(value)
+        return True
+
+    def constant(self, value: Any) -> Tensor | None:
+        """The value of a constant expression, or ``None`` if it depends on tensors of the model."""
+        if not isinstance(value, fx.Node):
+            return torch.tensor(value)
+        found = self.peek(value)
+        if found is not None and value not in self._baked:
+            # The graph is made for it.
+            for node in _tensors(value):
+                name = self.captured.tensors[node.name]
+                self.captured.baked.setdefault(name, self._live[node.name].detach().clone())
+            self._baked.add(value)
+        return found
+
+    def peek(self, value: fx.Node) -> Tensor | None:
+        """:meth:`constant` for a check on which the graph does not depend."""
+        for node in inputs_first(value, self._constants, self._read_by_constant):
+            self._constants[node] = self._evaluated(node)
+        found = self._constants[value]
+        return found if isinstance(found, Tensor) else None
+
+    def _read_by_constant(self, node: fx.Node) -> list[fx.Node]:
+        return [] if node in self._active else read_by(node)
+
+    def _evaluated(self, node: fx.Node) -> Any:
+        """The value of a node, those of its inputs being known; ``None`` if it has none."""
+        if node.op == "placeholder":
+            name = self.captured.tensors.get(node.name)
+            if name is None or name in self.captured.parameters:
+                return None
+            return self._live[node.name].detach()
+        if node.op != "call_function" or node in self._active:
+            return None
+        if any(self._constants[n] is None for n in read_by(node)):
+            return None
+        if node.target in MADE_FROM_SHAPE:
+            made, number = node.meta["val"], fill_of(node)
+            number = self._constants[number] if isinstance(number, fx.Node) else number
+            return torch.full(tuple(made.shape), float(number), dtype=made.dtype)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._constants.__getitem__)
+        return target(node)(*args, **kwargs)
+
+    @functools.cached_property
+    def _live(self) -> dict[str, Tensor]:
+        return self.captured.live()
+
+
+def _tensors(value: fx.Node) -> list[fx.Node]:
+    """The tensors of the model that a value is computed from."""
+    return [n for n in inputs_first(value, (), read_by) if n.op == "placeholder"]
