@@ -9,7 +9,7 @@ from torch import fx
 
 from fxpath.schema import bind
 
-__all__ = ["MADE_FROM_SHAPE", "UNWRITTEN", "fill_of", "read_by"]
+__all__ = ["MADE_FROM_SHAPE", "fill_of", "read_by"]
 
 aten = torch.ops.aten
 
@@ -26,12 +26,6 @@ MADE_FROM_SHAPE: dict[Any, float | str] = {
     aten.fill.Tensor: "value",
 }
 
-#: Memory as it is found.
-UNWRITTEN = {
-    *(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default),
-    *(aten.empty_strided.default, aten.new_empty_strided.default, aten.empty_permuted.default),
-}
-
 
 def fill_of(node: fx.Node) -> Any:
     """What such a tensor is filled with: a number, or a node."""
@@ -41,8 +35,6 @@ def fill_of(node: fx.Node) -> Any:
 
 def read_by(node: fx.Node) -> list[fx.Node]:
     """What an operation takes values from, not only a shape."""
-    if node.target in UNWRITTEN:
-        return []
     if node.target not in MADE_FROM_SHAPE:
         return node.all_input_nodes
     value = fill_of(node)

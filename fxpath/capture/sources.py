@@ -26,6 +26,7 @@ _CONDITIONAL = {
     *(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout),
     *(aten.native_dropout, aten.rrelu, aten.rrelu_with_noise, aten.scaled_dot_product_attention),
     *(aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention),
+    *(aten.rnn_relu, aten.rnn_tanh, aten.lstm, aten.gru),
 }
 _EMPTY: set[Any] = {
     *(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default),

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxpath.capture import Captured
 from fxpath.graphs import inputs_first
-from fxpath.made import MADE_FROM_SHAPE, UNWRITTEN, fill_of, read_by
+from fxpath.made import MADE_FROM_SHAPE, fill_of, read_by
 from fxpath.schema import target
 
 __all__ = ["Constants"]
@@ -31,11 +31,9 @@ class Constants:
         return isinstance(value, fx.Node) and value in self._active
 
     def is_zero(self, value: Any) -> bool:
-        """Whether a value is zero whatever the parameters are; unwritten memory counts as zero."""
+        """Whether a value is zero whatever the parameters are."""
         if not isinstance(value, fx.Node):
             return bool(value == 0)
-        if value.target in UNWRITTEN:
-            return True
         known = None if value in self._active else self.peek(value)
         if known is None or bool(known.any()):
             return False

@@ -23,11 +23,9 @@ from fxpath.graphs import Forms, drop_dead, form, inputs_first, written
 from fxpath.made import MADE_FROM_SHAPE, fill_of, read_by
 from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
 from fxpath.passes.constants import Constants
-from fxpath.passes.unwritten import reads_unwritten, unwritten
 from fxpath.passes.values import (
     BY_VALUE,
     INFINITE,
-    NEVER_WRITTEN,
     SPARSE,
     ancestors,
     as_slice,
@@ -81,7 +79,6 @@ class Lift(Constants):
         self._starts: dict[fx.Node, list[int]] = {}
         self._buffers: Counter[str] = Counter()
         self._forms = Forms()
-        self._unwritten: dict[fx.Node, Tensor] = {}
         self._scratch = fx.Graph()
         self._current: fx.Node | None = None
         self._shapeless = False
@@ -99,7 +96,6 @@ class Lift(Constants):
         for node in original.nodes:
             if node.op != "call_function":
                 continue
-            self._note_unwritten(node)
             if any(n in self._active for n in read_by(node)):
                 self._active.add(node)
                 if node in needed:
@@ -122,19 +118,11 @@ class Lift(Constants):
             if isinstance(node.meta.get("val"), Tensor):
                 self._env[node] = self.emit(ops.source, tuple(node.meta["val"].shape))
 
-    def _note_unwritten(self, node: fx.Node) -> None:
-        """Keep track of memory that was allocated, and not written yet."""
-        mask = unwritten(node, self._unwritten, self.constant)
-        if mask is not None:
-            self._unwritten[node] = mask
-
     def _apply(self, node: fx.Node) -> fx.Node | list[fx.Node | None]:
         self._current = node
         try:
             if node.target is operator.getitem:
                 return self._item(node)
-            if node.target not in MADE_FROM_SHAPE and reads_unwritten(node, self._unwritten):
-                raise Refusal(*NEVER_WRITTEN)
             rule = RULES.get(target(node))
             if rule is None:
                 raise refusal(node)
@@ -169,8 +157,6 @@ class Lift(Constants):
 
     def _output(self, value: fx.Node) -> fx.Node:
         try:
-            if value in self._unwritten:
-                raise Refusal(*NEVER_WRITTEN)
             return self.node(value)
         except Refusal as why:
             self.problems.append(problem(value, why.reason, why.remedy))
@@ -324,8 +310,6 @@ class Lift(Constants):
 
     def static(self, value: fx.Node) -> fx.Node:
         """Copy a computation on parameters and constants; equal expressions become one."""
-        if value in self._unwritten:
-            raise Refusal(*NEVER_WRITTEN)
         for node in inputs_first(value, self._copied, read_by):
             self._copied[node] = self._copy(node)
         return self._copied[value]
@@ -337,8 +321,6 @@ class Lift(Constants):
         if value.target in MADE_FROM_SHAPE:
             copied = self._filled(value)
         else:
-            if reads_unwritten(value, self._unwritten):
-                raise Refusal(*NEVER_WRITTEN)
             if torch.Tag.nondeterministic_seeded in getattr(value.target, "tags", ()):
                 self.problems.append(problem(value, *RANDOM))
             args, kwargs = fx.map_arg((value.args, value.kwargs), self._copied.__getitem__)

@@ -27,10 +27,6 @@ INFINITE = (
     "it reads a constant with infinite or NaN entries",
     "use finite constants (a mask of -inf belongs to a softmax, which no path-norm covers)",
 )
-NEVER_WRITTEN = (
-    "it reads memory of torch.empty that nothing was written to, so its values are undefined",
-    "allocate it by torch.zeros",
-)
 #: Weights are lifted by value: what a view needs to know of memory may not hold for them.
 BY_VALUE = {
     aten.view.default: aten.reshape.default,
