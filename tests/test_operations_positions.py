@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from blackbox import Case, affine, case, check, maximum, minimum, parameters
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+import fxpath
 
 SHAPE = (4, 6)
 IMAGE = (2, 4, 5)
@@ -219,3 +221,40 @@ EXTREMA = [
 def test_comparing(item: Case, layout: str) -> None:
     """Entries that come to one place are compared: k-max-pooling."""
     check(item, layout)
+
+
+class Graph(nn.Module):
+    """Message passing along edges that a buffer holds, or by a sparse or dense matrix."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        edges = torch.tensor([[0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 0, 1]])
+        matrix = torch.zeros(5, 5).index_put((edges[1], edges[0]), torch.ones(6))
+        self.first, self.last, self.how = nn.Linear(3, 4), nn.Linear(4, 2), how
+        self.register_buffer("edges", edges)
+        self.register_buffer("matrix", matrix.to_sparse() if how == "sparse" else matrix)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Nodes by features; there is no batch axis."""
+        h = self.first(x).relu()
+        source, target = self.edges
+        if self.how == "index_add":
+            message = torch.zeros_like(h).index_add(0, target, h[source])
+        elif self.how == "gather":
+            index = source[:, None].expand(-1, 4)
+            message = torch.zeros_like(h).index_add(0, target, h.gather(0, index))
+        elif self.how == "sparse":
+            message = torch.sparse.mm(self.matrix, h)
+        else:
+            message = self.matrix @ h
+        return self.last(message + h)
+
+
+@pytest.mark.parametrize("how", ["index_add", "gather", "sparse"])
+def test_fixed_graphs(how: str) -> None:
+    model, dense, x = Graph(how), Graph("dense"), torch.randn(5, 3)
+    torch.testing.assert_close(model(x), dense(x))
+    norms = [fxpath.path_norm(m, example_inputs=x, batch_dim=None) for m in (model, dense)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)

@@ -118,6 +118,8 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
 
 
 def _same(now: Tensor, then: Tensor) -> bool:
+    if now.layout != torch.strided or then.layout != torch.strided:
+        now, then = now.to_dense(), then.to_dense()
     return now.dtype == then.dtype and torch.equal(now.detach().to(then.device), then)
 
 
