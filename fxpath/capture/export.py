@@ -25,7 +25,7 @@ from fxpath.capture.given import Given
 from fxpath.capture.inputs import Call, batch_size, first_sample, from_shapes, from_values
 from fxpath.capture.model import Captured, Model
 from fxpath.capture.programs import from_program
-from fxpath.capture.rows import rows_meet
+from fxpath.capture.rows import rows_meet, same_row
 from fxpath.capture.shapes import guess_input_shape
 from fxpath.capture.trace import run, trace
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
@@ -87,6 +87,7 @@ def _from_module(model: nn.Module, given: Given) -> Captured:
     sample = first_sample(call, given.batch_dim)
     batch_dim = given.batch_dim
     _check_leading(model, given)
+    failure: UnsupportedModelError | None = None
     try:
         traced = trace(model, sample, given.until)
     except UnsupportedModelError as error:
@@ -95,15 +96,28 @@ def _from_module(model: nn.Module, given: Given) -> Captured:
         _explain(model, given, error)
         if number == 1 or _runs(model, sample) or not _runs(model, call):
             raise
+        failure = error
+    if failure is not None or (number > 1 and not _stands_alone(model, call, sample, batch_dim)):
         assert batch_dim is not None
         if not rows_meet(lambda inputs: run(model, inputs), call, batch_dim):
             raise ValueError(
                 f"the model does not run on one of the {number} samples given, although they do "
                 "not depend on each other: the batch size is written into its code; pass "
                 "batch_dim=None to count all of them"
-            ) from error
+            ) from failure
         traced, batch_dim = trace(model, call, given.until), None
     return adopt(traced.program, model, given.outputs, traced.baked, batch_dim, assumed)
+
+
+def _stands_alone(model: nn.Module, call: Call, sample: Call, batch_dim: int | None) -> bool:
+    """Whether one sample gives by itself what it gives among the others.
+
+    A trace does not tell: positions beyond an axis, and means over samples, go through unnoticed.
+    """
+    assert batch_dim is not None
+    if not _runs(model, call):
+        return True
+    return _runs(model, sample) and same_row(lambda inputs: run(model, inputs), call, batch_dim)
 
 
 def _check_signature(model: nn.Module, call: Call) -> None:
