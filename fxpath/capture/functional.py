@@ -63,17 +63,17 @@ def _rename(graph: fx.Graph) -> fx.Node | None:
     """Make in-place operations functional; returns the first that writes through an alias."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     storage: dict[fx.Node, fx.Node] = {}
+    sharing: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         storage[node] = storage[node.args[0]] if _aliases(node) else node
+        sharing.setdefault(storage[node], []).append(node)
         if not _mutates(node):
             continue
         target = node.args[0]
         functional = _functional(node.target)
         shared = any(
-            root is storage[node]
-            and other not in (node, target)
-            and any(order[user] > order[node] for user in other.users)
-            for other, root in storage.items()
+            other not in (node, target) and any(order[user] > order[node] for user in other.users)
+            for other in sharing[storage[node]]
         )
         if functional is None or shared:
             return node
