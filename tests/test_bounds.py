@@ -374,12 +374,13 @@ def test_table_has_the_bounds_of_fully_connected_networks() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("radius", [0.1, 5.0])
 def test_bounds_of_fully_connected_networks_hold(how: str, bias: bool, radius: float) -> None:
+    from fxpath.capture import Given
     from fxpath.pairs.matching import make_pair
     from fxpath.pairs.rivals import find_layered
 
     model = fully_connected(bias)
     other = changed(model, how, 0)
-    layered = find_layered(make_pair(model, other))
+    layered = find_layered(make_pair(model, other, Given()))
     assert layered is not None and layered.biases == bias
 
     def check(gap: Tensor) -> None:
