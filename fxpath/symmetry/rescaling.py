@@ -412,7 +412,7 @@ def _warn_of_unread(
             "in training (an auxiliary head reads channels inside the network) may have another "
             "scale now, so that their outputs change",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,  # past the decorators of the verb
         )
 
 
