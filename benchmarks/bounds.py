@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy, interpolate
 import fxpath
 from benchmarks.timing import options, write_json
 from fxpath import criteria
+from fxpath.capture import Given
 from fxpath.pairs.matching import make_pair
 from fxpath.pairs.rivals import find_layered, largest_difference
 
@@ -207,11 +208,12 @@ def measure(
         other = CHANGES[change](model, shape)
         rescaled = fxpath.rescale(model, shape, seed=1), fxpath.rescale(other, shape, seed=2)
         # Rescaling leaves the functions as they are, so one search is enough.
-        found = largest_difference(make_pair(model, other, shape), [(1, *shape)], 1.0, 1, *search)
+        pair = make_pair(model, other, Given(shape))
+        found = largest_difference(pair, [(1, *shape)], 1.0, 1, *search)
         for first, second in ((model, other), rescaled):
             bound = fxpath.lipschitz_bound(first, second, shape)
             metric = fxpath.path_metric(first, second, shape)
-            layered = find_layered(make_pair(first, second, shape))
+            layered = find_layered(make_pair(first, second, Given(shape)))
             yield {
                 "model": name,
                 "weights": weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -459,3 +460,32 @@ def test_wrong_arguments() -> None:
     model[0].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="0.weight"):
         fxpath.normalize(model)
+
+
+# Parts that only training reaches ----------------------------------------------------
+
+
+class Auxiliary(nn.Module):
+    """A second head that reads hidden channels in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.aux = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 2))
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.first(x))
+        return (self.out(h), self.aux(h)) if self.training else self.out(h)
+
+
+@pytest.mark.parametrize("change", [fxpath.rescale, fxpath.normalize])
+def test_heads_that_only_training_reaches_are_named(change: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Auxiliary(), torch.randn(5, 3)
+    with pytest.warns(UserWarning, match=r"^aux: not reached in eval mode"):
+        other = change(model)
+    heads, changed = model.train()(x), other.train()(x)
+    torch.testing.assert_close(heads[0], changed[0])
+    assert (heads[1] - changed[1]).abs().max() > 1e-3
+    # Nothing is rescaled here, so that nothing changes.
+    assert fxpath.rescale(model, choices=(1,)) is not model

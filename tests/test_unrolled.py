@@ -12,6 +12,7 @@ from test_theory import randomized
 from torch import Tensor, nn
 
 import fxpath
+from fxpath.capture import Given
 from fxpath.pairs.difference import Difference
 from fxpath.pairs.domination import find_domination
 from fxpath.pairs.matching import make_pair
@@ -131,7 +132,7 @@ def test_edges_one_by_one(name: str, close: bool) -> None:
         for parameter in other.parameters():
             factor = torch.rand_like(parameter)
             parameter.mul_(factor + 0.6 if close else factor * (factor > 0.2))
-    pair = make_pair(model, other, shape)
+    pair = make_pair(model, other, Given(shape))
     parts = [Part(), Part(biases=False)]
     networks = [Network.whole(pair.lifted), Network.by_value(pair.lifted)]
 

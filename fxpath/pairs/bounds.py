@@ -4,47 +4,44 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxpath import ops
 from fxpath.capture import Given, Model, Shapes
 from fxpath.capture.given import Inputs, Outputs
 from fxpath.modes import plain_mode
-from fxpath.pairs.difference import Difference, Excess
-from fxpath.pairs.domination import ROUNDING, find_domination
-from fxpath.pairs.inductive import Inductive
+from fxpath.pairs.difference import Difference
+from fxpath.pairs.inequalities import INEQUALITIES, all_bounds, inputs_of
 from fxpath.pairs.matching import Other, make_pair
-from fxpath.pairs.normalized import Distance, Normalized
 from fxpath.pairs.pair import Pair
-from fxpath.pairs.rivals import find_layered, largest_difference, realization
-from fxpath.pairs.unrolled import Network, Part
-from fxpath.passes.links import static
+from fxpath.pairs.rivals import (
+    Layered,
+    Progress,
+    find_layered,
+    largest_difference,
+    realization,
+)
+from fxpath.pairs.rounding import Doubt, doubt, relative
+from fxpath.pairs.snapshot import Snapshot
 from fxpath.passes.reduce import reduce
-from fxpath.sizes import multiply_adds
 
 __all__ = ["Bound", "lipschitz_bound"]
 
-#: Bounds by name, and whether they stay the same when either network is rescaled.
-INEQUALITIES = {
-    "theorem_b1": True,
-    "any_pair": False,
-    "any_pair_normalized": True,
-    "inductive": False,
-}
 
-#: Multiply-adds at full resolution up to which a batch is fed itself to what runs edge by edge.
-EDGES = 1 << 29
-
-
-class Bound:
+class Bound(Snapshot):
     """A bound of ``||R_theta(x) - R_theta'(x)||``, with what it was chosen from.
 
-    Numbers are float64.  A bound can be attained: compare up to rounding, a relative 1e-9 or so.
+    Numbers are float64, and hold for the two functions in exact arithmetic: each is rounded
+    outwards by what float64 may have lost (:mod:`fxpath.pairs.rounding`).  How the networks' own
+    formats round activations is no part of it; compare with outputs in float64.
+
+    What is evaluated after the bound itself reads both networks' tensors, and raises a
+    ``RuntimeError`` if they have changed since.  Pickled, a bound is plain numbers: search before.
 
     Attributes:
         norm: exponent of the norm of the output, 1, 2 or inf.
@@ -58,13 +55,16 @@ class Bound:
         invariant: whether the chosen inequality gives the same when either network is rescaled.
     """
 
+    _networks = ("_pair", "_samples")
+    _numbers = ("lipschitz_in_x", "_layered")
+
     def __init__(self, pair: Pair, samples: list[list[Tensor]] | None, radius: float, norm: float):
         """Bounds are made by :func:`fxpath.lipschitz_bound`."""
-        self._pair = pair
+        self._pair: Pair | None = pair
         self._samples = samples
         self.norm = norm
         self.radius = radius
-        found = _all_bounds(pair, samples, radius)
+        found = all_bounds(pair, samples, radius)
         values = {
             name: [torch.linalg.vector_norm(y, norm) for y in per] for name, per in found.items()
         }
@@ -90,52 +90,108 @@ class Bound:
         """Decimal logarithm of ``value``; -inf if it is 0."""
         return math.log10(self.value) if self.value > 0 else -math.inf
 
+    def _unchanged(self) -> Pair:
+        if "_pair" not in vars(self) or self._pair is None:
+            raise RuntimeError(
+                "a bound that was stored holds its numbers, and no networks to search: call "
+                "search() before, or fxpath.lipschitz_bound again"
+            )
+        self._pair.check_unchanged()
+        return self._pair
+
     @functools.cached_property
+    @plain_mode()
     def lipschitz_in_x(self) -> float:
         """``||Phi^I(theta)||_1`` of the model: ``x -> R_theta(x)`` is so Lipschitz, l^inf to l^1.
 
         Paths that start at a bias do not count.
         """
-        graph = reduce(self._pair.lifted)
-        outputs = Difference(graph, self._pair, biases=False).outcome()
-        return float(sum(y.first.sum() for y in outputs))
+        pair = self._unchanged()
+        graph = reduce(pair.lifted)
+        outputs = Difference(graph, pair, biases=False).outcome()
+        found = float(sum(y.first.sum() for y in outputs))
+        if doubt(pair):
+            parts = Doubt(graph, pair, biases=False).outcome()
+            found += float(sum(y.excess.sum() for y in parts if y.excess is not None))
+        return found * (1 + relative(graph))
+
+    @functools.cached_property
+    @plain_mode()
+    def _layered(self) -> Layered | None:
+        return find_layered(self._unchanged())
+
+    @plain_mode()
+    def search(
+        self, seconds: float = 60.0, progress: Callable[[Progress], None] | None = None
+    ) -> float:
+        """The largest difference that a search finds, in the given norm: what no bound is below.
+
+        Random inputs of the given radius and projected gradient ascent from them, the same in every
+        call that has time enough; for a given batch the largest difference on it.  Functions are
+        evaluated in float64, which may round a difference of 0 up.
+
+        Args:
+            seconds: when to stop, at the latest after the evaluation that is under way then.
+            progress: called after each evaluation.
+
+        Raises:
+            RuntimeError: if a network has changed since the bound was made.
+        """
+        pair = self._unchanged()
+        if self._samples is None:
+            shapes = [tuple(n.meta["val"].shape) for n in inputs_of(pair)]
+            with torch.enable_grad():
+                return largest_difference(
+                    pair, shapes, self.radius, self.norm, seconds=seconds, progress=progress
+                )
+        end = time.monotonic() + seconds
+        ours, theirs = realization(pair.ours), realization(pair.theirs)
+        best = 0.0
+        for done, sample in enumerate(self._samples, 1):
+            with torch.no_grad():
+                gap = torch.linalg.vector_norm(ours(sample) - theirs(sample), self.norm).item()
+            best = max(best, gap)
+            if progress is not None:
+                progress(Progress(done, len(self._samples), best))
+            if time.monotonic() > end:
+                break
+        return best
 
     @functools.cached_property
     def largest_difference(self) -> float:
-        """The largest difference that a search finds, in the given norm; the same in every call.
+        """What :meth:`search` finds in a minute at most."""
+        return self.search()
 
-        Random inputs of the given radius and projected gradient ascent from them; for a given batch
-        the largest difference on it.
-        """
-        if self._samples is None:
-            shapes = [tuple(n.meta["val"].shape) for n in _inputs(self._pair)]
-            with torch.enable_grad():
-                return largest_difference(self._pair, shapes, self.radius, self.norm)
-        ours, theirs = realization(self._pair.ours), realization(self._pair.theirs)
-        with torch.no_grad():
-            gaps = [ours(sample) - theirs(sample) for sample in self._samples]
-        return max(torch.linalg.vector_norm(gap, self.norm).item() for gap in gaps)
-
-    def table(self) -> str:
+    def table(
+        self, search: float | None = None, progress: Callable[[Progress], None] | None = None
+    ) -> str:
         """All bounds beside each other, the non-invariant ones (2), (9), (29) where they apply.
 
-        The last row is the largest difference that a search finds, see ``largest_difference``.
         (2), (9) and (29) bound the l^1 norm of the output, and so any other.
+
+        Args:
+            search: seconds to search for a large difference, which is printed as the last row, and
+                over which each bound is then set; see :meth:`search`.
+            progress: called after each evaluation of the search.
         """
-        found = self.largest_difference
         rows = [
             (name, "yes" if INEQUALITIES[name] else "no", value)
             for name, value in sorted(self.bounds.items(), key=lambda item: item[1])
         ]
-        layered = find_layered(self._pair)
-        if layered is not None:
-            rows += [(name, "no", value) for name, value in layered.bounds(self.radius).items()]
+        if self._layered is not None:
+            rows += [
+                (name, "no", value) for name, value in self._layered.bounds(self.radius).items()
+            ]
+        headers = ["inequality", "invariant", "bound"]
+        if search is None:
+            return tabulate(rows, headers=headers)
+        found = self.search(search, progress)
         table = [
             (name, invariant, value, value / found if found else math.inf)
             for name, invariant, value in rows
         ]
         table.append(("largest difference found", "", found, 1.0 if found else math.nan))
-        return tabulate(table, headers=["inequality", "invariant", "bound", "bound / found"])
+        return tabulate(table, headers=[*headers, "bound / found"])
 
 
 @plain_mode()
@@ -174,9 +230,10 @@ def lipschitz_bound(
         other: a model of the same architecture, or a state dict with the model's own names.
         input_shape: as for :func:`analyze`.
         x: a batch of inputs (a list of tensors for several inputs): bounds the difference on these
-            inputs instead of a ball.  |x| itself is fed then (Lemma B.3), where one sample takes no
-            more than 2^29 multiply-adds; beyond, ``"any_pair_normalized"`` and a ``"theorem_b1"``
-            that holds after rescaling take the largest entry of |x|.
+            inputs instead of a ball, and gives the input shape where nothing else does.  |x| itself
+            is fed then (Lemma B.3), where one sample takes no more than 2^29 multiply-adds; beyond,
+            ``"any_pair_normalized"`` and a ``"theorem_b1"`` that holds after rescaling take the
+            largest entry of |x|.
         radius: bound of ``||x||_inf`` otherwise.
         norm: of the outputs: 1, 2 or ``math.inf``.
         example_inputs: as for :func:`analyze`.
@@ -207,6 +264,9 @@ def lipschitz_bound(
         raise ValueError(f"radius={radius}: the bound of |x| must be a finite number >= 0")
     if norm not in (1, 2, math.inf):
         raise ValueError(f"norm={norm}: pass 1, 2 or math.inf")
+    told = input_shape is not None or example_inputs is not None or example_kwargs is not None
+    if x is not None and not told and isinstance(model, nn.Module):
+        input_shape = _shape_of(x)
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     pair = make_pair(model, other, given)
     samples = None if x is None else _samples(pair, x)
@@ -216,14 +276,19 @@ def lipschitz_bound(
         return Bound(pair, samples, float(radius), float(norm))
 
 
-def _inputs(pair: Pair) -> list[Any]:
-    return [n for n in pair.lifted.graph.nodes if n.target is ops.source]
+def _shape_of(x: Tensor | Sequence[Tensor]) -> Any:
+    """Shapes of one sample of a batch; ``None``, to be inferred, where there is no batch axis."""
+    given = [x] if isinstance(x, Tensor) else list(x)
+    if any(t.dim() < 2 for t in given):
+        return None
+    shapes = [tuple(t.shape[1:]) for t in given]
+    return shapes[0] if len(shapes) == 1 else shapes
 
 
 def _samples(pair: Pair, x: Tensor | Sequence[Tensor]) -> list[list[Tensor]]:
     """One list of inputs, in the shape that was captured, for each sample of a batch."""
     given = [x] if isinstance(x, Tensor) else list(x)
-    shapes = [tuple(node.meta["val"].shape) for node in _inputs(pair)]
+    shapes = [tuple(node.meta["val"].shape) for node in inputs_of(pair)]
     if len(given) != len(shapes):
         raise ValueError(f"x has {len(given)} tensors, the model reads {len(shapes)} inputs")
     found = [t.detach().to(torch.float64) for t in given]
@@ -242,92 +307,3 @@ def _samples(pair: Pair, x: Tensor | Sequence[Tensor]) -> list[list[Tensor]]:
             f"x has shapes {[tuple(t.shape) for t in found]}; the model reads {expected}"
         )
     return [[t[i : i + 1] for t in found] for i in range(batch.pop())]
-
-
-# -- the inequalities ------------------------------------------------------------------------------
-
-
-def _all_bounds(
-    pair: Pair, samples: list[list[Tensor]] | None, radius: float
-) -> dict[str, list[Tensor]]:
-    """For each inequality that holds, and each sample, bounds of the output neurons in a row."""
-    device = next((t.device for t in pair.ours.tensors.values()), torch.device("cpu"))
-    full = [
-        torch.full(tuple(n.meta["val"].shape), radius, dtype=torch.float64, device=device)
-        for n in _inputs(pair)
-    ]
-    fed = [full] if samples is None else samples
-    found = {"inductive": [_row(Inductive(pair.lifted, pair, x).outcome()) for x in fed]}
-    if pair.architecture:
-        return found
-    outcome = [Difference(pair.lifted, pair, x, biases=False).outcome() for x in fed]
-    nothing = [torch.zeros_like(x) for x in full]
-    biases = Difference(pair.lifted, pair, nothing)
-    constant = biases.outcome()
-    signs_agree = biases.signs_agree
-    found["any_pair"] = [_row(y) + _row(constant) for y in outcome]
-    # All paths were seen, those from inputs and those from biases.
-    ends = [y for each in (*outcome, constant) for y in each]
-    if signs_agree and (
-        all(y.excess is None for y in ends) or all(y.other_excess is None for y in ends)
-    ):
-        # Both norms are exact, so that the bound through m is Theorem B.1 and no other m is better.
-        found["theorem_b1"] = found["any_pair"]
-        return found
-    network, parts, total = _parts(pair, samples, radius)
-    if signs_agree:
-        excluded = [_larger(ends, swap) for swap in (True, False)]
-        dominated = find_domination(network, pair, parts, excluded)
-        if dominated.holds:
-            found["theorem_b1"] = total(dominated.gap)
-            return found
-    distance: Distance = Normalized(network, pair, parts).outcome()
-    found["any_pair_normalized"] = total(distance.common)
-    return found
-
-
-def _larger(outputs: list[Excess], swap: bool) -> bool:
-    """Whether an output has more path mass in theta (``swap``: in theta'), so that one exceeds."""
-    sides = [(y.second, y.first) if swap else (y.first, y.second) for y in outputs]
-    return any(bool((a > b * (1 + ROUNDING)).any()) for a, b in sides)
-
-
-def _row(outputs: list[Excess]) -> Tensor:
-    return torch.cat([y.gap().flatten() for y in outputs])
-
-
-def _parts(
-    pair: Pair, samples: list[list[Tensor]] | None, radius: float
-) -> tuple[Network, list[Part], Callable[[list[Tensor]], list[Tensor]]]:
-    """Which paths to tell apart edge by edge, on which graph, and how they add up to bounds."""
-    nothing = [torch.zeros(tuple(n.meta["val"].shape), dtype=torch.float64) for n in _inputs(pair)]
-    if samples is not None and _edges(pair) <= EDGES:
-        parts = [Part(sample, biases=False) for sample in samples]
-        network = Network.whole(pair.lifted)
-        return (
-            network,
-            [*parts, Part(nothing)],
-            lambda found: [part + found[-1] for part in found[:-1]],
-        )
-    network = Network.by_value(pair.lifted)
-    few = [
-        torch.zeros(tuple(n.meta["val"].shape), dtype=torch.float64)
-        for n in network.module.graph.nodes
-        if n.target is ops.source
-    ]
-    sizes = (
-        [radius]
-        if samples is None
-        else [max(t.abs().amax().item() for t in sample) for sample in samples]
-    )
-    return (
-        network,
-        [Part(biases=False), Part(few)],
-        lambda found: [size * found[0] + found[1] for size in sizes],
-    )
-
-
-def _edges(pair: Pair) -> int:
-    """Multiply-adds of a sample at full resolution."""
-    active = [n for n in pair.lifted.graph.nodes if n.op == "call_function" and not static(n)]
-    return sum(multiply_adds(node) for node in active if node.target is not ops.total)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath import ops
-from fxpath.pairs.pair import Pair, PairInterpretation, Weights
+from fxpath.pairs.pair import ROWS, Pair, PairInterpretation, Weights
 
 __all__ = ["Difference", "Excess", "check_range"]
 
@@ -27,6 +27,13 @@ Map = Callable[[Tensor], Tensor]
 
 #: Lifted values outside of this range are refused: float64 ends not far beyond.
 SMALLEST, LARGEST = 1e-270, 1e300
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix that the linear map which reads it compares a few rows at a time."""
+
+    leaf: int
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,15 @@ class Difference(PairInterpretation):
 
     # -- weights ----------------------------------------------------------------------------------
 
-    def coordinate(self, value: Tensor, name: str) -> Weights:
-        weights = Weights.of(*self.other(self.node))
+    def coordinate(self, value: Tensor, name: str) -> Weights | Rows:
+        users = list(self.node.users)
+        if len(users) == 1 and users[0].target is ops.linear:
+            if math.prod(self.node.meta["val"].shape) > ROWS:
+                return Rows(self.node.meta["leaf"])
+        return self._compared(*self.other(self.node))
+
+    def _compared(self, first: Tensor, second: Tensor) -> Weights:
+        weights = Weights.of(first, second)
         self.signs_agree = self.signs_agree and weights.signs_agree
         return weights
 
@@ -143,8 +157,14 @@ class Difference(PairInterpretation):
     def conv(self, x: Excess, weight: Weights, *spec: Any) -> Excess:
         return self._weigh(x, weight, lambda a, w: ops.conv(a, w, *spec))
 
-    def linear(self, x: Excess, weight: Weights) -> Excess:
-        return self._weigh(x, weight, ops.linear)
+    def linear(self, x: Excess, weight: Weights | Rows) -> Excess:
+        if isinstance(weight, Weights):
+            return self._weigh(x, weight, ops.linear)
+        pieces = [
+            self._weigh(x, self._compared(*both), ops.linear)
+            for both in self.pair.rows(weight.leaf)
+        ]
+        return self._joined(pieces, lambda parts: torch.cat(parts, -1))
 
     def matmul(self, x: Excess, weight: Weights, weight_first: bool) -> Excess:
         return self._weigh(x, weight, lambda a, w: ops.matmul(a, w, weight_first))
@@ -154,7 +174,7 @@ class Difference(PairInterpretation):
 
     def scale(self, x: Excess | Weights, weight: Weights) -> Excess | Weights:
         if isinstance(x, Weights):  # a coefficient in front of a weight
-            return x.map(lambda value: value * weight.first)
+            return x.times(weight)
         return self._weigh(x, weight, torch.mul)
 
     def shift(self, x: Excess, bias: Weights) -> Excess:
@@ -199,7 +219,10 @@ class Difference(PairInterpretation):
     def move(self, target: Callable[..., Tensor], *args: Any) -> Excess | Weights:
         if isinstance(args[0], (Excess, Weights)):
             return args[0].map(lambda value: target(value, *args[1:]))
-        pieces: list[Excess] = list(args[0])
+        return self._joined(list(args[0]), lambda parts: target(parts, *args[1:]))
+
+    def _joined(self, pieces: list[Excess], function: Callable[[list[Tensor]], Tensor]) -> Excess:
+        """Neurons of several tensors side by side."""
 
         def joined(part: Callable[[Excess], Tensor | None]) -> Tensor | None:
             parts = [part(piece) for piece in pieces]
@@ -209,11 +232,11 @@ class Difference(PairInterpretation):
                 torch.zeros_like(piece.first) if p is None else p
                 for p, piece in zip(parts, pieces, strict=True)
             ]
-            return target(filled, *args[1:])
+            return function(filled)
 
-        first = target([piece.first for piece in pieces], *args[1:])
+        first = function([piece.first for piece in pieces])
         alike = all(piece.second is piece.first for piece in pieces)
-        second = first if alike else target([piece.second for piece in pieces], *args[1:])
+        second = first if alike else function([piece.second for piece in pieces])
         return Excess(first, second, joined(lambda p: p.excess), joined(lambda p: p.other_excess))
 
     def total(self, outputs: list[Excess]) -> list[Excess]:

@@ -3,13 +3,21 @@
     mu_v = max(max_u mu_u + log2 |theta'_uv / theta_uv|, log2 |b'_v / b_v|),    mu = 0 at inputs,
 
 is the largest ratio of the two path-liftings over the paths that end at v (-inf where theta' has
-none, +inf where theta has none and theta' one).  theta dominates if mu <= 0 at every output, up to
-rounding.  2^mu is then also a rescaling of theta' after which |theta| >= |theta'| edge by edge, so
-that the difference (7) can be carried without cancellation.
+none, +inf where theta has none and theta' one).  theta dominates if mu <= 0 at every output.  2^mu
+is then also a rescaling of theta' after which |theta| >= |theta'| edge by edge, so that the
+difference (7) can be carried without cancellation.
+
+Logarithms are first rounded up to whole numbers, by comparison of the entries' digits: then nothing
+is rounded off, 2^mu are powers of two, and what holds is proven.  That settles pairs that differ by
+powers of two and entries that shrink.  Else mu is computed in float64.  Any numbers mu whatsoever
+are a rescaling of theta' that changes neither Phi(theta') nor the bound through the common part; so
+what rounding in mu lets exceed, (2^mu - 1) times the path mass at outputs where mu > 0 and a few u
+of it for each edge of a path, is carried as slack and counted: at most about 1e-12 of the mass.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,16 +27,14 @@ from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.pairs.pair import Pair
-from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed
+from fxpath.pairs.rounding import UNIT
+from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed, Values
 
-__all__ = ["ROUNDING", "Dominated", "Domination", "find_domination"]
-
-#: What rounding may add to mu for each edge of a path, whose logarithm is below 64 in size.
-ROUNDING = 5e-14
+__all__ = ["Dominated", "Domination", "find_domination"]
 
 
 @dataclass(frozen=True)
-class State:
+class State(Values):
     """Activations of :class:`Domination`.
 
     Attributes:
@@ -51,24 +57,56 @@ class Dominated:
     """What :class:`Domination` found.
 
     Attributes:
-        holds: whether theta dominates.
+        holds: whether theta dominates, but for what rounding in mu may have hidden.
         gap: if it does, and signs agree, ||Phi(theta) - Phi(theta')||_1 for each part and each
-            output neuron, flattened.
+            output neuron, flattened; up to ``slack``.
+        slack: what has to be added for an upper bound; zeros where nothing was rounded.
     """
 
     holds: bool
     gap: list[Tensor]
+    slack: list[Tensor]
+
+    @property
+    def bounds(self) -> list[Tensor]:
+        """Upper bounds of the difference, for each part and each output neuron."""
+        return [gap + slack for gap, slack in zip(self.gap, self.slack, strict=True)]
+
+    @property
+    def total(self) -> float:
+        """The difference of all parts and outputs together, up to ``total_slack``."""
+        return float(sum(gap.sum() for gap in self.gap))
+
+    @property
+    def total_slack(self) -> float:
+        """What has to be added to ``total`` for an upper bound."""
+        return float(sum(slack.sum() for slack in self.slack))
 
 
 class Domination(Neurons[State]):
     """The max-plus pass, and with ``parts`` the carried difference."""
 
     def __init__(
-        self, network: Network, pair: Pair, parts: Sequence[Part] = (), swap: bool = False
+        self,
+        network: Network,
+        pair: Pair,
+        parts: Sequence[Part] = (),
+        swap: bool = False,
+        whole: bool = False,
     ) -> None:
-        """Walk ``network``; ``swap`` asks whether theta' dominates theta."""
+        """Walk ``network``.
+
+        Args:
+            network: the graph to walk.
+            pair: the two networks.
+            parts: the paths to tell apart; none to decide only.
+            swap: whether to ask if theta' dominates theta.
+            whole: whether to round logarithms up to whole numbers.
+        """
         super().__init__(network, pair, parts)
         self.swap = swap
+        self.whole = whole
+        self.largest = 0.0
 
     def other(self, node: fx.Node) -> tuple[Tensor, Tensor]:
         first, second = super().other(node)
@@ -82,7 +120,7 @@ class Domination(Neurons[State]):
         like = torch.zeros(pending.shape, dtype=self.dtype, device=self.device)
         ratio = like - math.inf
         for unrolled, x, weight in pending.terms:
-            logs = None if weight is None else _log_ratio(weight)
+            logs = None if weight is None else _log_ratio(weight, self.whole)
             endless = logs is not None and bool(
                 (logs == math.inf).any() | (x.ratio == math.inf).any()
             )
@@ -100,7 +138,9 @@ class Domination(Neurons[State]):
                 best[:, block.out] = torch.maximum(best[:, block.out], ratios.amax(2))
             ratio = unrolled.join(best)
         if bias is not None:
-            ratio = torch.maximum(ratio, _log_ratio(bias))
+            ratio = torch.maximum(ratio, _log_ratio(bias, self.whole))
+        if not self.whole and ratio.numel():
+            self.largest = max(self.largest, _finite(ratio, 0.0).abs().amax().item())
         sources = [x for _, x, _ in pending.terms]
         depth = 1 + max((x.depth for x in sources), default=0)
         if not self.parts:
@@ -187,10 +227,21 @@ class Domination(Neurons[State]):
         return State(x.ratio, x.mass, excess, x.depth, True)
 
     def total(self, outputs: list[State]) -> Dominated:
-        holds = all(bool((x.ratio <= ROUNDING * (x.depth + 1)).all()) for x in outputs)
+        # Of a logarithm, of the sums of them, and of the power of two that comes back.
+        unit = 0.0 if self.whole else UNIT * (8 * self.largest + 16)
+        holds = all(bool((x.ratio <= unit * (x.depth + 1)).all()) for x in outputs)
         parts = range(len(self.parts)) if holds else range(0)
         ends = [self._at_outputs(x) for x in outputs] if holds else []
-        return Dominated(holds, [self._flatten([x.excess[k] for x in ends]) for k in parts])
+        above = [torch.expm1(x.ratio.clamp(min=0) * math.log(2)) for x in ends]
+        slack = [up + 3 * unit * (x.depth + 1) for up, x in zip(above, ends, strict=True)]
+        return Dominated(
+            holds,
+            [self._flatten([x.excess[k] for x in ends]) for k in parts],
+            [
+                self._flatten([s * x.mass[k] for s, x in zip(slack, ends, strict=True)])
+                for k in parts
+            ],
+        )
 
 
 def find_domination(
@@ -204,11 +255,12 @@ def find_domination(
         parts: the paths to tell apart.
         excluded: for theta and for theta', whether it is known not to dominate.
     """
-    for swap, hopeless in enumerate(excluded):
-        if not hopeless and Domination(network, pair, swap=bool(swap)).outcome().holds:
-            found: Dominated = Domination(network, pair, parts, bool(swap)).outcome()
-            return found
-    return Dominated(False, [])
+    for swap, whole in itertools.product((False, True), (True, False)):
+        if not excluded[swap]:
+            if Domination(network, pair, (), swap, whole).outcome().holds:
+                found: Dominated = Domination(network, pair, parts, swap, whole).outcome()
+                return found
+    return Dominated(False, [], [])
 
 
 _HUGE = 1e100
@@ -219,10 +271,17 @@ def _finite(ratio: Tensor, instead: float) -> Tensor:
     return torch.where(torch.isfinite(ratio), ratio, instead)
 
 
-def _log_ratio(weight: Signed) -> Tensor:
-    """log2 |theta' / theta|: -inf where theta' = 0, +inf where theta = 0 alone."""
+def _log_ratio(weight: Signed, whole: bool) -> Tensor:
+    """log2 |theta' / theta|: -inf where theta' = 0, +inf where theta = 0 alone.
+
+    ``whole`` rounds up to a whole number, exactly.
+    """
     a, b = weight.first.abs(), weight.second.abs()
     ratio = torch.where(b == 0, -math.inf, torch.where(a == 0, math.inf, 0.0))
     both = (a > 0) & (b > 0)
-    # Equal mantissas divide to an exact power of two, whose logarithm is exact.
-    return torch.where(both, torch.log2(torch.where(both, b / a, 1.0)), ratio)
+    if whole:
+        (digits, exponent), (other_digits, other_exponent) = torch.frexp(a), torch.frexp(b)
+        log = (other_exponent - exponent + (other_digits > digits)).to(ratio.dtype)
+    else:
+        log = torch.log2(torch.where(both, b / a, 1.0))
+    return torch.where(both, log, ratio)

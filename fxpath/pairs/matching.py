@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxpath import ops
-from fxpath.capture import Captured, Given, Model, check_finite, named_tensors
+from fxpath.capture import Captured, Given, Model, check_finite, named_tensors, skeleton
 from fxpath.errors import module_path
 from fxpath.loading.states import fit_state_dict
-from fxpath.pairs.pair import LEAVES, Pair, Side
+from fxpath.pairs.pair import LEAVES, Pair, Side, same_entries
+from fxpath.passes.fold import CASTS
 from fxpath.passes.links import mark_static, static
 from fxpath.passes.unsign import unsign
 from fxpath.program import build
@@ -44,45 +46,38 @@ def make_pair(
         UnsupportedModelError: as :func:`fxpath.analyze`.
     """
     ours = build(model, given, reduced=False)
-    tensors = {name: tensor.detach().clone() for name, tensor in ours.captured.live().items()}
     mark_static(ours.signed.graph)
     leaves = _number_leaves(ours.signed.graph)
-    mine = Side(ours.captured, ours.signed, tensors, leaves)
+    mine = Side(ours.captured, ours.signed, _detached(ours.captured.live()), leaves)
     if isinstance(other, (nn.Module, ExportedProgram)):
-        theirs = build(other, given, reduced=False)
-        mark_static(theirs.signed.graph)
-        _check_other(theirs.captured.tensors, theirs.captured.live())
-        same = _match(ours.signed, theirs.signed)
-        live = _copied(theirs.captured, theirs.captured.live(), ours.captured, tensors)
-        side = Side(theirs.captured, theirs.signed, live, [same[leaf] for leaf in leaves])
-    elif isinstance(other, Mapping):
-        values = _from_state(ours.captured, ours.signed, other)
-        state = _copied(ours.captured, values, ours.captured, tensors)
-        side = Side(ours.captured, ours.signed, state, leaves)
-    else:
+        return Pair(unsign(ours.signed), mine, _other_side(mine, other, given))
+    if not isinstance(other, Mapping):
         raise TypeError(
             f"other is a {type(other).__name__}: pass a model of the same architecture, or a state "
             "dict with the model's own names"
         )
+    state, named = _from_state(ours.captured, other)
+    changed = _changed_numbers(ours.captured, named)
+    if changed:
+        return Pair(unsign(ours.signed), mine, _traced_again(mine, named, changed, given))
+    side = Side(ours.captured, ours.signed, _detached(state), leaves)
     return Pair(unsign(ours.signed), mine, side)
 
 
-def _copied(
-    captured: Captured, live: Mapping[str, Tensor], first: Captured, copied: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Copies of a network's tensors, since they may change later; equal ones of both are shared."""
-    known = {first.tensors[placeholder]: tensor for placeholder, tensor in copied.items()}
-    found = {}
-    for placeholder, tensor in live.items():
-        own = known.get(captured.tensors[placeholder])
-        same = (
-            own is not None
-            and own.dtype == tensor.dtype
-            and own.device == tensor.device
-            and torch.equal(own, tensor)
-        )
-        found[placeholder] = own if own is not None and same else tensor.detach().clone()
-    return found
+def _other_side(mine: Side, other: Model, given: Given) -> Side:
+    """A model held against a captured one: its leaves in the order of the first one's."""
+    theirs = build(other, given, reduced=False)
+    mark_static(theirs.signed.graph)
+    _check_other(theirs.captured.tensors, theirs.captured.live())
+    same = _match(mine.module, theirs.signed)
+    _check_casts(mine.captured, theirs.captured)
+    leaves = [same[leaf] for leaf in mine.nodes]
+    return Side(theirs.captured, theirs.signed, _detached(theirs.captured.live()), leaves)
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors themselves: a pair copies nothing, and notices when they change."""
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _number_leaves(graph: fx.Graph) -> list[fx.Node]:
@@ -109,9 +104,9 @@ def _check_other(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Non
 
 
 def _from_state(
-    captured: Captured, lifted: fx.GraphModule, state: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """The tensors of a state dict for the placeholders of a captured model."""
+    captured: Captured, state: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a state dict: by placeholders of a captured model, and by name."""
     own, stored = named_tensors(captured.source), _stored(captured.source)
     read = {
         node.name: captured.tensors[node.name]
@@ -128,9 +123,8 @@ def _from_state(
         ) from None
     tensors = {**captured.live(), **{key: given[n] for key, n in read.items() if n in given}}
     _check_other(read, {key: tensors[key] for key in read})
-    _check_baked(lifted, read, captured.live(), tensors)
     device = {key: value.device for key, value in captured.live().items()}
-    return {key: value.to(device[key]) for key, value in tensors.items()}
+    return {key: value.to(device[key]) for key, value in tensors.items()}, given
 
 
 def _stored(model: Model) -> dict[str, Tensor]:
@@ -138,24 +132,42 @@ def _stored(model: Model) -> dict[str, Tensor]:
     return dict(model.state_dict if isinstance(model, ExportedProgram) else model.state_dict())
 
 
-def _check_baked(
-    lifted: fx.GraphModule,
-    read: Mapping[str, str],
-    ours: Mapping[str, Tensor],
-    theirs: Mapping[str, Tensor],
-) -> None:
-    """Refuse other masks and index lists: the lifted graph was made for the model's own."""
-    live = {n.target for n in lifted.graph.nodes if n.op == "placeholder" and n.users}
-    changed = [
+def _changed_numbers(captured: Captured, state: Mapping[str, Tensor]) -> list[str]:
+    """Masks, index lists and numbers that the model's graph was made for, where they differ."""
+    return [
         name
-        for key, name in read.items()
-        if key not in live and not torch.equal(ours[key], theirs[key].to(ours[key].device))
+        for name, known in captured.baked.items()
+        if name in state and not same_entries(known, state[name].to(known.device))
     ]
-    if changed:
-        raise ValueError(
-            f"other: {', '.join(changed)} select entries of activations, and differ from the "
-            "model's: this is another architecture"
-        )
+
+
+def _traced_again(
+    mine: Side, state: Mapping[str, Tensor], changed: Sequence[str], given: Given
+) -> Side:
+    """The model with the tensors of a state dict, whose numbers may make another graph."""
+    problem = (
+        f"other: {', '.join(changed)} select entries of activations or are read as numbers, and "
+        "differ from the model's: this is another architecture"
+    )
+    source = mine.captured.source
+    if isinstance(source, ExportedProgram):
+        raise ValueError(problem)
+    loaded = skeleton(source)
+    values: dict[int, Tensor] = {}
+    for name, tensor in named_tensors(source).items():
+        if name in state and isinstance(tensor, nn.Parameter):
+            values.setdefault(id(tensor), nn.Parameter(state[name].detach(), requires_grad=False))
+        elif name in state:
+            values.setdefault(id(tensor), state[name])
+    for module in loaded.modules():
+        # Tied tensors stay one.
+        for held in (module._buffers, module._parameters):
+            for key, own in held.items():
+                held[key] = values.get(id(own), own)  # type: ignore[assignment]
+    try:
+        return _other_side(mine, loaded, given)
+    except ValueError as error:
+        raise ValueError(f"{problem} ({error})") from None
 
 
 # -- two graphs ------------------------------------------------------------------------------------
@@ -173,7 +185,7 @@ def _match(first: fx.GraphModule, second: fx.GraphModule) -> dict[fx.Node, fx.No
     )
     same: dict[fx.Node, fx.Node] = {}
     for a, b in zip(ours, theirs, strict=False):
-        if a.target is not b.target or not _alike((first, a.args), (second, b.args), same):
+        if not _same_operation((first, a), (second, b), same):
             raise ValueError(
                 f"other is of another architecture: {_described(a)} in the model is "
                 f"{_described(b)} there"
@@ -188,11 +200,25 @@ def _match(first: fx.GraphModule, second: fx.GraphModule) -> dict[fx.Node, fx.No
     return same
 
 
+def _same_operation(
+    ours: tuple[fx.GraphModule, fx.Node], theirs: tuple[fx.GraphModule, fx.Node], same: Any
+) -> bool:
+    (first, a), (second, b) = ours, theirs
+    return (
+        a.target is b.target
+        and a.meta.get("input") == b.meta.get("input")
+        and _alike((first, a.args), (second, b.args), same)
+        and _alike((first, tuple(a.kwargs.items())), (second, tuple(b.kwargs.items())), same)
+    )
+
+
 def _described(node: fx.Node) -> str:
     origin = node.meta.get("origin")
     shape = "x".join(map(str, node.meta["val"].shape))
+    if node.target is ops.total:
+        return f"the end of the network ({len(arguments(node)[0])} outputs, in order)"
     if origin is None:
-        return f"an input or output ({shape})"
+        return f"input {node.meta['input']} ({shape})" if "input" in node.meta else "nothing"
     literals = [str(a) for a in origin.args if not isinstance(a, fx.Node) and a is not None]
     called = f"{origin.target}({', '.join(literals)})" if literals else str(origin.target)
     return f"{called} of {module_path(origin) or origin.name} ({shape})"
@@ -213,14 +239,50 @@ def _alike(
     if a in same or not static(a):
         return same.get(a) is b
     if a.op == "get_attr" and b.op == "get_attr":
-        one, two = getattr(first, str(a.target)), getattr(second, str(b.target))
-        return one.shape == two.shape and torch.equal(one, two)
+        return same_entries(getattr(first, str(a.target)), getattr(second, str(b.target)))
     if "leaf" in a.meta:
         if a.target in LEAVES and a.target is not b.target:
             return False
         if tuple(a.meta["val"].shape) != tuple(b.meta["val"].shape):
             return False
-    elif a.target is not b.target or not _alike((first, a.args), (second, b.args), same):
+    elif not _same_operation(ours, theirs, same):
         return False
     same[a] = b
     return True
+
+
+def _check_casts(first: Captured, second: Captured) -> None:
+    """Refuse networks of which one rounds activations to a shorter format where the other doesn't.
+
+    A cast is no part of Phi, but what it rounds off belongs to the function.
+    """
+    ours, theirs = (_rounding_casts(captured) for captured in (first, second))
+    for a, b in itertools.zip_longest(ours, theirs):
+        if a is None or b is None or a.meta["val"].dtype != b.meta["val"].dtype:
+            one, two = (
+                "no further cast"
+                if n is None
+                else f"{n.target} to {n.meta['val'].dtype} of {module_path(n) or n.name}"
+                for n in (a, b)
+            )
+            raise ValueError(
+                f"other is of another architecture: {one} in the model is {two} there, which "
+                "rounds activations"
+            )
+
+
+def _rounding_casts(captured: Captured) -> list[fx.Node]:
+    """Casts of activations to a format of fewer digits."""
+    active: set[fx.Node] = set()
+    found = []
+    for node in captured.graph_module.graph.nodes:
+        fed = node.op == "placeholder" and node.name not in captured.tensors
+        if not fed and not any(n in active for n in node.all_input_nodes):
+            continue
+        active.add(node)
+        if node.target in CASTS:
+            before, after = (n.meta["val"].dtype for n in (node.args[0], node))
+            if after.is_floating_point and before.is_floating_point:
+                if torch.finfo(after).eps > torch.finfo(before).eps:
+                    found.append(node)
+    return found

@@ -16,10 +16,12 @@ from fxpath.capture import Given, Model, Shapes
 from fxpath.capture.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.difference import Difference
-from fxpath.pairs.domination import ROUNDING, Dominated, find_domination
+from fxpath.pairs.domination import Dominated, find_domination
 from fxpath.pairs.matching import Other, make_pair
 from fxpath.pairs.normalized import Distance, Normalized
 from fxpath.pairs.pair import Pair
+from fxpath.pairs.rounding import UNIT, Doubt, doubt, relative
+from fxpath.pairs.snapshot import Snapshot
 from fxpath.pairs.unrolled import Network, Part
 from fxpath.passes.reduce import reduce
 from fxpath.program import PathProgram
@@ -29,13 +31,20 @@ __all__ = ["PathMetric", "path_metric"]
 #: Upper bounds by name, and whether they stay the same when either network is rescaled.
 UPPER_BOUNDS = {"m": False, "m_normalized": True, "theorem_f2": True, "lemma_3_3": True}
 
+#: Part of the metric up to which what rounding may hide is no reason against calling it exact.
+NEGLIGIBLE = 1e-9
 
-class PathMetric:
+
+class PathMetric(Snapshot):
     """The distance ``||Phi(theta) - Phi(theta')||_1`` of two sets of weights.
 
-    Numbers are float64; what is exact or a bound is so up to rounding: a relative 1e-12 or so where
-    one network dominates entry by entry or bounds are apart, about 1e-12 of the path-norm where one
-    dominates after a rescaling only.
+    Numbers are float64.  ``lower``, ``upper`` and all bounds hold for exact arithmetic on the
+    networks' parameters: each is rounded outwards by what float64 may have lost
+    (:mod:`fxpath.pairs.rounding`).  ``value``, the metric where it is known, is what was carried,
+    between the two.
+
+    A metric reads both networks' tensors where something is evaluated for the first time, and
+    raises a ``RuntimeError`` if they have changed since.  Pickled, it is plain numbers.
 
     Attributes:
         path_norm: ``||Phi(theta)||_1`` of the model.
@@ -43,10 +52,14 @@ class PathMetric:
         signs_agree: whether ``theta_i * theta'_i >= 0`` for all effective parameters.
     """
 
+    _networks = ("_pair", "_network")
+    _numbers = ("dominated", "_distance", "path_magnitude_sum")
+
     def __init__(self, pair: Pair) -> None:
         """Metrics are made by :func:`fxpath.path_metric`."""
         self._pair = pair
-        difference = Difference(reduce(pair.lifted), pair)
+        reduced = reduce(pair.lifted)
+        difference = Difference(reduced, pair)
         outputs = difference.outcome()
         self.signs_agree = difference.signs_agree
         self.path_norm = _total([y.first for y in outputs])
@@ -57,70 +70,93 @@ class PathMetric:
             all(part is None for part in parts)
             for parts in ([y.excess for y in outputs], [y.other_excess for y in outputs])
         )
+        self._relative = relative(reduced)
         # Where an output's path-norm is larger in the one network, the other does not dominate.
         self._larger = [
-            any(bool((a > b * (1 + ROUNDING)).any()) for a, b in sides)
+            any(bool((a > b * (1 + 2 * self._relative)).any()) for a, b in sides)
             for sides in (
                 [(y.second, y.first) for y in outputs],
                 [(y.first, y.second) for y in outputs],
             )
         ]
+        self._doubt = 0.0
+        if doubt(pair):
+            parts = Doubt(reduced, pair).outcome()
+            self._doubt = _total([e for y in parts for e in (y.excess, y.other_excess)])
 
     @functools.cached_property
+    @plain_mode()
     def _network(self) -> Network:
         return Network.by_value(self._pair.lifted)
 
     @functools.cached_property
+    @plain_mode()
     def _domination(self) -> Dominated:
+        self._pair.check_unchanged()
         return find_domination(self._network, self._pair, [Part()], self._larger)
 
     @functools.cached_property
+    @plain_mode()
     def _distance(self) -> Distance:
+        self._pair.check_unchanged()
         found: Distance = Normalized(self._network, self._pair).outcome()
         return found
 
     # -- what holds -------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def dominated(self) -> bool:
         """Whether ``|Phi(theta)| >= |Phi(theta')|`` on every path, or the other way round.
 
         True at once where ``|theta| >= |theta'|`` entry by entry; otherwise a max-plus pass over
-        all edges decides, so that rescaling either network changes nothing.
+        all edges decides, so that rescaling either network changes nothing.  After a rescaling by
+        other factors than powers of two, which is rounded itself, paths may exceed by rounding: by
+        1e-9 of the difference at most, else it is not dominated.
         """
-        return self._entrywise or self._domination.holds
+        if self._entrywise:
+            return True
+        found = self._domination
+        return found.holds and found.total_slack <= NEGLIGIBLE * found.total
 
     @property
     def exact(self) -> bool:
-        """Whether (7) holds, so that the metric is known: signs agree, and one dominates."""
-        return self.signs_agree and self.dominated
+        """Whether (7) holds, so that the metric is known: signs agree, and one dominates.
 
-    @functools.cached_property
+        Never where rounding may hide more than 1e-9 of the metric: ``lower`` and ``upper`` tell
+        how much.
+        """
+        return self._carried is not None and self._doubt <= NEGLIGIBLE * self._carried
+
+    @property
+    def _carried(self) -> float | None:
+        """Both sides of (7), where it holds for the parameters as float64 has them."""
+        if not (self.signs_agree and self.dominated):
+            return None
+        return self._excess_sum if self._entrywise else self._domination.total
+
+    @property
     def value(self) -> float | None:
         """The metric by (7), where it is exact, carried without cancellation; else ``None``."""
-        if not self.exact:
-            return None
-        if self._entrywise:
-            return self._excess + self._other_excess
-        # Nothing exceeds the bound through m, but for rounding in the ratios of paths.
-        return min(float(sum(gap.sum() for gap in self._domination.gap)), self._excess_sum)
+        return self._carried if self.exact else None
 
     # -- bounds -----------------------------------------------------------------------------------
 
     @property
     def lower(self) -> float:
-        """The metric where it is exact, else the lower bound (6), ``| ||Phi|| - ||Phi'|| |``."""
+        """The lower bound (6), ``| ||Phi|| - ||Phi'|| |``: the metric itself where it is exact."""
         if self.value is not None:
-            return self.value
-        # Both excesses carry rounding errors, which their difference must not take for a distance.
-        rounding = 1e-13 * self._excess_sum
-        return max(0.0, abs(self._excess - self._other_excess) - rounding)
+            hidden = self._doubt + (0.0 if self._entrywise else self._domination.total_slack)
+            return max(0.0, self.value * (1 - self._relative) - hidden)
+        # Both excesses are rounded, which their difference must not take for a distance.
+        hidden = self._relative * self._excess_sum + self._doubt
+        return max(0.0, (abs(self._excess - self._other_excess) - hidden) * (1 - 4 * UNIT))
 
-    @functools.cached_property
+    @property
     def upper(self) -> float:
         """The metric where it is exact, else the smallest upper bound that no rescaling changes."""
-        if self.value is not None:
-            return self.value
+        if self._carried is not None:
+            slack = 0.0 if self._entrywise else self._domination.total_slack
+            return self._outwards(self._carried + slack)
         return min(self.bound(name) for name, invariant in UPPER_BOUNDS.items() if invariant)
 
     def bound(self, name: str) -> float:
@@ -135,14 +171,16 @@ class PathMetric:
 
         Raises:
             KeyError: for another name.
+            RuntimeError: if a network changed before this was evaluated.
         """
         if name not in UPPER_BOUNDS:
             raise KeyError(f"{name!r} is no upper bound; there are {', '.join(UPPER_BOUNDS)}")
         if name == "m":
-            return self._excess_sum
+            return self._outwards(self._excess_sum)
+        found = self._distance
         if name == "m_normalized":
-            return self._distance.through_common
-        return self._distance.theorem_f2 if name == "theorem_f2" else self._distance.lemma_3_3
+            return self._outwards(found.through_common)
+        return self._outwards(found.theorem_f2 if name == "theorem_f2" else found.lemma_3_3)
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -153,10 +191,30 @@ class PathMetric:
     def _excess_sum(self) -> float:
         return self._excess + self._other_excess
 
+    def _outwards(self, bound: float) -> float:
+        """An upper bound with all that rounding may have taken from it; 0 stays 0."""
+        return (bound + self._doubt) * (1 + self._relative)
+
     @property
     def relative(self) -> float:
-        """``upper`` over the model's path-norm: the metric itself where it is exact."""
-        return self.upper / self.path_norm if self.path_norm else math.inf * (self.upper > 0)
+        """``upper`` over the model's path-norm, see :attr:`relative_upper`."""
+        return self.relative_upper
+
+    @property
+    def relative_upper(self) -> float:
+        """``upper`` over the model's path-norm; the metric's own share where it is exact.
+
+        Above 1 where the change is larger than the model: up to 2 where both have one path-norm.
+        """
+        return self._over_norm(self.upper)
+
+    @property
+    def relative_lower(self) -> float:
+        """``lower`` over the model's path-norm; above 1 where the other is more than twice that."""
+        return self._over_norm(self.lower)
+
+    def _over_norm(self, distance: float) -> float:
+        return distance / self.path_norm if self.path_norm else math.inf * (distance > 0)
 
     @property
     def log10_value(self) -> float | None:
@@ -174,11 +232,13 @@ class PathMetric:
         return _log10(self.upper)
 
     @functools.cached_property
+    @plain_mode()
     def path_magnitude_sum(self) -> float | None:
         """Sum of Path-Mag (10) over the entries that became zero: an upper bound by (13).
 
         ``None`` unless the other network is the model with some effective parameters set to zero.
         """
+        self._pair.check_unchanged()
         masks: dict[str, Tensor] = {}
         for leaf, name in self._pair.coordinates():
             first, second = self._pair.values(leaf)
@@ -204,6 +264,8 @@ class PathMetric:
             "lower": self.lower,
             "upper": self.upper,
             "relative": self.relative,
+            "relative_lower": self.relative_lower,
+            "relative_upper": self.relative_upper,
             "path_magnitude_sum": self.path_magnitude_sum,
             "bounds": self.bounds,
         }
@@ -217,9 +279,11 @@ class PathMetric:
         ]
         if self.value is not None:
             rows.append(("path-metric, exact (7)", self.value))
+            rows.append(("relative to the path-norm", self._over_norm(self.value)))
         else:
             rows += [("path-metric, at least (6)", self.lower), ("at most", self.upper)]
-        rows.append(("relative to the path-norm", self.relative))
+            rows.append(("relative to the path-norm, at least", self.relative_lower))
+            rows.append(("at most", self.relative_upper))
         return tabulate([[name, str(v) if isinstance(v, bool) else v] for name, v in rows])
 
 
@@ -262,6 +326,9 @@ def path_metric(
         ValueError: for another architecture (slopes and clamp bounds are part of it), missing or
             unknown keys, other shapes, NaN.
         FloatingPointError: if a neuron's path-norm is not within 1e-270 ... 1e300.
+
+    What is compared are functions in exact arithmetic: how activations are rounded is no part of
+    it, so that a model and its float64 copy have distance 0.
 
     Example:
         >>> import copy, torch, fxpath

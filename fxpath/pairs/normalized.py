@@ -9,6 +9,7 @@ nothing here changes when either is rescaled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,8 @@ from fxpath import ops
 from fxpath.pairs.difference import check_range
 from fxpath.pairs.edges import Unrolled
 from fxpath.pairs.pair import Pair, agreement
-from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed
+from fxpath.pairs.rounding import UNIT
+from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed, Values
 
 __all__ = ["Distance", "Normalized"]
 
@@ -28,7 +30,7 @@ ALL = (Part(),)
 
 
 @dataclass(frozen=True)
-class State:
+class State(Values):
     """Activations of :class:`Normalized`, all of one shape but for the numbers at the end.
 
     Attributes:
@@ -72,6 +74,8 @@ class Distance:
         distance: sum over output neurons of the l^1 distance of their incoming weights (23).
         change: maximum over paths in (23).
         largest: ||N(theta) - N(theta')||_inf.
+        rounding: what rounding of products may hide, as a part of the path mass; 0 where nothing
+            differs.
         depth: L of Lemma F.3, one less than the length of the longest path.
         width: W, with the bias counted: the larger of the number of outputs and
             max_v |ant(v)| + 1.
@@ -82,6 +86,7 @@ class Distance:
     distance: float
     change: float
     largest: float
+    rounding: float
     depth: int
     width: int
 
@@ -93,13 +98,14 @@ class Distance:
     @property
     def theorem_f2(self) -> float:
         """Right-hand side of (23), Theorem F.2, with q = 1."""
-        return self.distance + min(self.norms) * self.change
+        hidden = self.rounding * sum(self.norms)
+        return self.distance + min(self.norms) * self.change + hidden
 
     @property
     def lemma_3_3(self) -> float:
         """Right-hand side of (8), Lemma 3.3, with W large enough for neurons with a bias."""
         w, lw = self.width**2, self.depth * self.width
-        return (w + min(self.norms) * lw) * self.largest
+        return (w + min(self.norms) * lw) * (self.largest + self.rounding * max(1.0, *self.norms))
 
 
 class Normalized(Neurons[State]):
@@ -251,7 +257,18 @@ class Normalized(Neurons[State]):
 
     def total(self, outputs: list[State]) -> Distance:
         finished = [self._finished(x) for x in outputs]
-        common = [self._flatten([x.excess[k] for x in finished]) for k in range(len(self.parts))]
+        depth = max(x.depth for x in finished)
+        # A product of an edge has five factors at most, each of them rounded, in either network.
+        rounding = [0.0 if x.clean else 16 * (depth + 1) * UNIT for x in finished]
+        common = [
+            self._flatten(
+                [
+                    x.excess[k] + hidden * (x.mass[k] + x.other_mass[k])
+                    for x, hidden in zip(finished, rounding, strict=True)
+                ]
+            ).nan_to_num(nan=math.inf)
+            for k in range(len(self.parts))
+        ]
         return Distance(
             (
                 self._flatten([x.first for x in finished]).sum().item(),
@@ -261,7 +278,8 @@ class Normalized(Neurons[State]):
             self._flatten([x.distance for x in finished]).sum().item(),
             max((x.change.amax().item() for x in finished if x.change.numel()), default=0.0),
             self.largest,
-            max(x.depth for x in finished) - 1,
+            max(rounding),
+            depth - 1,
             max(self.width, *[part.numel() for part in common]),
         )
 
@@ -303,21 +321,20 @@ class _Sums:
         """Add the edges of one weighted sum."""
         one = torch.ones(1, dtype=x.first.dtype, device=x.first.device)
         a, b = (one, one) if weight is None else (weight.first, weight.second)
-        agree = agreement(a, b)
-        signs = None if bool(agree.all()) else agree.to(a.dtype)
-        a, b = a.abs(), b.abs()
         inverse, exchange = unrolled.split(self.inverse), unrolled.split(self.exchange)
-        distance = torch.zeros(unrolled.shape, dtype=a.dtype, device=a.device)
+        distance = torch.zeros(unrolled.shape, dtype=one.dtype, device=one.device)
         excess = [torch.zeros_like(distance) for _ in self.parts]
         shares, others = _shares(x.first, x.mass), _shares(x.second, x.other_mass)
         for block in unrolled.blocks():
             out = block.out
-            over = block.weigh(a) * block.read(x.first, 0.0)
-            under = block.weigh(b) * block.read(x.second, 0.0)
+            own, other = block.weigh(a), block.weigh(b)
+            over = own.abs() * block.read(x.first, 0.0)
+            under = other.abs() * block.read(x.second, 0.0)
             under = under.mul_(exchange[:, out, None])
             low = torch.minimum(over, under)
-            if signs is not None:
-                low = low.mul_(block.weigh(signs))
+            apart = ~agreement(own, other)
+            if bool(apart.any()):
+                low.masked_fill_(apart, 0.0)
             over, under = over.sub_(low), under.sub_(low)
             gap = over + under
             distance[:, out] += gap.sum(2)

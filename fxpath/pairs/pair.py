@@ -7,7 +7,7 @@ each exists in float64 at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,15 @@ from fxpath.graphs import inputs_first
 from fxpath.interpret import Interpretation
 from fxpath.schema import arguments, target
 
-__all__ = ["LEAVES", "Pair", "PairInterpretation", "Side", "Weights", "agreement"]
+__all__ = [
+    "LEAVES",
+    "Pair",
+    "PairInterpretation",
+    "Side",
+    "Weights",
+    "agreement",
+    "same_entries",
+]
 
 #: What effective parameters and fixed numbers are read by.
 LEAVES = (ops.coordinate, ops.coefficient)
@@ -65,6 +73,21 @@ class Weights:
             common.masked_fill_(opposite, 0.0)
         return cls(a, b, common, _excess(a, common), _excess(b, common), agree)
 
+    def times(self, other: Weights) -> Weights:
+        """The product of two of them, entry by entry."""
+        common = self.common * other.common
+        return Weights(
+            self.first * other.first,
+            self.second * other.second,
+            common,
+            _added(_product(self.excess, other.first), _product(self.common, other.excess)),
+            _added(
+                _product(self.other_excess, other.second),
+                _product(self.common, other.other_excess),
+            ),
+            self.signs_agree and other.signs_agree,
+        )
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         """Apply a linear map with non-negative coefficients to every part."""
         done: dict[int, Tensor] = {}
@@ -89,6 +112,19 @@ def _excess(value: Tensor, common: Tensor) -> Tensor | None:
     return excess if bool(excess.any()) else None
 
 
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a * b
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def same_entries(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, in whatever format."""
+    return first.shape == second.shape and torch.equal(first, second)
+
+
 def agreement(first: Tensor, second: Tensor) -> Tensor:
     """Where theta * theta' >= 0, without forming a product that could underflow."""
     return ~(((first > 0) & (second < 0)) | ((first < 0) & (second > 0)))
@@ -105,13 +141,16 @@ class Side:
 
     def value(self, leaf: int) -> Tensor:
         """The numbers that a leaf reads, with their signs, in float64."""
-        node = self.nodes[leaf]
-        value = self._evaluate(node).detach().to(torch.float64)
+        return self.checked(leaf, self.evaluate(self.nodes[leaf]))
+
+    def checked(self, leaf: int, found: Tensor) -> Tensor:
+        """Numbers of a leaf in float64, if they are numbers."""
+        value = found.detach().to(torch.float64)
         # The sum is finite where all entries are, and needs no memory; it may overflow otherwise.
         if not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
             raise ValueError(
-                f"{self._name(node)}: the effective value is NaN or infinite: look for a running "
-                "variance below 0 or a division by 0"
+                f"{self._name(self.nodes[leaf])}: the effective value is NaN or infinite: look for "
+                "a running variance below 0 or a division by 0"
             )
         return value
 
@@ -124,8 +163,8 @@ class Side:
     def _name(node: fx.Node) -> str:
         return str(arguments(node)[1]) if node.target is ops.coordinate else node.name
 
-    def _evaluate(self, leaf: fx.Node) -> Any:
-        """What a leaf reads, each step of it computed once."""
+    def evaluate(self, leaf: fx.Node) -> Any:
+        """What a leaf reads, as the model computes it, each step once."""
         known: dict[fx.Node, Any] = {}
         for node in inputs_first(leaf, known):
             known[node] = self._step(node, known)
@@ -171,6 +210,7 @@ class Pair:
     architecture: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._marks = [_marks(side) for side in (self.ours, self.theirs)]
         for leaf, node in enumerate(self.ours.nodes):
             if node.meta["fixed"] and not torch.equal(
                 self.ours.value(leaf), self.theirs.value(leaf)
@@ -190,7 +230,10 @@ class Pair:
                 found.append(self.ours.captured.tensors[str(node.target)])
             stack += node.all_input_nodes
         origin = leaf.meta.get("origin")
-        return sorted(found) or [f"a number in {module_path(origin) if origin else leaf.name}"]
+        if origin is None:
+            return sorted(found) or [f"a number in {leaf.name}"]
+        place = module_path(origin) or "the model's own forward"
+        return sorted(found) or [f"a number of {origin.target} in {place}"]
 
     def coordinates(self) -> list[tuple[int, str]]:
         """Leaves that are part of theta, with the names of their coordinates."""
@@ -200,6 +243,29 @@ class Pair:
             if node.target is ops.coordinate
         ]
 
+    def check_unchanged(self) -> None:
+        """Refuse to go on where a network's tensors are no longer what they were.
+
+        A pair reads the tensors of both networks and copies none: that would take as much memory
+        as the networks themselves.
+
+        Raises:
+            RuntimeError: naming what has changed.
+        """
+        for which, side, marks in zip(
+            ("the model", "the other"), (self.ours, self.theirs), self._marks, strict=True
+        ):
+            now = _marks(side)
+            changed = [
+                side.captured.tensors[key] for key, mark in marks.items() if now[key] != mark
+            ]
+            if changed:
+                raise RuntimeError(
+                    f"{', '.join(changed)} of {which} changed after the two were compared, so what "
+                    "was not evaluated before is lost: compare again, or compare copies "
+                    "(copy.deepcopy)"
+                )
+
     def values(self, leaf: int) -> tuple[Tensor, Tensor]:
         """Effective parameters of both networks at a leaf, float64; one object if equal."""
         first = self.ours.value(leaf)
@@ -207,6 +273,48 @@ class Pair:
         if raw[0] is not None and raw[1] is not None and torch.equal(raw[0], raw[1]):
             return first, first
         return first, self.theirs.value(leaf)
+
+    def rows(self, leaf: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same, a few rows at a time; only those are converted where both are tensors."""
+        raw = self.ours.raw(leaf), self.theirs.raw(leaf)
+        whole = raw if raw[0] is not None and raw[1] is not None else self.values(leaf)
+        assert whole[0] is not None and whole[1] is not None
+        step = max(1, ROWS * len(whole[0]) // max(1, whole[0].numel()))
+        for a, b in zip(whole[0].split(step), whole[1].split(step), strict=True):
+            first = self.ours.checked(leaf, a)
+            alike = torch.equal(a, b.to(a.dtype)) and a.dtype == b.dtype
+            yield first, first if alike else self.theirs.checked(leaf, b)
+
+
+#: Entries of a matrix that are compared at once: there are five copies of them.
+ROWS = 1 << 20
+
+
+def _marks(side: Side) -> dict[str, int]:
+    return {key: fingerprint(tensor) for key, tensor in side.tensors.items()}
+
+
+#: Entries that are summed at once.
+_BLOCK = 1 << 17
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A number that another content has with a probability of about 2^-60 only; copies nothing."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    entries = tensor.reshape(-1).view(kind)
+    odd = torch.arange(min(len(entries), _BLOCK), device=tensor.device) * _MULTIPLIER
+    odd = (odd ^ (odd >> 29)) | 1
+    sums = [(block * odd[: len(block)]).sum() for block in entries.split(_BLOCK)]
+    found = hash((tensor.dtype, tuple(tensor.shape)))
+    for part in torch.stack(sums).tolist() if sums else []:
+        found = hash((found, part))
+    return found
+
+
+#: Makes odd numbers without a pattern, which entries are multiplied with.
+_MULTIPLIER = 0x1E3779B97F4A7C15
 
 
 class PairInterpretation(Interpretation):

@@ -119,11 +119,14 @@ def quantize(
         tensor, name = live[placeholder].detach(), captured.tensors[placeholder]
         axes = [d for d in range(tensor.dim()) if d != axis] if per_channel else []
         steps[name], rounded[id(live[placeholder])] = _round(name, tensor, bits, rounding, axes)
-    # Tied weights are one tensor under several names.
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    for name, tensor in named_tensors(model).items():
-        if id(tensor) in rounded:
-            state[name] = rounded[id(tensor)].clone()
+    # Tied weights are one tensor under several names; each name gets a tensor of its own.
+    named, taken = named_tensors(model), set[int]()
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        own = id(named.get(name))
+        first = own in rounded and own not in taken
+        state[name] = rounded[own] if first else rounded.get(own, value.detach()).clone()
+        taken.add(own)
     certify = path_metric if rounding == "zero" else lipschitz_bound
     return Quantized(state, steps, certify(model, state, **vars(given)))
 
@@ -163,19 +166,37 @@ def _round(
     digits = 1 - round(math.log2(torch.finfo(tensor.dtype).eps))
     if bits > digits:
         raise ValueError(f"{name}: {tensor.dtype} has {digits} binary digits, too few for {bits}")
-    exact = tensor.double()
     if axes and tensor.dim() > 1:
-        largest = exact.abs().amax(axes, keepdim=True)
+        largest = tensor.abs().amax(axes, keepdim=True).double()
     else:
-        largest = exact.abs().amax().reshape([1] * tensor.dim())
+        largest = tensor.abs().amax().double().reshape([1] * tensor.dim())
     # Rounded up to few binary digits, so that its multiples are numbers of the tensor's format.
     mantissa, exponent = torch.frexp(largest / levels)
     fine = 2.0 ** (digits - bits + 1)
     step = torch.ldexp(torch.ceil(mantissa * fine) / fine, exponent)
     step = torch.where(largest > 0, step, torch.ones_like(step))
-    size = exact.abs() / step
-    level = size.floor() if rounding == "zero" else size.round()
-    if rounding == "zero":  # a quotient just below an integer may have been rounded up to it
-        level = torch.where(level * step > exact.abs(), level - 1, level)
-    result = level.copysign(exact) * step
-    return step, result.to(tensor.dtype)
+    result = torch.empty_like(tensor)
+    rows = max(1, BLOCK * len(tensor) // max(1, tensor.numel())) if tensor.dim() else 1
+    steps = step.expand(len(tensor), *step.shape[1:]) if tensor.dim() else step
+    pieces = [(tensor, steps, result)]
+    if tensor.dim():
+        pieces = list(zip(*(t.split(rows) for t in (tensor, steps, result)), strict=True))
+    for piece, unit, out in pieces:
+        out.copy_(_on_grid(piece.double(), unit, rounding))
+    return step, result
+
+
+#: Entries of a tensor that are rounded at once: there are some copies of them in float64.
+BLOCK = 1 << 20
+
+
+def _on_grid(exact: Tensor, step: Tensor, rounding: str) -> Tensor:
+    size = exact.abs()
+    level = size / step
+    if rounding == "nearest":
+        level.round_()
+    else:
+        level.floor_()
+        # A quotient just below an integer may have been rounded up to it.
+        level.sub_((level * step > size).to(level.dtype))
+    return level.copysign_(exact).mul_(step)

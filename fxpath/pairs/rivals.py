@@ -7,6 +7,7 @@ The bounds (2), (9) and (29) know layered fully connected networks only,
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from fxpath.passes.fold import CASTS, DROPOUTS
 from fxpath.passes.links import static
 from fxpath.schema import arguments
 
-__all__ = ["Layered", "find_layered", "largest_difference", "realization"]
+__all__ = ["Layered", "Progress", "find_layered", "largest_difference", "realization"]
 
 aten = torch.ops.aten
 
@@ -169,6 +170,21 @@ def realization(side: Side) -> Callable[[Sequence[Tensor]], Tensor]:
     return run
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is.
+
+    Attributes:
+        done: evaluations so far.
+        planned: evaluations that it takes to the end.
+        best: the largest difference so far.
+    """
+
+    done: int
+    planned: int
+    best: float
+
+
 def largest_difference(
     pair: Pair,
     shapes: Sequence[Sequence[int]],
@@ -176,6 +192,8 @@ def largest_difference(
     norm: float,
     starts: int = 32,
     steps: int = 40,
+    seconds: float = math.inf,
+    progress: Callable[[Progress], None] | None = None,
 ) -> float:
     """The largest ``||R_theta(x) - R_theta'(x)||`` found for inputs with ``||x||_inf <= radius``.
 
@@ -189,7 +207,10 @@ def largest_difference(
         norm: 1, 2 or inf.
         starts: number of inputs.
         steps: number of gradient steps from each.
+        seconds: when to stop, after the evaluation that is under way.
+        progress: called after each evaluation.
     """
+    end = time.monotonic() + seconds
     generator = torch.Generator().manual_seed(0)
     device = next((t.device for t in pair.ours.tensors.values()), torch.device("cpu"))
     ours, theirs = realization(pair.ours), realization(pair.theirs)
@@ -201,21 +222,28 @@ def largest_difference(
     def draw(shape: Sequence[int]) -> Tensor:
         x = torch.rand((starts, *shape), generator=generator, dtype=torch.float64) * 2 - 1
         x[::2].sign_()
-        return (x * radius).to(device).requires_grad_()
+        return (x * radius).to(device)
 
-    points = [draw(shape) for shape in shapes]
-    chunk = max(1, CHUNK // max(1, sum(x[0].numel() for x in points)))
-    gaps = torch.func.vmap(gap, chunk_size=chunk)
-    best = 0.0
+    drawn = [draw(shape) for shape in shapes]
+    size = max(1, CHUNK // max(1, sum(x[0].numel() for x in drawn)))
+    chunks = [
+        [part.requires_grad_() for part in parts]
+        for parts in zip(*(x.split(size) for x in drawn), strict=True)
+    ]
+    gaps = torch.func.vmap(gap)
+    best, done = 0.0, 0
     for step in range(steps):
-        values = gaps(points)
-        best = max(best, values.amax().item())
-        if not values.requires_grad:
-            break
-        gradients = torch.autograd.grad(values.sum(), points, allow_unused=True)
-        size = radius * (1 - step / steps) / 2
-        with torch.no_grad():
-            for x, gradient in zip(points, gradients, strict=True):
-                if gradient is not None:
-                    x.add_(gradient.sign() * size).clamp_(-radius, radius)
+        for points in chunks:
+            values = gaps(points)
+            best, done = max(best, values.amax().item()), done + 1
+            if progress is not None:
+                progress(Progress(done, steps * len(chunks), best))
+            if not values.requires_grad or time.monotonic() > end:
+                return best
+            gradients = torch.autograd.grad(values.sum(), points, allow_unused=True)
+            stride = radius * (1 - step / steps) / 2
+            with torch.no_grad():
+                for x, gradient in zip(points, gradients, strict=True):
+                    if gradient is not None:
+                        x.add_(gradient.sign() * stride).clamp_(-radius, radius)
     return best

@@ -22,7 +22,7 @@ from fxpath.passes.classes import Classes
 from fxpath.passes.reduce import reduce
 from fxpath.schema import arguments
 
-__all__ = ["Network", "Neurons", "Part", "Pending", "Signed"]
+__all__ = ["Network", "Neurons", "Part", "Pending", "Signed", "Values"]
 
 aten = torch.ops.aten
 
@@ -104,7 +104,11 @@ class Part:
     biases: bool = True
 
 
-S = TypeVar("S")
+class Values:
+    """What an interpretation knows of the neurons of one tensor; subclasses say what that is."""
+
+
+S = TypeVar("S", bound=Values)
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ class Neurons(PairInterpretation, Generic[S]):
     # -- the vocabulary ---------------------------------------------------------------------------
 
     def is_activation(self, value: Any) -> bool:
-        return not isinstance(value, (Tensor, int, float, bool, str, type(None)))
+        return isinstance(value, (Values, Signed, Pending))
 
     def coordinate(self, value: Tensor, name: str) -> Signed:
         return Signed(*self.other(self.node))
@@ -182,11 +186,9 @@ class Neurons(PairInterpretation, Generic[S]):
     def _weigh(
         self, x: S, weight: Signed, unrolled: Unrolled, run: Callable[[Tensor, Tensor], Tensor]
     ) -> Any:
-        sizes = [weight.first.abs()]
-        sizes.append(sizes[0] if weight.second is weight.first else weight.second.abs())
         pending: Pending[S] = Pending(
             [(unrolled, x, weight)],
-            lambda values, side: run(values[0], sizes[side]),
+            lambda values, side: run(values[0], (weight.first, weight.second)[side].abs()),
             tuple(self.node.meta["val"].shape),
         )
         if all(user.target is ops.shift for user in self.node.users):

@@ -114,9 +114,12 @@ class Lift(Constants):
             self._copied[node] = self.graph.placeholder(node.name)
             self._copied[node].meta["val"] = form(node.meta["val"])
         else:
+            position = len(self._active)
             self._active.add(node)
             if isinstance(node.meta.get("val"), Tensor):
-                self._env[node] = self.emit(ops.source, tuple(node.meta["val"].shape))
+                source = self.emit(ops.source, tuple(node.meta["val"].shape))
+                source.meta["input"] = position
+                self._env[node] = source
 
     def _apply(self, node: fx.Node) -> fx.Node | list[fx.Node | None]:
         self._current = node

@@ -9,6 +9,7 @@ have one factor: they form a group.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,6 +173,10 @@ def rescale(
     Returns:
         A deep copy with rescaled parameters and running means.
 
+    Warns:
+        UserWarning: naming modules that eval mode does not reach (auxiliary heads): they stay as
+            they are, and their outputs in training change.
+
     Raises:
         UnsupportedModelError: listing every operation that the theory does not cover.
         ValueError: for a weight that is computed (pruned, parametrized), by name; a factor that is
@@ -206,6 +211,7 @@ def rescale(
             values[number] = factor
     if not bool(((values > 0) & values.isfinite()).all()):
         raise ValueError("every factor must be a positive number")
+    _warn_of_unread(model, captured, found, values, given)
     return _rescaled(model, found, values)
 
 
@@ -245,6 +251,9 @@ def normalize(
     Returns:
         A deep copy with rescaled parameters and running means (see :func:`rescale`).
 
+    Warns:
+        UserWarning: as :func:`rescale`.
+
     Raises:
         UnsupportedModelError: listing every operation that the theory does not cover.
         ValueError: for a NaN or infinite parameter; for a weight that is computed (pruned,
@@ -277,7 +286,9 @@ def normalize(
     if not bool(largest.isfinite().all()):
         raise FloatingPointError("a path-norm inside the network does not fit into float64")
     rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
-    return _rescaled(model, found, torch.where((largest > 0) & rescalable, 1 / largest, 1.0))
+    values = torch.where((largest > 0) & rescalable, 1 / largest, 1.0)
+    _warn_of_unread(model, captured, found, values, given)
+    return _rescaled(model, found, values)
 
 
 class _Norms(fx.Interpreter):
@@ -382,6 +393,43 @@ def _list_members(
 
 
 # -- applying factors ------------------------------------------------------------------------------
+
+
+def _warn_of_unread(
+    model: nn.Module, captured: Captured, found: ChannelGroups, values: Tensor, given: Given
+) -> None:
+    """Say which modules evaluation leaves out: what they read may be rescaled, and they are not."""
+    if given.until is not None or given.outputs is not None or bool((values == 1).all()):
+        return
+    nodes = captured.graph_module.graph.nodes
+    names = {captured.tensors[n.name] for n in nodes if n.users and n.name in captured.tensors}
+    named = named_tensors(model)
+    read = {id(named[name]) for name in names if name in named}
+    unread = _unread(model, "", read)
+    if unread:
+        warnings.warn(
+            f"{', '.join(unread)}: not reached in eval mode, and left as they are; what they read "
+            "in training (an auxiliary head reads channels inside the network) may have another "
+            "scale now, so that their outputs change",
+            UserWarning,
+            stacklevel=5,  # past the decorators of the verb
+        )
+
+
+def _unread(module: nn.Module, path: str, read: set[int]) -> list[str]:
+    """The largest submodules, and single parameters, that no evaluation reads."""
+    found: list[str] = []
+    for name, parameter in module.named_parameters(path, recurse=False):
+        if id(parameter) not in read:
+            found.append(name)
+    for name, child in module.named_children():
+        full = f"{path}.{name}" if path else name
+        parameters = list(child.parameters())
+        if parameters and not any(id(p) in read for p in parameters):
+            found.append(full)
+        else:
+            found += _unread(child, full, read)
+    return found
 
 
 def _rescaled(model: nn.Module, found: ChannelGroups, values: Tensor) -> nn.Module:
