@@ -40,6 +40,30 @@ class Edited(nn.Module):
         return self.c(self.k(h)[:, None])
 
 
+class Numbers(nn.Module):
+    """Tensors that a forward method reads as Python numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l = nn.Linear(3, 4)
+        self.register_buffer("size", torch.tensor(2))
+        self.plain = torch.tensor(3.0)
+        self.held = [torch.tensor(2.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.l(x)[:, : int(self.size)] * self.plain.item()
+        return h * float(self.held[0])
+
+
+NUMBERS: dict[str, tuple[Callable[[Numbers], Any], str]] = {
+    "buffer": (lambda m: m.size.fill_(4), "size"),
+    "attribute in place": (lambda m: m.plain.fill_(4), "plain"),
+    "attribute replaced": (lambda m: setattr(m, "plain", torch.tensor(4.0)), "plain"),
+    "item replaced": (lambda m: m.held.__setitem__(0, torch.tensor(4.0)), "held.0"),
+}
+
+
 def _replace(model: Edited, path: str, value: Any) -> None:
     owner, _, name = path.rpartition(".")
     setattr(model.get_submodule(owner), name, value)
@@ -97,6 +121,18 @@ def test_edits_of_what_the_graph_was_made_for_are_noticed(edit: str) -> None:
     for call in (program.path_norm, program.scores, program.log_path_norm):
         with pytest.raises(ValueError, match=f"{named}.*compile again"):
             call()
+
+
+@pytest.mark.parametrize("edit", NUMBERS)
+def test_edits_of_what_was_read_as_a_number_are_noticed(edit: str) -> None:
+    model = Numbers()
+    program = fxpath.compile(model, (3,))
+    weights = model.l.weight[:2].abs().sum() + model.l.bias[:2].abs().sum()
+    assert program.path_norm() == pytest.approx(6 * weights.item(), rel=1e-6)
+    change, named = NUMBERS[edit]
+    change(model)
+    with pytest.raises(ValueError, match=f"{named} has other entries"):
+        program.path_norm()
 
 
 # -- scores that float32 cannot hold ---------------------------------------------------------------

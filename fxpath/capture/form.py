@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Attribute", "Form", "attached", "attached_now", "changes", "form_of", "tensors_in"]
+__all__ = [
+    "Attribute",
+    "Form",
+    "attached",
+    "attached_now",
+    "changes",
+    "form_of",
+    "held",
+    "tensors_in",
+]
 
 #: Where a tensor that no module has registered is found: module, attribute, keys inside of it.
 Attribute = tuple[str, str, tuple[Any, ...]]
@@ -89,15 +98,29 @@ def attached(model: object, constants: Mapping[str, Tensor]) -> dict[str, Attrib
         return {}
     wanted = {_place(tensor): name for name, tensor in constants.items() if tensor.numel()}
     found: dict[str, Attribute] = {}
+    for place, tensor in _unregistered(model):
+        name = wanted.get(_place(tensor))
+        if name is not None:
+            found.setdefault(name, place)
+    return found
+
+
+def held(model: object) -> dict[str, Tensor]:
+    """Tensors that modules hold without having registered them, by the path to each."""
+    if not isinstance(model, nn.Module):
+        return {}
+    return {
+        ".".join([path, attribute, *map(str, keys)]).removeprefix("."): tensor
+        for (path, attribute, keys), tensor in _unregistered(model)
+    }
+
+
+def _unregistered(model: nn.Module) -> Iterator[tuple[Attribute, Tensor]]:
     for path, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers", "_modules"):
-                continue
-            for keys, tensor in tensors_in(value):
-                name = wanted.get(_place(tensor))
-                if name is not None:
-                    found.setdefault(name, (path, attribute, keys))
-    return found
+            if attribute not in ("_parameters", "_buffers", "_modules"):
+                for keys, tensor in tensors_in(value):
+                    yield (path, attribute, keys), tensor
 
 
 def attached_now(model: object, attached: Mapping[str, Attribute]) -> dict[str, Tensor]:

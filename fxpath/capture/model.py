@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fxpath.capture.form import Form, attached_now, changes
+from fxpath.capture.form import Form, attached_now, changes, held
 
 __all__ = ["Captured", "Model", "Sample", "Shape", "check_finite", "named_tensors"]
 
@@ -85,6 +85,8 @@ class Captured:
             **named_tensors(self.source),
             **attached_now(self.source, self.form.attached),
         }
+        if self.baked.keys() - named.keys():
+            named = {**held(self.source), **named}
         live = {key: named[name] for key, name in self.tensors.items() if name in named}
         changed = [
             *(f"{name} is gone" for name in self.tensors.values() if name not in named),
@@ -97,7 +99,7 @@ class Captured:
             *(
                 f"{name} has other entries, which select or were read as numbers"
                 for name, known in self.baked.items()
-                if name in named and not _same(named[name], known)
+                if name not in named or not _same(named[name], known)
             ),
         ]
         if changed:

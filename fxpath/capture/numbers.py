@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxpath.capture.form import held
+
 __all__ = ["Numbers", "Overwritten", "ParameterRead"]
 
 _READ: frozenset[Any] = frozenset(
@@ -94,7 +96,7 @@ class Numbers(TorchFunctionMode):
         self._model = model
         self._real = _tensors(model)
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._plain = {id(tensor): name for name, tensor in _held(model).items()}
+        self._plain = {id(tensor): name for name, tensor in held(model).items()}
         self._known: dict[int, _Known] = {}
 
     def start(self) -> None:
@@ -193,7 +195,7 @@ class Numbers(TorchFunctionMode):
             real = self._real.get(name)
             if name in self._parameters and real is not None and real.is_floating_point():
                 raise ParameterRead(name)
-            found = real if real is not None else _held(self._model)[name]
+            found = real if real is not None else held(self._model)[name]
             self.read.setdefault(name, _snapshot(found))
 
     def _evaluate(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -244,16 +246,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
     named.update(model.named_parameters(remove_duplicate=False))
     return named
-
-
-def _held(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors that modules hold without having registered them, by qualified name."""
-    return {
-        f"{path}.{name}" if path else name: value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor)
-    }
 
 
 def _same(tensor: Tensor) -> Tensor:
