@@ -19,14 +19,8 @@ from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.program import PathProgram
-from fxpath.symmetry.rescaling import (
-    ChannelGroup,
-    ChannelGroups,
-    Member,
-    channel_groups,
-    normalize,
-    rescale,
-)
+from fxpath.symmetry.groups import ChannelGroup, ChannelGroups, Member
+from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
 
 __version__ = "0.1.0"
 

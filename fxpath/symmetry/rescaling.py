@@ -1,17 +1,10 @@
-"""The rescaling symmetry of a model: channel groups, random rescaling, normalization.
-
-A hidden neuron's incoming weights and bias can be multiplied by a factor > 0, and its outgoing
-weights divided by it, without changing the function or Phi.  In a model with convolutions and skip
-connections the neurons are channels, and channels that are added, pooled or normalized together
-have one factor: they form a group.
-"""
+"""Random rescaling and normalization of a model, one factor for each channel group."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,81 +16,9 @@ from fxpath.capture.given import Inputs, Outputs
 from fxpath.front import take_in
 from fxpath.modes import plain_mode
 from fxpath.passes.unsign import unsign
-from fxpath.symmetry.labelling import Labelling
-from fxpath.symmetry.labels import FIXED, Carried, compressed
+from fxpath.symmetry.groups import ChannelGroups, find_groups, open_groups
 
-__all__ = ["ChannelGroup", "ChannelGroups", "Member", "channel_groups", "normalize", "rescale"]
-
-
-@dataclass(frozen=True)
-class Member:
-    """Entries of one tensor of the model that belong to a channel group.
-
-    Attributes:
-        tensor: qualified name of a parameter or buffer.
-        axis: axis of the tensor along which the group's channels lie.
-        indices: their positions on it.
-        incoming: whether these entries are multiplied by the group's factor (weights into its
-            neurons, biases), or divided by it (weights out of them).  The scale and the variance of
-            a batch norm inside a group are listed as both: they stay, but belong to the channel.
-        within: another axis, and the positions on it that ``indices`` are meant for (the outputs
-            of one group of a grouped convolution); ``None`` for all.
-    """
-
-    tensor: str
-    axis: int
-    indices: tuple[int, ...]
-    incoming: bool
-    within: tuple[int, tuple[int, ...]] | None = None
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels with one common factor.
-
-    Learned slopes of a PReLU are architecture and no members, though each belongs to a channel.
-
-    Attributes:
-        members: everything that reads or makes them.
-        rescalable: false where a clamp (as in ReLU6) or a constant reads them, or a tensor that is
-            computed: such channels can be removed, but their scale is given.
-    """
-
-    members: tuple[Member, ...]
-    rescalable: bool
-
-
-@dataclass(frozen=True, eq=False)
-class ChannelGroups:
-    """The channel groups of a model; channels of inputs and outputs are in none.
-
-    Attributes:
-        groups: in order of execution.
-        blocked: names of the coordinates that hold no factor as they are computed from parameters
-            (pruning masks, parametrizations): their channels are not rescalable.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> groups = channel_groups(model)
-        >>> len(groups), groups[0].rescalable
-        (3, True)
-        >>> for member in groups[1].members:
-        ...     print(member.tensor, member.axis, member.indices, member.incoming)
-        0.weight 0 (1,) True
-        0.bias 0 (1,) True
-        2.weight 1 (1,) False
-    """
-
-    groups: tuple[ChannelGroup, ...]
-    blocked: tuple[str, ...]
-    _numbers: Mapping[str, tuple[Tensor | None, Tensor | None]]
-    _activations: Mapping[fx.Node, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> ChannelGroup:
-        return self.groups[index]
+__all__ = ["channel_groups", "normalize", "rescale"]
 
 
 @plain_mode()
@@ -132,7 +53,7 @@ def channel_groups(
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     captured, signed = take_in(model, given)
-    return _find(captured, unsign(signed))
+    return find_groups(captured, unsign(signed))
 
 
 @plain_mode()
@@ -196,7 +117,7 @@ def rescale(
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     captured, signed = take_in(model, given)
     lifted = unsign(signed)
-    found = _open(captured, lifted)
+    found = open_groups(captured, lifted)
     values = torch.ones(len(found), dtype=torch.float64)
     rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
     if factors is None:
@@ -273,7 +194,7 @@ def normalize(
     lifted = unsign(signed)
     live = captured.live()
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
-    found = _open(captured, lifted)
+    found = open_groups(captured, lifted)
     largest = torch.zeros(len(found) + 1, dtype=torch.float64)
     _Norms(lifted, found._activations, largest).run(
         *(
@@ -310,86 +231,6 @@ class _Norms(fx.Interpreter):
             most = result.amax(uniform, keepdim=True) if uniform else result
             self.largest.scatter_reduce_(0, numbers.reshape(-1), most.reshape(-1), "amax")
         return result
-
-
-# -- finding groups --------------------------------------------------------------------------------
-
-
-def _open(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:
-    """Groups of a model all of whose weights can take up a factor."""
-    if not isinstance(captured.source, nn.Module):
-        raise TypeError("an ExportedProgram is not rescaled: pass the nn.Module")
-    found = _find(captured, lifted)
-    if found.blocked:
-        raise ValueError(
-            f"{', '.join(found.blocked)}: computed from other parameters, so no factor can be "
-            "multiplied in; make them parameters first (torch.nn.utils.prune.remove, "
-            "torch.nn.utils.parametrize.remove_parametrizations)"
-        )
-    return found
-
-
-def _find(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:
-    labelling = Labelling(captured, lifted)
-    roots = labelling.forest.roots()
-    rigid = torch.zeros(len(roots), dtype=torch.bool)
-    for labels in labelling.rigid:
-        rigid[roots[labels[labels >= 0]]] = True
-    used = torch.zeros(len(roots), dtype=torch.bool)
-    for carried in labelling.carried.values():
-        for side in (carried.out, carried.into):
-            if side is not None:
-                used[roots[side[side >= 0]]] = True
-    used[FIXED] = False
-    # Groups are numbered by their smallest label; -1, the last place of a table, is for the rest.
-    number = torch.full((len(roots) + 1,), -1)
-    number[:-1][used] = torch.arange(int(used.sum()))
-    of = torch.cat([number[roots], number[-1:]])
-    members: list[list[Member]] = [[] for _ in range(int(used.sum()))]
-    numbers: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for name, carried in labelling.carried.items():
-        out, into = (None if x is None else of[x] for x in (carried.out, carried.into))
-        numbers[name] = out, into
-        _list_members(members, name, carried, out, True)
-        _list_members(members, name, carried, into, False)
-    fixed = rigid[used]
-    groups = [ChannelGroup(tuple(m), not bool(fixed[i])) for i, m in enumerate(members)]
-    activations = {
-        node: torch.where(of[labels.ids] < 0, len(groups), of[labels.ids])
-        for node, labels in labelling.labels.items()
-    }
-    return ChannelGroups(tuple(groups), tuple(labelling.blocked), numbers, activations)
-
-
-def _list_members(
-    members: list[list[Member]],
-    name: str,
-    carried: Carried,
-    numbers: Tensor | None,
-    incoming: bool,
-) -> None:
-    """Sort the entries of one tensor by group."""
-    if numbers is None:
-        return
-    numbers = compressed(numbers)
-    varying = [axis for axis, size in enumerate(numbers.shape) if size > 1]
-    axis = varying[-1] if varying else carried.axes[0 if incoming else 1]
-    by_group: dict[int, dict[tuple[int, ...], list[int]]] = {}
-    moved = numbers.expand(
-        [n if d == axis else numbers.shape[d] for d, n in enumerate(carried.shape)]
-    )
-    for row, line in enumerate(moved.movedim(axis, -1).reshape(-1, carried.shape[axis]).tolist()):
-        places: dict[int, list[int]] = {}
-        for position, group in enumerate(line):
-            places.setdefault(group, []).append(position)
-        for group, positions in places.items():
-            by_group.setdefault(group, {}).setdefault(tuple(positions), []).append(row)
-    for group, blocks in by_group.items():
-        if group < 0:
-            continue
-        for indices, rows in blocks.items():
-            within = (varying[0], tuple(rows)) if len(varying) > 1 else None
-            members[group].append(Member(name, axis, indices, incoming, within))
 
 
 # -- applying factors ------------------------------------------------------------------------------
