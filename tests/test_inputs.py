@@ -176,7 +176,7 @@ def test_the_refusal_names_what_passes() -> None:
 
 def test_shapes_with_the_batch_axis_left_in() -> None:
     conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    for model, shape in ((conv, (1, 3, 8, 8)), (conv, (2, 3, 8, 8)), (nn.Linear(5, 2), (1, 5))):
+    for model, shape in ((conv, (1, 3, 8, 8)), (conv, (2, 3, 8, 8))):
         with pytest.raises(ValueError, match="has the batch axis in it: pass"):
             fxpath.path_norm(model, shape)
 

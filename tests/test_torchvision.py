@@ -90,7 +90,10 @@ def test_agrees_with_the_reference(name: str) -> None:
         analysis = fxpath.analyze(source, shape, dtype=dtype)
         assert_close_norm(analysis.path_norm, expected.path_norm, rtol)
         assert analysis.log10_path_norm == pytest.approx(expected.log10_path_norm, abs=rtol)
-        assert {score.dtype for score in analysis.scores.values()} == {dtype}
+        # In float64 where float32 would make zeros of small shares.
+        assert (
+            dtype in {score.dtype for score in analysis.scores.values()} <= {dtype, torch.float64}
+        )
         assert_close_scores(analysis.scores, expected.scores, SCORE_TOLERANCES[dtype])
 
 
@@ -108,7 +111,6 @@ OBSTACLES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.GELU: ("gelu",),
     nn.Tanh: ("tanh",),
     nn.Hardswish: ("hardswish",),
-    nn.Hardsigmoid: ("hardsigmoid",),
     nn.LayerNorm: ("layer_norm",),
     convnext.LayerNorm2d: ("layer_norm",),
     torchvision.ops.SqueezeExcitation: ("mul",),

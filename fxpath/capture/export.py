@@ -86,7 +86,6 @@ def _from_module(model: nn.Module, given: Given) -> Captured:
     number = batch_size(call, given.batch_dim)
     sample = first_sample(call, given.batch_dim)
     batch_dim = given.batch_dim
-    _check_leading(model, given)
     failure: UnsupportedModelError | None = None
     try:
         traced = trace(model, sample, given.until)
@@ -133,19 +132,6 @@ def _check_signature(model: nn.Module, call: Call) -> None:
             f"the inputs do not fit forward{signature}: {error}; pass input_shape={{name: shape}} "
             "or example_kwargs={name: tensor} for keyword inputs"
         ) from error
-
-
-def _check_leading(model: nn.Module, given: Given) -> None:
-    """A vector's shape with the batch axis left in goes through a linear layer unnoticed."""
-    shape: Any = given.input_shape
-    if given.batch_dim is None or not isinstance(shape, tuple | list) or len(shape) != 2:
-        return
-    if shape[0] == 1 and isinstance(shape[1], int):
-        first = next((m for m in model.modules() if not list(m.children())), None)
-        if isinstance(first, nn.Linear) and first.in_features == shape[1]:
-            sample = from_shapes(model, replace(given, input_shape=shape[1:]))
-            if _runs(model, sample):
-                _refuse_batch_axis(shape)
 
 
 def _refuse_batch_axis(shape: Any) -> None:
