@@ -70,6 +70,16 @@ NOTICED: dict[str, tuple[Callable[[Edited], Any], str]] = {
     "attribute gone": (lambda m: delattr(m, "plain"), "plain is gone"),
     "another kind of module": (lambda m: _replace(m, "c", nn.Identity()), "module c was Conv1d"),
     "another stride": (lambda m: _replace(m, "c", nn.Conv1d(1, 1, 2, stride=2)), "stride"),
+    "hook": (
+        lambda m: m.l.register_forward_hook(lambda _, i, o: 2 * o),
+        "module l has other hooks",
+    ),
+    "pre-hook": (
+        lambda m: m.c.register_forward_pre_hook(lambda _, i: (2 * i[0],)),
+        "module c has other hooks",
+    ),
+    "forward": (lambda m: setattr(m.c, "forward", lambda x: 5 * x), "another forward"),
+    "tied": (lambda m: _replace(m, "k.bias", m.l.bias), "became one tensor"),
     "parametrized": (
         lambda m: nn.utils.parametrizations.weight_norm(m.l, "weight"),
         "module l was Linear",
