@@ -11,7 +11,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from fxpath.capture import formats
-from fxpath.capture.form import attached, form_of
+from fxpath.capture.form import attached, form_of, place
 from fxpath.capture.functional import functionalize
 from fxpath.capture.given import Outputs
 from fxpath.capture.model import Captured, Model, Sample, named_tensors
@@ -57,6 +57,9 @@ def adopt(
     for name, tensor in (*parameters.items(), *live.items()):
         canonical.setdefault(id(tensor), name)
 
+    # A parameter that forward reaches by a global is lifted as a constant, and still is one.
+    places = {place(tensor): name for name, tensor in parameters.items() if tensor.numel()}
+
     tensors: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
     first: dict[str, fx.Node] = {}
@@ -68,7 +71,11 @@ def adopt(
         if name in live:
             name = canonical[id(live[name])]
         elif isinstance(held.get(name), Tensor):
-            constants[name] = held[name]
+            same = places.get(place(held[name]))
+            if same is None:
+                constants[name] = held[name]
+            else:
+                name = canonical[id(live[same])]
         if name in first:
             # Tied weights: one placeholder, so that their scores add up under one name.
             node.replace_all_uses_with(first[name])

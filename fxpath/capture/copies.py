@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxpath.capture.form import tensors_in
-from fxpath.capture.state import global_names, has_state, is_own, parts
+from fxpath.capture.state import global_names, has_state, is_own, parts, slots
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 
 __all__ = ["HOOKS", "duplicate", "locate", "skeleton"]
@@ -112,9 +113,9 @@ def _unscatter(module: nn.Module) -> None:
 
 
 def _read_by_classes(model: nn.Module) -> dict[int, Any]:
-    """Containers that methods of the model's classes read from globals and closures: they stay.
+    """What methods of the model's classes read from globals and closures, at any depth: it stays.
 
-    A hook that fills such a container and a forward that reads it have to meet in one object.
+    A hook that fills such an object and a forward that reads it have to meet in one.
     """
     own = {id(module): name for name, module in model.named_modules()}
     found: dict[int, Any] = {}
@@ -137,9 +138,21 @@ def _read_by_classes(model: nn.Module) -> dict[int, Any]:
                             "very model from a global or a closure, not from self",
                             "reach it through self",
                         )
-                    if isinstance(value, dict | list | set):
-                        found[id(value)] = value
+                    _keep(value, found)
     return found
+
+
+def _keep(value: Any, found: dict[int, Any]) -> None:
+    """Add the objects that can be written to and are reached from a value, modules left out."""
+    pending, seen = [value], set[int]()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (*_ATOMS, nn.Module)) or id(value) in seen or id(value) in found:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict | list | set | deque) or has_state(value) or slots(value):
+            found[id(value)] = value
+        pending.extend(parts(value))
 
 
 def _copied(value: Any, memo: dict[int, Any], path: str, source: Any) -> Any:

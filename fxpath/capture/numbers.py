@@ -30,7 +30,7 @@ _READ: frozenset[Any] = frozenset(
         *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),
         *(Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__, Tensor.__complex__),
         *(torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, torch.is_nonzero),
-        *(Tensor.is_nonzero, Tensor.__contains__),
+        *(Tensor.is_nonzero, Tensor.__contains__, Tensor.__format__),
     }
 )
 #: Their result has a shape that depends on values.
@@ -82,13 +82,15 @@ class Numbers(TorchFunctionMode):
     Attributes:
         read: name -> value of each buffer (or tensor that a module holds) that was read.
         pretended: how many reads of activations by hooks were answered by ``pretence``.
-        in_hook: whether a hook is running.
+        in_hook: whether a hook is running, or raised an error.
+        writes: how many calls wrote to activations in place.
     """
 
     def __init__(self, model: nn.Module, pretence: float) -> None:
         super().__init__()
         self.read: dict[str, Tensor] = {}
         self.pretended = 0
+        self.writes = 0
         self.in_hook = False
         self._pretence = pretence
         self._model = model
@@ -169,6 +171,7 @@ class Numbers(TorchFunctionMode):
         target = tensors[0]
         known = [self._lookup(x) for x in tensors]
         if known[0] is None:
+            self.writes += 1
             return None
         names = frozenset().union(*(k.names for k in known if k is not None))
         value = None
