@@ -348,6 +348,27 @@ def test_until_stops_the_forward_pass() -> None:
             fxpath.path_norm(Behind(), (3,), until=name)
 
 
+def test_code_that_holds_up_the_cut_is_refused_by_name() -> None:
+    class Catches(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                h = self.a(x)
+            except:  # noqa: E722
+                h = x.new_ones(1, 4)
+            return self.b(h)
+
+    problem = refused(Catches(), until="a")
+    assert "catches every exception" in problem.reason and "test_capture" in problem.source_line
+
+
+def test_compiled_models_are_not_compiled() -> None:
+    torch._dynamo.reset()
+    model = torch.compile(Net(), backend=lambda graph, inputs: pytest.fail("compiled"))
+    x = torch.zeros(2, 3)
+    assert fxpath.path_norm(model, example_inputs=x) == pytest.approx(norm())
+    assert fxpath.path_norm(model, example_inputs=x, until="b") == pytest.approx(norm())
+
+
 def test_of_several_calls_the_last_one_counts() -> None:
     class Twice(Net):
         def __init__(self) -> None:

@@ -142,6 +142,8 @@ def _keep_outputs(
     if outputs is not None:
         several: Sequence[int | str]
         several = outputs if not isinstance(outputs, int | str) else [outputs]
+        if not several or len(set(several)) < len(several):
+            raise ValueError(f"outputs={outputs!r} must name one output or more, each of them once")
         named = [(key, _pick(result, key)) for key in several]
     elif isinstance(result, Mapping):
         named = result.items()
@@ -156,9 +158,15 @@ def _keep_outputs(
 def _pick(result: Any, key: int | str) -> Any:
     """One of several outputs."""
     if isinstance(result, fx.Node):
+        if key in (0, -1):
+            return result
         names: Any = []
     elif isinstance(result, Mapping):
         names = list(result)
+    elif isinstance(result, tuple) and isinstance(key, str):
+        names = list(getattr(result, "_fields", ()))
+        if key in names:
+            return getattr(result, key)
     elif isinstance(result, tuple | list) and isinstance(key, int):
         names = range(-len(result), len(result))
     else:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.overrides import TorchFunctionMode
 
 from fxpath.capture.form import tensors_in
@@ -33,6 +34,16 @@ class _Passthrough(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.get_submodule("module")(*args, **kwargs)
+
+
+class _Uncompiled(OptimizedModule):
+    """Stands for what ``torch.compile`` gave: it is run, not compiled."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(self, *args, **kwargs)
 
 
 class _DataParallel(nn.DataParallel[nn.Module]):
@@ -98,8 +109,12 @@ def _normal(tensor: Tensor) -> Tensor:
 
 
 def _unscatter(module: nn.Module) -> None:
-    """Turn a data-parallel wrapper of a skeleton into one that calls its module and no more."""
+    """Turn a wrapper of a skeleton, data-parallel or compiling, into one that calls its module."""
     plain: type[nn.Module]
+    if type(module) is OptimizedModule:
+        module.__class__ = _Uncompiled
+        del module.__dict__["forward"]  # which compiles
+        return
     for wrapper, plain in (
         (nn.DataParallel, _DataParallel),
         (nn.parallel.DistributedDataParallel, _DistributedDataParallel),

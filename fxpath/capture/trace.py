@@ -165,12 +165,14 @@ def _count(model: nn.Module, call: Call, until: str) -> int:
     return max(1, len(calls))
 
 
-def _stop_at(module: nn.Module, call: int) -> None:
+def _stop_at(module: nn.Module, call: int, reached: list[None]) -> None:
+    """End the forward pass at a call of a module, and note that it was reached."""
     calls = list[None]()
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         calls.append(None)
         if len(calls) == call:
+            reached.append(None)
             raise _Stop(output)
 
     module.register_forward_hook(stop)
@@ -199,21 +201,28 @@ def _export(
                 hooks[key] = _watched(hook, path, numbers, changed)
     stop = None if until is None else copied.get_submodule(find(copied, until))
 
+    reached = list[None]()
+
     def entry(*args: Any, **kwargs: Any) -> Any:
         numbers.start()
         if stop is not None:
-            _stop_at(stop, last)
+            _stop_at(stop, last, reached)
         stack = getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", {})
         depth = len(stack)
         with numbers:
             try:
-                return copied._call_impl(*args, **kwargs)
+                result = copied._call_impl(*args, **kwargs)
+                if reached:
+                    raise _Refused(_held_up(until or "", copied))
+                return result
             except _Stop as stopped:
                 # The tracer notes which module is running, and expects each of them to return.
                 while len(stack) > depth:
                     stack.popitem()
                 return stopped.output
             except Exception as error:
+                if reached:
+                    raise _Refused(_held_up(until or "", copied)) from error
                 raise _Failed(error) from error
 
     for module in copied.modules():
@@ -326,6 +335,17 @@ def _hook_problem(hook: Any, path: str) -> Problem:
         path,
         locate(hook),
         *_HOOK,
+    )
+
+
+def _held_up(until: str, model: nn.Module) -> Problem:
+    return Problem(
+        "except",
+        "(capture)",
+        "",
+        locate(model.forward),
+        f"its code catches every exception, and with it the one by which the pass ends at {until}",
+        "write 'except Exception' in place of a bare 'except'",
     )
 
 
