@@ -188,6 +188,34 @@ def test_buffers_that_cannot_hold_the_scores() -> None:
 # -- buffers ---------------------------------------------------------------------------------------
 
 
+def test_buffers_that_cannot_be_written_to() -> None:
+    program = fxpath.compile(nn.Linear(2, 2), (2,))
+    bias, size = torch.empty(2), (2, 2)
+    with torch.inference_mode():
+        inferred = torch.empty(size)
+    for name, weight in {
+        "several entries in one place": torch.zeros(3).as_strided(size, (1, 1)),
+        "torch.sparse_coo": torch.zeros(size).to_sparse(),
+        "the meta device": torch.empty(size, device="meta"),
+        "inference mode": inferred,
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            program.scores(out={"weight": weight, "bias": bias})
+    # Entries that lie across each other without meeting.
+    across = torch.zeros(6).as_strided(size, (2, 3))
+    found = program.scores(out={"weight": across, "bias": bias})
+    torch.testing.assert_close(found["weight"], program.scores()["weight"])
+
+
+def test_a_copy_that_was_made_in_inference_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    model.register_buffer("unused", torch.zeros(1))
+    with torch.inference_mode():
+        copied = copy.deepcopy(model)
+        assert fxpath.path_norm(copied, (2,)) == fxpath.path_norm(model, (2,))
+    assert fxpath.path_norm(copied, (2,)) == fxpath.path_norm(model, (2,))
+
+
 def test_buffers_share_no_memory() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     program = fxpath.compile(model, (2,))

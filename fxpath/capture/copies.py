@@ -91,7 +91,8 @@ def duplicate(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
             if tensor is not None:
                 memo[id(tensor)] = _normal(tensor) if tensor.is_inference() else tensor
         for value in vars(module).values():
-            memo.update((id(tensor), tensor) for _, tensor in tensors_in(value))
+            for _, tensor in tensors_in(value):
+                memo.setdefault(id(tensor), _normal(tensor) if tensor.is_inference() else tensor)
     kept = _read_by_classes(model)
     memo.update(kept)
     with _SharedTensors():
