@@ -43,11 +43,27 @@ def check_buffers(
             raise ValueError(f"out[{name!r}] has shape {tuple(out[name].shape)}, its score {shape}")
         if not out[name].is_floating_point():
             raise ValueError(f"out[{name!r}] holds {out[name].dtype}, which has no shares below 1")
-        if torch._debug_has_internal_overlap(out[name]) == 1:
+        if out[name].layout != torch.strided or out[name].is_meta:
+            kind = "the meta device" if out[name].is_meta else out[name].layout
+            raise ValueError(f"out[{name!r}] is on {kind}: pass a dense tensor that has values")
+        if out[name].is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"out[{name!r}] was made in inference mode: pass a clone of it")
+        if _overlaps(out[name]):
             raise ValueError(f"out[{name!r}] has several entries in one place: pass a clone of it")
     ours = [(f"out[{name!r}]", tensor) for name, tensor in out.items()]
     theirs = [(f"the model's {name}", tensor) for name, tensor in read.items()]
     _check_apart(ours, theirs)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two entries of a tensor are in one place."""
+    known = torch._debug_has_internal_overlap(tensor)
+    if known != 2:  # 2: torch does not try to tell
+        return known == 1
+    offsets = torch.zeros((), dtype=torch.int64)
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets[..., None] + stride * torch.arange(length)
+    return offsets.unique().numel() < offsets.numel()
 
 
 def _check_apart(ours: Iterable[tuple[str, Tensor]], theirs: Iterable[tuple[str, Tensor]]) -> None:

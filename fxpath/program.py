@@ -320,7 +320,8 @@ class PathProgram:
                     return ValueError(f"{name} has entries that are no variance: not above {-eps}")
         return FloatingPointError(
             "some tensor of the lifted network spans more orders of magnitude than float64 holds: "
-            "rescale the model's neurons, or look for entries near 1e-300 or 1e300"
+            f"rescale the model's neurons, or look for entries whose power q = {self.q:g} is near "
+            "1e-300 or 1e300"
         )
 
 

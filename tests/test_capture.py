@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import random
 import threading
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 import fxpath
 
 GLOBAL: dict[str, Tensor] = {}
+GLOBAL_MODELS: dict[str, Any] = {}
 
 
 class Net(nn.Module):
@@ -142,6 +145,56 @@ def test_containers_that_hooks_and_forward_fill_are_restored() -> None:
     assert not hasattr(model, "cache") and not hasattr(Shared, "latest")
 
 
+class Store:
+    """What holds the last activation, and is a hook itself."""
+
+    last: Any = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.last = output
+
+
+class Slot:
+    __slots__ = ("last", "other")
+
+
+STORE, SLOT, USER_DICT = Store(), Slot(), UserDict[str, Tensor]()
+
+
+def fetch() -> Tensor:
+    found: Tensor = STORE.last
+    return found
+
+
+def test_objects_that_hooks_fill_and_forward_reads_from_a_global() -> None:
+    class Fetches(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.a(x)
+            SLOT.other = USER_DICT["x"] = x
+            return self.b(torch.relu(fetch() + SLOT.last))
+
+    model = Fetches()
+    model.a.register_forward_hook(STORE)
+    model.a.register_forward_hook(lambda m, i, o: setattr(SLOT, "last", o))
+    with torch.no_grad():  # so that nothing tells an old activation from a constant
+        model(torch.randn(1, 3))
+    before = STORE.last, SLOT.last
+    del SLOT.other, USER_DICT["x"]
+    assert fxpath.path_norm(model, (3,)) == pytest.approx(norm(2.0), rel=1e-6)
+    assert STORE.last is before[0] and SLOT.last is before[1]
+    assert not hasattr(SLOT, "other") and not USER_DICT
+
+
+def test_parameters_that_forward_reaches_by_a_global_have_scores() -> None:
+    class Reaches(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = GLOBAL_MODELS["model"].b(torch.relu(self.a(x)))
+            return found
+
+    model = GLOBAL_MODELS["model"] = Reaches()
+    assert sorted(fxpath.analyze(model, (3,)).scores) == sorted(dict(model.named_parameters()))
+
+
 def test_memoized_functions_keep_no_fake_tensor() -> None:
     @functools.lru_cache
     def ones(n: int) -> Tensor:
@@ -170,6 +223,48 @@ def test_statistics_of_activations_are_no_control_flow() -> None:
     model.a.register_forward_hook(lambda m, i, o: stats.extend(o.detach().numpy().ravel()))
     assert fxpath.path_norm(model, (3,)) == pytest.approx(norm(), rel=1e-6)
     assert not stats
+
+
+def raises_for_nan(module: nn.Module, args: Any, output: Tensor) -> None:
+    if torch.isnan(output).any():
+        raise RuntimeError("NaN")
+
+
+def asserts(module: nn.Module, args: Any, output: Tensor) -> None:
+    assert output.max() > 0, f"{output.mean():.3f}"
+
+
+@pytest.mark.parametrize("hook", [raises_for_nan, asserts])
+def test_hooks_that_check_activations_and_raise(hook: Any) -> None:
+    model = Net()
+    model.a.register_forward_hook(hook)
+    assert fxpath.path_norm(model, (3,)) == pytest.approx(norm(), rel=1e-6)
+    assert fxpath.check(model, (3,))
+
+
+def doubles(module: nn.Module, args: Any, output: Tensor) -> None:
+    if 1 < output.max() < 5:
+        output.mul_(2)
+
+
+@pytest.mark.parametrize("hook", [lambda m, i, o: o * 2 if 1 < o.max() < 5 else None, doubles])
+def test_a_hook_that_may_change_what_it_looked_at_is_refused(hook: Any) -> None:
+    model = Net()
+    model.a.register_forward_hook(hook)
+    assert "a hook reads values of activations" in refused(model).reason
+
+
+def test_python_random_numbers() -> None:
+    def drawn(self: Any, h: Tensor) -> Tensor:
+        return h * random.uniform(1, 2)
+
+    state = random.getstate()
+    problem = refused(Net(drawn))
+    assert "random" in problem.reason and state == random.getstate()
+    # Layer drop draws first, and asks afterwards whether it is training.
+    unused = Net(lambda self, h: h * 0 if random.random() < 0.5 and self.training else h)
+    assert fxpath.path_norm(unused, (3,)) == pytest.approx(norm(), rel=1e-6)
+    assert state == random.getstate()
 
 
 @pytest.mark.parametrize("limit", [5.0, -5.0])
@@ -251,6 +346,27 @@ def test_until_stops_the_forward_pass() -> None:
     for name in ("a.c", "", "between"):
         with pytest.raises(ValueError, match="names no module"):
             fxpath.path_norm(Behind(), (3,), until=name)
+
+
+def test_code_that_holds_up_the_cut_is_refused_by_name() -> None:
+    class Catches(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                h = self.a(x)
+            except:  # noqa: E722
+                h = x.new_ones(1, 4)
+            return self.b(h)
+
+    problem = refused(Catches(), until="a")
+    assert "catches every exception" in problem.reason and "test_capture" in problem.source_line
+
+
+def test_compiled_models_are_not_compiled() -> None:
+    torch._dynamo.reset()
+    model = torch.compile(Net(), backend=lambda graph, inputs: pytest.fail("compiled"))
+    x = torch.zeros(2, 3)
+    assert fxpath.path_norm(model, example_inputs=x) == pytest.approx(norm())
+    assert fxpath.path_norm(model, example_inputs=x, until="b") == pytest.approx(norm())
 
 
 def test_of_several_calls_the_last_one_counts() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -150,6 +150,67 @@ def test_keyword_inputs_and_named_outputs() -> None:
         fxpath.path_norm(model, (5,))
     with pytest.raises(ValueError, match="example_kwargs="):
         fxpath.path_norm(model, example_inputs={"x": x})  # type: ignore[arg-type]
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    best: Tensor
+
+
+def test_outputs_by_field_and_each_once() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Named:
+            return Named(self.a(x), self.a(x).argmax(1))
+
+    model = Picks()
+    want = fxpath.path_norm(model.a)
+    assert fxpath.path_norm(model.a, outputs=0) == want
+    for outputs in (0, -2, "logits", ["logits"]):
+        assert fxpath.path_norm(model, (5,), outputs=outputs) == want
+    for outputs in ([], [0, 0]):
+        with pytest.raises(ValueError, match="one output or more, each of them once"):
+            fxpath.path_norm(model, (5,), outputs=outputs)
+    with pytest.raises(ValueError, match="names no output: the model has"):
+        fxpath.path_norm(model, (5,), outputs="other")
+
+
+def test_lengths_of_other_integer_types() -> None:
+    class Length:
+        def __index__(self) -> int:
+            return 5
+
+    model: Any = nn.Linear(5, 4)
+    assert fxpath.path_norm(model, (Length(),)) == fxpath.path_norm(model, (5,))
+    for shape in (5, "5", 5.0):
+        with pytest.raises(ValueError, match="pass a tuple of lengths"):
+            fxpath.path_norm(model, shape)
+    for wrong in ((5.0,), (None, 5), ("5",), (-5,)):
+        with pytest.raises(ValueError, match="positive integer"):
+            fxpath.path_norm(model, wrong)
+
+
+def test_lengths_that_a_dynamic_program_fixes() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv1d(1, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept: Tensor = self.c(x)[:, :, : x.shape[2] // 2]
+            return kept
+
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(Cut(), (torch.zeros(3, 1, 8),), dynamic_shapes=(batch,))
+    model = Cut()
+    model.load_state_dict(program.state_dict)
+    for inputs in ({}, {"input_shape": (1, 8)}, {"example_inputs": torch.zeros(5, 1, 8)}):
+        assert fxpath.path_norm(program, **inputs) == pytest.approx(fxpath.path_norm(model, (1, 8)))
+    with pytest.raises(ValueError, match="takes no other"):
+        fxpath.path_norm(program, (1, 12))
 
 
 class Pair(nn.Module):

@@ -35,6 +35,21 @@ READ: dict[str, tuple[float, Between]] = {
     "written": (3, lambda self, h: h * float(torch.zeros(2).add_(self.n).sum())),
     "data": (1, lambda self, h: h.data),
     "unpacked": (2, lambda self, h: (lambda a, b: h * int(b))(*self.n)),
+    "unpacked positions": (
+        1,
+        lambda self, h: torch.stack([h[:, i] for i in torch.cat([self.n - 1, self.n + 1])], 1),
+    ),
+    "narrow": (1, lambda self, h: h.narrow(1, self.n[0] - 1, 2 * self.n[1])),
+    "slice": (1, lambda self, h: h[:, : 2 * self.n[1]]),
+    "where": (1, lambda self, h: h[:, torch.where(self.mask > 0)[0]]),
+    "arange": (1, lambda self, h: h[:, torch.arange(2 * self.n[1])]),
+    "split": (1, lambda self, h: torch.cat(h.tensor_split(self.n[1], 1), 1)),
+    "repeated": (
+        1,
+        lambda self, h: torch.cat([h[:, :2].repeat_interleave(self.n, 1)[:, :2], h[:, 2:]], 1),
+    ),
+    "formatted": (2, lambda self, h: h * {"n = 2": 2.0}[f"n = {self.n[1]}"]),
+    "asserted": (1, lambda self, h: (torch._assert(self.n.sum() > 0, "empty"), h)[1]),
 }
 
 

@@ -94,6 +94,16 @@ NOTICED: dict[str, tuple[Callable[[Edited], Any], str]] = {
     "attribute gone": (lambda m: delattr(m, "plain"), "plain is gone"),
     "another kind of module": (lambda m: _replace(m, "c", nn.Identity()), "module c was Conv1d"),
     "another stride": (lambda m: _replace(m, "c", nn.Conv1d(1, 1, 2, stride=2)), "stride"),
+    "hook": (
+        lambda m: m.l.register_forward_hook(lambda _, i, o: 2 * o),
+        "module l has other hooks",
+    ),
+    "pre-hook": (
+        lambda m: m.c.register_forward_pre_hook(lambda _, i: (2 * i[0],)),
+        "module c has other hooks",
+    ),
+    "forward": (lambda m: setattr(m.c, "forward", lambda x: 5 * x), "another forward"),
+    "tied": (lambda m: _replace(m, "k.bias", m.l.bias), "became one tensor"),
     "parametrized": (
         lambda m: nn.utils.parametrizations.weight_norm(m.l, "weight"),
         "module l was Linear",
@@ -212,6 +222,34 @@ def test_buffers_that_cannot_hold_the_scores() -> None:
 
 
 # -- buffers ---------------------------------------------------------------------------------------
+
+
+def test_buffers_that_cannot_be_written_to() -> None:
+    program = fxpath.compile(nn.Linear(2, 2), (2,))
+    bias, size = torch.empty(2), (2, 2)
+    with torch.inference_mode():
+        inferred = torch.empty(size)
+    for name, weight in {
+        "several entries in one place": torch.zeros(3).as_strided(size, (1, 1)),
+        "torch.sparse_coo": torch.zeros(size).to_sparse(),
+        "the meta device": torch.empty(size, device="meta"),
+        "inference mode": inferred,
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            program.scores(out={"weight": weight, "bias": bias})
+    # Entries that lie across each other without meeting.
+    across = torch.zeros(6).as_strided(size, (2, 3))
+    found = program.scores(out={"weight": across, "bias": bias})
+    torch.testing.assert_close(found["weight"], program.scores()["weight"])
+
+
+def test_a_copy_that_was_made_in_inference_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    model.register_buffer("unused", torch.zeros(1))
+    with torch.inference_mode():
+        copied = copy.deepcopy(model)
+        assert fxpath.path_norm(copied, (2,)) == fxpath.path_norm(model, (2,))
+    assert fxpath.path_norm(copied, (2,)) == fxpath.path_norm(model, (2,))
 
 
 def test_buffers_share_no_memory() -> None:

@@ -11,7 +11,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from fxpath.capture import formats
-from fxpath.capture.form import attached, form_of
+from fxpath.capture.form import attached, form_of, place
 from fxpath.capture.functional import functionalize
 from fxpath.capture.given import Outputs
 from fxpath.capture.model import Captured, Model, Sample, named_tensors
@@ -57,6 +57,9 @@ def adopt(
     for name, tensor in (*parameters.items(), *live.items()):
         canonical.setdefault(id(tensor), name)
 
+    # A parameter that forward reaches by a global is lifted as a constant, and still is one.
+    places = {place(tensor): name for name, tensor in parameters.items() if tensor.numel()}
+
     tensors: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
     first: dict[str, fx.Node] = {}
@@ -68,7 +71,11 @@ def adopt(
         if name in live:
             name = canonical[id(live[name])]
         elif isinstance(held.get(name), Tensor):
-            constants[name] = held[name]
+            same = places.get(place(held[name]))
+            if same is None:
+                constants[name] = held[name]
+            else:
+                name = canonical[id(live[same])]
         if name in first:
             # Tied weights: one placeholder, so that their scores add up under one name.
             node.replace_all_uses_with(first[name])
@@ -135,6 +142,8 @@ def _keep_outputs(
     if outputs is not None:
         several: Sequence[int | str]
         several = outputs if not isinstance(outputs, int | str) else [outputs]
+        if not several or len(set(several)) < len(several):
+            raise ValueError(f"outputs={outputs!r} must name one output or more, each of them once")
         named = [(key, _pick(result, key)) for key in several]
     elif isinstance(result, Mapping):
         named = result.items()
@@ -149,9 +158,15 @@ def _keep_outputs(
 def _pick(result: Any, key: int | str) -> Any:
     """One of several outputs."""
     if isinstance(result, fx.Node):
+        if key in (0, -1):
+            return result
         names: Any = []
     elif isinstance(result, Mapping):
         names = list(result)
+    elif isinstance(result, tuple) and isinstance(key, str):
+        names = list(getattr(result, "_fields", ()))
+        if key in names:
+            return getattr(result, key)
     elif isinstance(result, tuple | list) and isinstance(key, int):
         names = range(-len(result), len(result))
     else:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.overrides import TorchFunctionMode
 
 from fxpath.capture.form import tensors_in
-from fxpath.capture.state import global_names, has_state, is_own, parts
+from fxpath.capture.state import global_names, has_state, is_own, parts, slots
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 
 __all__ = ["HOOKS", "duplicate", "locate", "skeleton"]
@@ -32,6 +34,16 @@ class _Passthrough(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.get_submodule("module")(*args, **kwargs)
+
+
+class _Uncompiled(OptimizedModule):
+    """Stands for what ``torch.compile`` gave: it is run, not compiled."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(self, *args, **kwargs)
 
 
 class _DataParallel(nn.DataParallel[nn.Module]):
@@ -79,7 +91,8 @@ def duplicate(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
             if tensor is not None:
                 memo[id(tensor)] = _normal(tensor) if tensor.is_inference() else tensor
         for value in vars(module).values():
-            memo.update((id(tensor), tensor) for _, tensor in tensors_in(value))
+            for _, tensor in tensors_in(value):
+                memo.setdefault(id(tensor), _normal(tensor) if tensor.is_inference() else tensor)
     kept = _read_by_classes(model)
     memo.update(kept)
     with _SharedTensors():
@@ -97,8 +110,12 @@ def _normal(tensor: Tensor) -> Tensor:
 
 
 def _unscatter(module: nn.Module) -> None:
-    """Turn a data-parallel wrapper of a skeleton into one that calls its module and no more."""
+    """Turn a wrapper of a skeleton, data-parallel or compiling, into one that calls its module."""
     plain: type[nn.Module]
+    if type(module) is OptimizedModule:
+        module.__class__ = _Uncompiled
+        del module.__dict__["forward"]  # which compiles
+        return
     for wrapper, plain in (
         (nn.DataParallel, _DataParallel),
         (nn.parallel.DistributedDataParallel, _DistributedDataParallel),
@@ -112,9 +129,9 @@ def _unscatter(module: nn.Module) -> None:
 
 
 def _read_by_classes(model: nn.Module) -> dict[int, Any]:
-    """Containers that methods of the model's classes read from globals and closures: they stay.
+    """What methods of the model's classes read from globals and closures, at any depth: it stays.
 
-    A hook that fills such a container and a forward that reads it have to meet in one object.
+    A hook that fills such an object and a forward that reads it have to meet in one.
     """
     own = {id(module): name for name, module in model.named_modules()}
     found: dict[int, Any] = {}
@@ -137,9 +154,21 @@ def _read_by_classes(model: nn.Module) -> dict[int, Any]:
                             "very model from a global or a closure, not from self",
                             "reach it through self",
                         )
-                    if isinstance(value, dict | list | set):
-                        found[id(value)] = value
+                    _keep(value, found)
     return found
+
+
+def _keep(value: Any, found: dict[int, Any]) -> None:
+    """Add the objects that can be written to and are reached from a value, modules left out."""
+    pending, seen = [value], set[int]()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (*_ATOMS, nn.Module)) or id(value) in seen or id(value) in found:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict | list | set | deque) or has_state(value) or slots(value):
+            found[id(value)] = value
+        pending.extend(parts(value))
 
 
 def _copied(value: Any, memo: dict[int, Any], path: str, source: Any) -> Any:

@@ -21,6 +21,7 @@ __all__ = [
     "changes",
     "form_of",
     "held",
+    "place",
     "tensors_in",
 ]
 
@@ -37,12 +38,14 @@ class Form:
         tied: name -> the other names of the same tensor.
         attached: tensors that are plain attributes, by the name that they have in the graph.
         shapes: placeholder name -> shape.
+        called: what a module runs beside its class: hooks, and a ``forward`` of its own.
     """
 
     modules: Mapping[str, str]
     tied: Mapping[str, tuple[str, ...]]
     attached: Mapping[str, Attribute]
     shapes: Mapping[str, torch.Size]
+    called: Mapping[str, tuple[Any, ...]]
 
 
 def form_of(
@@ -63,7 +66,7 @@ def form_of(
     for name, tensor in named.items():
         names.setdefault(id(tensor), []).append(name)
     tied = {first: tuple(rest) for first, *rest in names.values() if rest}
-    return Form(_modules(model), tied, attached, shapes)
+    return Form(_modules(model), tied, attached, shapes, _called(model))
 
 
 def changes(model: object, form: Form, named: Mapping[str, Tensor]) -> Iterator[str]:
@@ -73,6 +76,12 @@ def changes(model: object, form: Form, named: Mapping[str, Tensor]) -> Iterator[
         before, after = form.modules.get(name), now.get(name)
         if before != after:
             yield f"module {name or '(the model itself)'} was {before}, and is {after}"
+    called = _called(model)
+    for name in dict.fromkeys([*form.called, *called]):
+        old, new = form.called.get(name, ()), called.get(name, ())
+        if len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True)):
+            where = f"module {name}" if name else "the model itself"
+            yield f"{where} has other hooks, or another forward"
     for first, others in form.tied.items():
         for name in others:
             if first in named and name in named and named[name] is not named[first]:
@@ -83,6 +92,24 @@ def _modules(model: object) -> dict[str, str]:
     if not isinstance(model, nn.Module):
         return {}
     return {name: _described(module) for name, module in model.named_modules()}
+
+
+def _called(model: object) -> dict[str, tuple[Any, ...]]:
+    if not isinstance(model, nn.Module):
+        return {}
+    found = {
+        name: tuple(
+            part
+            for part in (
+                *module._forward_pre_hooks.values(),
+                *module._forward_hooks.values(),
+                vars(module).get("forward"),
+            )
+            if part is not None
+        )
+        for name, module in model.named_modules()
+    }
+    return {name: parts for name, parts in found.items() if parts}
 
 
 def _described(module: nn.Module) -> str:
@@ -96,12 +123,12 @@ def attached(model: object, constants: Mapping[str, Tensor]) -> dict[str, Attrib
     """Which of a graph's constants are plain attributes of the model, alone or in containers."""
     if not isinstance(model, nn.Module) or not constants:
         return {}
-    wanted = {_place(tensor): name for name, tensor in constants.items() if tensor.numel()}
+    wanted = {place(tensor): name for name, tensor in constants.items() if tensor.numel()}
     found: dict[str, Attribute] = {}
-    for place, tensor in _unregistered(model):
-        name = wanted.get(_place(tensor))
+    for where, tensor in _unregistered(model):
+        name = wanted.get(place(tensor))
         if name is not None:
-            found.setdefault(name, place)
+            found.setdefault(name, where)
     return found
 
 
@@ -151,7 +178,7 @@ def tensors_in(value: object, depth: int = 3) -> Iterator[tuple[tuple[Any, ...],
                 yield (key, *keys), tensor
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def place(tensor: Tensor) -> tuple[Any, ...]:
     """What identifies a tensor's memory: the graph may hold an alias of the attribute."""
     if tensor.layout != torch.strided:
         return (id(tensor),)

@@ -9,8 +9,9 @@ have the axis must agree in its length, up to those of length 1, which are the s
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +43,20 @@ def from_shapes(model: nn.Module, given: Given) -> Call:
     shapes: Any = given.input_shape
     if isinstance(shapes, Mapping):
         return (), {name: zeros(shape) for name, shape in shapes.items()}
-    several = bool(shapes) and not isinstance(shapes[0], int)
+    if not isinstance(shapes, Sequence) or isinstance(shapes, str):
+        raise ValueError(f"input_shape={shapes!r}: pass a tuple of lengths, such as (3, 224, 224)")
+    several = bool(shapes) and isinstance(shapes[0], Sequence)
     return tuple(zeros(shape) for shape in (shapes if several else [shapes])), {}
 
 
 def _checked(shape: Any) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence) or not all(isinstance(n, int) and n > 0 for n in shape):
+    lengths: list[int] = []
+    for n in shape if isinstance(shape, Sequence) else [None]:
+        # Whatever counts as an integer, numpy's among them.
+        lengths.append(operator.index(n) if isinstance(n, SupportsIndex) else 0)
+    if any(n <= 0 for n in lengths):
         raise ValueError(f"input_shape {shape}: every length must be a positive integer")
-    return tuple(shape)
+    return tuple(lengths)
 
 
 def from_values(given: Given) -> Call:
@@ -59,7 +66,9 @@ def from_values(given: Given) -> Call:
         ValueError: for inputs that are no sequence, or shapes beside them.
     """
     if given.input_shape is not None:
-        raise ValueError("pass either input_shape or example_inputs, not both")
+        raise ValueError(
+            "pass shapes (input_shape) or tensors (example_inputs and example_kwargs), not both"
+        )
     inputs: Any = given.example_inputs
     if isinstance(inputs, Mapping):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,7 @@ class Captured:
         changed = [
             *(f"{name} is gone" for name in self.tensors.values() if name not in named),
             *changes(self.source, self.form, named),
+            *_newly_tied({self.tensors[key]: tensor for key, tensor in live.items()}),
             *(
                 f"{self.tensors[key]} has shape {tuple(tensor.shape)}"
                 for key, tensor in live.items()
@@ -117,6 +118,14 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
     named.update(model.named_parameters(remove_duplicate=False))
     return named
+
+
+def _newly_tied(read: Mapping[str, Tensor]) -> Iterator[str]:
+    """Parameters that became one: their scores belong under one name."""
+    names: dict[int, str] = {}
+    for name, tensor in read.items():
+        if isinstance(tensor, nn.Parameter) and names.setdefault(id(tensor), name) != name:
+            yield f"{name} and {names[id(tensor)]} became one tensor"
 
 
 def _same(now: Tensor, then: Tensor) -> bool:

@@ -32,7 +32,7 @@ _READ: frozenset[Any] = frozenset(
         *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),
         *(Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__, Tensor.__complex__),
         *(torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, torch.is_nonzero),
-        *(Tensor.is_nonzero, Tensor.__contains__),
+        *(Tensor.is_nonzero, Tensor.__contains__, Tensor.__format__, torch._assert),
     }
 )
 #: Their result has a shape that depends on values.
@@ -41,7 +41,14 @@ _SIZED_BY_VALUES: frozenset[Any] = frozenset(
         *(torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere),
         *(torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive),
         *(torch.masked_select, Tensor.masked_select, torch.bincount, Tensor.bincount),
-        *(torch.repeat_interleave, Tensor.repeat_interleave, Tensor.__getitem__),
+        *(torch.repeat_interleave, Tensor.repeat_interleave, Tensor.__getitem__, torch.where),
+    }
+)
+#: They take lengths and positions, also as tensors of integers.
+_BY_NUMBERS: frozenset[Any] = frozenset(
+    {
+        *(torch.narrow, Tensor.narrow, torch.select, Tensor.select, torch.arange),
+        *(torch.tensor_split, Tensor.tensor_split, Tensor.__getitem__),
     }
 )
 _MADE: frozenset[Any] = frozenset(
@@ -84,13 +91,15 @@ class Numbers(TorchFunctionMode):
     Attributes:
         read: name -> value of each buffer (or tensor that a module holds) that was read.
         pretended: how many reads of activations by hooks were answered by ``pretence``.
-        in_hook: whether a hook is running.
+        in_hook: whether a hook is running, or raised an error.
+        writes: how many calls wrote to activations in place.
     """
 
     def __init__(self, model: nn.Module, pretence: float) -> None:
         super().__init__()
         self.read: dict[str, Tensor] = {}
         self.pretended = 0
+        self.writes = 0
         self.in_hook = False
         self._pretence = pretence
         self._model = model
@@ -121,6 +130,9 @@ class Numbers(TorchFunctionMode):
             if self.in_hook:
                 self.pretended += 1
                 return self._pretend(func, args, kwargs)
+        if func in _BY_NUMBERS:
+            args = self._numbered(args)
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func in _SIZED_BY_VALUES:
             answer = self._sized(func, args, kwargs, tensors)
             if answer is not None:
@@ -171,6 +183,7 @@ class Numbers(TorchFunctionMode):
         target = tensors[0]
         known = [self._lookup(x) for x in tensors]
         if known[0] is None:
+            self.writes += 1
             return None
         names = frozenset().union(*(k.names for k in known if k is not None))
         value = None
@@ -203,6 +216,40 @@ class Numbers(TorchFunctionMode):
         known = {id(x): k for x in tensors if (k := self._lookup(x)) is not None}
         return _run(func, args, kwargs, known)
 
+    def _numbered(self, args: Any) -> Any:
+        """The arguments, with lengths and positions that are known written as numbers."""
+
+        def number(x: Any) -> Any:
+            if isinstance(x, slice):
+                return slice(number(x.start), number(x.stop), number(x.step))
+            if isinstance(x, tuple):
+                return tuple(map(number, x))
+            if not isinstance(x, Tensor) or x.dim() or x.dtype == torch.bool:
+                return x
+            known = None if x.is_floating_point() or x.is_complex() else self._lookup(x)
+            if known is None or known.value is None:
+                return x
+            self._note([known])
+            return self._evaluate(Tensor.item, (x,), {})
+
+        first, *rest = args
+        # The first one is what is selected from, where there are others.
+        return (first if rest else number(first), *map(number, rest))
+
+    def _repeated(self, source: Tensor, repeats: Any, dim: int | None = None, **_: Any) -> Any:
+        """Entries that are repeated as often as known numbers say, else ``None``."""
+        known = self._lookup(repeats) if isinstance(repeats, Tensor) else None
+        if known is None or known.value is None:
+            return None
+        self._note([known])
+        counts = self._evaluate(Tensor.tolist, (repeats,), {})
+        source = source.flatten() if dim is None else source
+        axis = dim or 0
+        counts = counts if isinstance(counts, list) else [counts]
+        counts = counts * source.shape[axis] if len(counts) == 1 else counts
+        positions = [i for i, n in enumerate(counts) for _ in range(n)]
+        return source.index_select(axis, torch.tensor(positions, device=source.device))
+
     def _sized(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """The result of a call whose shape depends on values that are known, else ``None``."""
         if func is Tensor.__getitem__:
@@ -220,8 +267,12 @@ class Numbers(TorchFunctionMode):
                 else:
                     positions.append(part)
             return func(args[0], tuple(positions))
+        if func is torch.where and len(args) + len(kwargs) > 1:
+            return None
         known = [self._lookup(x) for x in tensors]
         if not tensors or any(k is None or k.value is None for k in known):
+            if func in (torch.repeat_interleave, Tensor.repeat_interleave) and len(args) > 1:
+                return self._repeated(*args, **kwargs)
             return None
         self._note(known)
         return self._evaluate(func, args, kwargs)

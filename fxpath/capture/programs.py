@@ -59,6 +59,8 @@ def from_program(program: ExportedProgram, given: Given) -> Captured:
     number = batch_size(call, given.batch_dim)
     sample = first_sample(call, given.batch_dim)
     if _is_dynamic(program):
+        if not _allows(program, sample):
+            return _other_shape(program, sample, own, given)
         # Shapes must be numbers; tracing the program once more makes them so.
         return _traced_again(program, sample, given)
     if _shapes(call) != _shapes(own) and _shapes(sample) != _shapes(_sample(own, given)):
@@ -169,6 +171,22 @@ def _own_call(program: ExportedProgram) -> Call:
 
 def _shapes(call: Call) -> list[tuple[int, ...]]:
     return [tuple(x.shape) for x in tree_leaves(call) if isinstance(x, Tensor)]
+
+
+def _allows(program: ExportedProgram, call: Call) -> bool:
+    """Whether the lengths that are fixed in a program with dynamic shapes are those of a call."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    own = [
+        values.get(spec.arg.name)
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT
+    ]
+    tensors = [x for x in own if isinstance(x, Tensor)]
+    return all(
+        len(mine) == len(asked)
+        and all(n == m for n, m in zip(mine, asked, strict=True) if isinstance(n, int))
+        for mine, asked in zip([x.shape for x in tensors], _shapes(call), strict=False)
+    )
 
 
 def _is_dynamic(program: ExportedProgram) -> bool:

@@ -20,11 +20,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["Reachable", "global_names", "has_state", "is_own", "parts", "untouched"]
+__all__ = ["Reachable", "global_names", "has_state", "is_own", "parts", "slots", "untouched"]
 
 #: Code of these is neither read nor restored.
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "fxpath", "__future__"}
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, range, Tensor)
+#: Modules of the standard library whose objects hold others in plain attributes.
+_HOLDERS = {"collections", "queue", "weakref"}
 _MISSING = object()
 
 
@@ -39,8 +41,24 @@ def has_state(value: Any) -> bool:
     return (
         isinstance(getattr(value, "__dict__", None), dict)
         and not isinstance(value, type | types.ModuleType | types.FunctionType)
-        and (isinstance(value, nn.Module | types.SimpleNamespace) or is_own(kind.__module__))
+        and (
+            isinstance(value, nn.Module | types.SimpleNamespace)
+            or kind.__module__ in _HOLDERS
+            or is_own(kind.__module__)
+        )
     )
+
+
+def slots(value: Any) -> dict[str, Any]:
+    """What an object of a class of the caller's holds in slots."""
+    kind = type(value)
+    if isinstance(value, type) or not is_own(kind.__module__):
+        return {}
+    named: list[str] = []
+    for cls in kind.__mro__:
+        own = vars(cls).get("__slots__", ())
+        named += [own] if isinstance(own, str) else own
+    return {name: getattr(value, name, _MISSING) for name in named if not name.startswith("__")}
 
 
 def global_names(function: types.FunctionType) -> set[str]:
@@ -76,8 +94,9 @@ def parts(value: Any) -> Iterable[Any]:
         yield from _function_parts(value)
     elif isinstance(value, type):
         yield from vars(value).values() if is_own(value.__module__) else ()
-    elif has_state(value):
+    if has_state(value):
         yield from vars(value).values()
+    yield from slots(value).values()
     wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
     if isinstance(wrapped, types.FunctionType):
         yield wrapped
@@ -164,6 +183,13 @@ class Reachable:
                 pending.extend((cls, cls.__name__) for cls in type(value).__mro__)
 
     def _note(self, value: Any, what: str) -> None:
+        before = slots(value)
+        if before:
+            read = functools.partial(slots, value)
+            self._add(value, what, read, functools.partial(_set_slots, value), before)
+        if has_state(value):
+            held = vars(value)
+            self._add(value, what, lambda: held, functools.partial(_refill, held), dict(held))
         if isinstance(value, dict):
             self._add(value, what, lambda: value, functools.partial(_refill, value), dict(value))
         elif isinstance(value, list | deque):
@@ -192,9 +218,6 @@ class Reachable:
             if is_own(value.__module__):
                 read = functools.partial(_attributes, value)
                 self._add(value, what, read, functools.partial(_set_attributes, value), read())
-        elif has_state(value):
-            held = vars(value)
-            self._add(value, what, lambda: held, functools.partial(_refill, held), dict(held))
 
     def _note_function(self, function: types.FunctionType) -> None:
         names = function.__code__.co_freevars
@@ -227,6 +250,14 @@ def untouched(model: nn.Module) -> Iterator[Reachable]:
 def _refill(container: Any, before: Any) -> None:
     container.clear()
     container.update(before)
+
+
+def _set_slots(value: Any, before: dict[str, Any]) -> None:
+    for name, held in before.items():
+        if held is not _MISSING:
+            object.__setattr__(value, name, held)
+        elif hasattr(value, name):
+            object.__delattr__(value, name)
 
 
 def _attributes(cls: type) -> dict[str, Any]:

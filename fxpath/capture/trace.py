@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map_only
 
+from fxpath.capture import generators
 from fxpath.capture.copies import HOOKS, duplicate, locate
 from fxpath.capture.inline import CHOICE
 from fxpath.capture.inputs import Call
@@ -31,6 +32,11 @@ __all__ = ["Traced", "run", "trace"]
 
 #: What hooks are told that read values of activations; nothing may depend on it.
 _PRETENCES = (0.0, 1e9, -1e9)
+_HOOK = (
+    "a hook reads values of activations as Python numbers, and what the model computes may depend "
+    "on them",
+    "remove the hook, or let it compute with tensors",
+)
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -62,6 +68,14 @@ class _Failed(Exception):
             super().__setattr__(name, value)
 
 
+class _Objected(Exception):
+    """A hook raised an error after it was told made-up numbers."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.reason)
+        self.problem = problem
+
+
 class _Refused(Exception):
     """Carries a problem out of torch.export."""
 
@@ -78,14 +92,33 @@ def trace(model: nn.Module, call: Call, until: str | None = None) -> Traced:
         UnsupportedModelError: if the model cannot be captured as one graph.
     """
     last = 1 if until is None else _count(model, call, until)
-    with TRACING, untouched(model) as state:
-        traced, pretended = _export(model, call, until, last, state, _PRETENCES[0])
-        if pretended:
-            for pretence in _PRETENCES[1:]:
+    with TRACING, untouched(model) as state, generators.restored():
+        found: list[Traced] = []
+        objection: _Objected | None = None
+        for pretence in _PRETENCES:
+            before = generators.states()
+            try:
+                traced, pretended = _export(model, call, until, last, state, pretence)
+            except _Objected as error:
+                # What a hook says of made-up numbers is no answer; another one may suit it.
+                objection = error
+                continue
+            found.append(traced)
+            if pretended:
+                continue
+            if before != generators.states():
+                generators.reseed()
                 other, _ = _export(model, call, until, last, state, pretence)
                 if _text(other.program) != _text(traced.program):
-                    _refuse(_hook_problem(model))
-        return traced
+                    _refuse(_random_problem(model))
+            break
+        if not found:
+            assert objection is not None
+            _refuse(objection.problem, objection)
+        if any(_text(other.program) != _text(found[0].program) for other in found[1:]):
+            path, hook = next(_hooks(model))
+            _refuse(_hook_problem(hook, path))
+        return found[0]
 
 
 def run(model: nn.Module, call: Call) -> Any:
@@ -132,12 +165,14 @@ def _count(model: nn.Module, call: Call, until: str) -> int:
     return max(1, len(calls))
 
 
-def _stop_at(module: nn.Module, call: int) -> None:
+def _stop_at(module: nn.Module, call: int, reached: list[None]) -> None:
+    """End the forward pass at a call of a module, and note that it was reached."""
     calls = list[None]()
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         calls.append(None)
         if len(calls) == call:
+            reached.append(None)
             raise _Stop(output)
 
     module.register_forward_hook(stop)
@@ -166,21 +201,28 @@ def _export(
                 hooks[key] = _watched(hook, path, numbers, changed)
     stop = None if until is None else copied.get_submodule(find(copied, until))
 
+    reached = list[None]()
+
     def entry(*args: Any, **kwargs: Any) -> Any:
         numbers.start()
         if stop is not None:
-            _stop_at(stop, last)
+            _stop_at(stop, last, reached)
         stack = getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", {})
         depth = len(stack)
         with numbers:
             try:
-                return copied._call_impl(*args, **kwargs)
+                result = copied._call_impl(*args, **kwargs)
+                if reached:
+                    raise _Refused(_held_up(until or "", copied))
+                return result
             except _Stop as stopped:
                 # The tracer notes which module is running, and expects each of them to return.
                 while len(stack) > depth:
                     stack.popitem()
                 return stopped.output
             except Exception as error:
+                if reached:
+                    raise _Refused(_held_up(until or "", copied)) from error
                 raise _Failed(error) from error
 
     for module in copied.modules():
@@ -193,7 +235,10 @@ def _export(
             program = torch.export.export(copied, *call, strict=False)
     except Exception as error:
         cause = error.error if isinstance(error, _Failed) else error
-        _refuse(_capture_problem(cause, names), cause)
+        problem = _capture_problem(cause, names)
+        if numbers.in_hook and numbers.pretended and not isinstance(cause, _Refused):
+            raise _Objected(replace(problem, reason=_HOOK[0], remedy=_HOOK[1])) from cause
+        _refuse(problem, cause)
     written = changed()
     if written is not None:
         _refuse(_written(written, type(model).__name__, "", "unknown"))
@@ -208,10 +253,12 @@ def _watched(
     @functools.wraps(hook, updated=())
     def watched(*args: Any, **kwargs: Any) -> Any:
         before, numbers.in_hook = numbers.in_hook, True
-        try:
-            result = hook(*args, **kwargs)
-        finally:
-            numbers.in_hook = before
+        told, writes = numbers.pretended, numbers.writes
+        # Where it raises, the flag stays up: the trace has ended in a hook.
+        result = hook(*args, **kwargs)
+        numbers.in_hook = before
+        if numbers.pretended > told and (result is not None or numbers.writes > writes):
+            raise _Refused(_hook_problem(hook, path))
         written = changed()
         if written is not None:
             raise _Refused(_written(written, _name(hook), path, locate(hook)))
@@ -274,21 +321,43 @@ def _written(what: str, name: str, path: str, where: str) -> Problem:
     )
 
 
-def _hook_problem(model: nn.Module) -> Problem:
-    path, hook = next(
-        (path, hook)
-        for path, module in model.named_modules()
-        for attribute in HOOKS
-        for hook in getattr(module, attribute).values()
-    )
+def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        for attribute in HOOKS:
+            for hook in getattr(module, attribute).values():
+                yield path, hook
+
+
+def _hook_problem(hook: Any, path: str) -> Problem:
     return Problem(
         _name(hook),
         "(capture)",
         path,
         locate(hook),
-        "a hook reads values of activations as Python numbers, and what the model computes depends "
-        "on them",
-        "remove the hook, or let it compute with tensors",
+        *_HOOK,
+    )
+
+
+def _held_up(until: str, model: nn.Module) -> Problem:
+    return Problem(
+        "except",
+        "(capture)",
+        "",
+        locate(model.forward),
+        f"its code catches every exception, and with it the one by which the pass ends at {until}",
+        "write 'except Exception' in place of a bare 'except'",
+    )
+
+
+def _random_problem(model: nn.Module) -> Problem:
+    return Problem(
+        "random",
+        "(capture)",
+        "",
+        locate(model.forward),
+        "what it computes depends on random numbers that its code draws from Python's or numpy's "
+        "generator",
+        "remove the noise in eval mode (if self.training)",
     )
 
 
