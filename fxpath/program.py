@@ -35,9 +35,9 @@ class PathProgram:
     """Path-norm and Path-Mag of one model, captured once and evaluated many times.
 
     The program reads the model's tensors anew at every call, so it follows training and pruning in
-    place.  It is bound to what the graph was made for: modules and their configuration, which
-    tensors are one, masks and lists of positions.  A change of these is an error that names it, and
-    says to compile again.  Python numbers that the model's own forward code reads are not watched.
+    place.  It is bound to what the graph was made for: modules with their configuration and hooks,
+    which tensors are one, masks and lists of positions.  A change of these is an error that names
+    it, and says to compile again.  Python numbers that the model's own code holds are not watched.
 
     It deep-copies and pickles as its model and what was asked of it: the copy is bound to the
     copied model, and captured anew.
