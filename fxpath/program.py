@@ -348,7 +348,9 @@ def build(
         )
     captured, signed = take_in(model, given)
     live = captured.live()
-    check_finite({captured.tensors[placeholder]: tensor for placeholder, tensor in live.items()})
+    # What the graph was made for alone, bounds that bound nothing say, was looked at by its rules.
+    read = {n.target for n in signed.graph.nodes if n.op == "placeholder" and n.users}
+    check_finite({captured.tensors[name]: tensor for name, tensor in live.items() if name in read})
     if dtype is None:
         double = any(tensor.dtype == torch.float64 for tensor in live.values())
         dtype = torch.float64 if double else torch.float32

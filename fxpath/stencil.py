@@ -266,15 +266,26 @@ def _picked(size: int, positions: Tensor) -> Stencil:
 def resample(size: int, run: Callable[[Tensor], Tensor]) -> Stencil:
     """Taps of an upsampling operation, read off the operation itself.
 
-    ``run`` maps ``[1, size, size]`` to ``[1, size, out]``: fed with the identity it returns its own
-    matrix, with PyTorch's rounding of source positions.  Coefficients are multiples of simple
-    fractions; the nearest one within 1e-12 is taken, so that equal coefficients compare equal.
+    ``run`` maps ``[1, n, size]`` to ``[1, n, out]`` with coefficients that add up to one: fed with
+    few vectors it shows its own matrix, with PyTorch's rounding of source positions.  Coefficients
+    are multiples of simple fractions; the nearest one within 1e-12 is taken, so that equal
+    coefficients compare equal.
     """
-    matrix = run(torch.eye(size, dtype=torch.float64)[None])[0].T
-    rows: list[list[tuple[int, Coefficient]]] = [[] for _ in range(matrix.shape[0])]
-    for o, p in matrix.nonzero().tolist():
-        rows[o].append((p, rational(matrix[o, p].item())))
-    return Stencil.of(size, rows)
+    position = torch.arange(size)
+    # A straight line comes out as the place around which each output position reads.
+    place = run(position.double()[None, None])[0, 0]
+    period = min(size, 16 + 8 * -(-size // max(len(place), 1)))
+    # So far apart only one position of a comb is read, the one next to that place.
+    combs = (position % period == torch.arange(period)[:, None]).double()
+    taps = run(combs[None])[0].T
+    row, tooth = taps.nonzero().unbind(1)
+    nearest = ((place[row] - tooth) / period).round().long()
+    read = tooth + period * nearest.clamp(min=0).minimum((size - 1 - tooth) // period)
+    values, code = taps[row, tooth].unique(return_inverse=True)
+    table: dict[Coefficient, int] = {}
+    codes = [table.setdefault(rational(value), len(table)) for value in values.tolist()]
+    code = torch.tensor(codes, dtype=torch.int64)[code]
+    return Stencil.sparse(size, len(place), row, read, code, tuple(table))
 
 
 def rational(value: float) -> Fraction:

@@ -248,6 +248,18 @@ def test_refused_operations(name: str, op: Callable[..., Any]) -> None:
     assert_refused(Around(_module(op), SHAPE), (2, 6), name)
 
 
+class Signed(nn.Module):
+    """Signs that are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signs = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Copy them."""
+        return torch.copysign(x, self.signs)
+
+
 REASONS: dict[str, tuple[Callable[..., Any], str]] = {
     "elu": (functional.elu, "exponential below zero"),
     "exp": (torch.exp, "not piecewise linear"),
@@ -282,6 +294,31 @@ REASONS: dict[str, tuple[Callable[..., Any], str]] = {
     "masked_fill": (lambda x: x.masked_fill(x > 0, 1.0), "booleans"),
     "empty": (lambda x: x + torch.empty(6), "never written to"),
     "index": (lambda x: x[:, [9]], "position 9 of an axis of length 4"),
+    **{
+        name: (op, "position -1 of an axis of length 4")
+        for name, op in {
+            "gather": lambda x: x.gather(1, torch.full((1, 1, 6), -1)),
+            "scatter": lambda x: x.scatter(1, torch.full((1, 1, 6), -1), x[:, :1]),
+            "index_add": lambda x: x.index_add(1, torch.tensor([-1]), x[:, :1]),
+            "index_copy": lambda x: x.index_copy(1, torch.tensor([-1]), x[:, :1]),
+            "index_select": lambda x: x.index_select(1, torch.tensor([-1])),
+        }.items()
+    },
+    "clamp": (lambda x: x.clamp(torch.full((6,), float("nan"))), "NaN"),
+    "pad": (lambda x: functional.pad(x, (1, 1), value=float("nan")), "NaN"),
+    "scatter_reduce": (
+        lambda x: torch.full((1, 4, 6), -INF).scatter_reduce(
+            1, torch.zeros(1, 4, 6, dtype=torch.int64), x, "amax"
+        ),
+        "compares nothing at some places",
+    ),
+    "copysign:parameter": (Signed(), "signs depend on parameters"),
+    "unique": (lambda x: x + x.unique().sum(), "how many entries"),
+    "solve": (
+        lambda x: torch.linalg.solve(torch.eye(4), x[0]),
+        "linear in the right-hand side",
+    ),
+    "matrix_norm": (lambda x: x + torch.linalg.matrix_norm(x[0], 2), "order 2"),
 }
 
 

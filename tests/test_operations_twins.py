@@ -17,6 +17,7 @@ F = functional
 INF = float("inf")
 SHAPES = {"A": (3, 4), "B": (4, 4), "C": (4, 4), "v": (4,), "w": (4,), "W": (2, 4, 4)}
 SPARSE = torch.tensor([[0.0, 2.0, 0.0, -1.0], [1.0, 0.0, 0.0, 0.0]]).double()
+STORED = SPARSE[:, :3].to_sparse()
 ONES = torch.ones(4).double()
 
 
@@ -120,6 +121,10 @@ PRODUCTS: dict[str, tuple[Op, Op]] = {
         lambda x, p: torch.sparse.mm(SPARSE[:, :3].to_sparse(), x),
         lambda x, p: SPARSE[:, :3] @ x,
     ),
+    "sparse-moved": (
+        lambda x, p: torch.sparse.mm(STORED.to(x.device), x),
+        lambda x, p: STORED.to_dense() @ x,
+    ),
     "lerp": (lambda x, p: torch.lerp(x, x.abs(), 0.3), lambda x, p: x * 0.7 + x.abs() * 0.3),
     "lerp-weights": (
         lambda x, p: torch.lerp(x, x.abs(), p.v),
@@ -131,7 +136,59 @@ PRODUCTS: dict[str, tuple[Op, Op]] = {
         lambda x, p: F.batch_norm(x, ONES * 0.3, ONES * 2, p.v, p.w),
     ),
 }
+HALVES = torch.tensor([[0, 1, 0, 1]]).expand(3, 4)
+
+
+def _halves(x: Tensor, start: Any, included: bool = True) -> Tensor:
+    filled = torch.tensor(start).double().expand(3, len(start))
+    return filled.scatter_reduce(1, HALVES, x, "amax", include_self=included)
+
+
+def _amax(x: Tensor) -> Tensor:
+    return torch.stack([x[:, ::2].amax(1), x[:, 1::2].amax(1)], 1)
+
+
 NEURONS: dict[str, tuple[Op, Op]] = {
+    "clamp-open": (
+        lambda x, p: x.clamp(
+            torch.tensor([-1, 0, -INF, -2]).double(), torch.tensor([1, 3, 2, INF]).double()
+        ),
+        lambda x, p: torch.stack(
+            [
+                x[:, 0].clamp(-1, 1),
+                x[:, 1].clamp(0, 3),
+                x[:, 2].clamp(max=2),
+                x[:, 3].clamp(min=-2),
+            ],
+            1,
+        ),
+    ),
+    "scatter-amax-from-nothing": (lambda x, p: _halves(x, [-INF, -INF]), lambda x, p: _amax(x)),
+    "scatter-amax-overwrites": (
+        lambda x, p: _halves(x, [-INF, INF, 2.0], included=False),
+        lambda x, p: F.pad(_amax(x), (0, 1), value=2.0),
+    ),
+    "index-fill-from-the-end": (
+        lambda x, p: x.index_fill(1, torch.tensor([-1, 3, 0]), 2.0),
+        lambda x, p: F.pad(x[:, 1:3], (1, 1), value=2.0),
+    ),
+    "join-nothing": (
+        lambda x, p: torch.cat([torch.zeros(0), x, x.abs()], 1),
+        lambda x, p: torch.cat([x, x.abs()], 1),
+    ),
+    "copysign": (
+        lambda x, p: torch.copysign(x, torch.tensor([1.0, -0.0, 2, -3])),
+        lambda x, p: x.abs() * torch.tensor([1.0, -1, 1, -1]),
+    ),
+    "matrix-norm": (
+        lambda x, p: torch.linalg.matrix_norm(x, 1),
+        lambda x, p: x.abs().sum(0).amax(),
+    ),
+    "matrix-norm-rows": (
+        lambda x, p: torch.linalg.norm(x, -INF),
+        lambda x, p: x.abs().sum(1).amin(),
+    ),
+    "norm-of-rows": (lambda x, p: torch.linalg.norm(x, 1, dim=1), lambda x, p: x.abs().sum(1)),
     "hardsigmoid": (lambda x, p: F.hardsigmoid(x), lambda x, p: F.relu6(x + 3) / 6),
     "threshold": (lambda x, p: F.threshold(x, 0.5, 0.5), lambda x, p: x.clamp(min=0.5)),
     "one-norm": (lambda x, p: x.norm(p=1, dim=1), lambda x, p: x.abs().sum(1)),

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Hashable
 from fractions import Fraction
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+import fxpath
 from fxpath import ops, stencil
 from fxpath.capture import Given
 from fxpath.exact import Coefficient, Rows, exact_sums, numbered
@@ -279,3 +282,44 @@ def test_multiply_adds_are_those_that_torch_counts(kind: str) -> None:
     program = build(model, Given((6, 5, 4)), reduced=False)
     nodes = [n for n in program.lifted.graph.nodes if n.op == "call_function"]
     assert sum(map(multiply_adds, nodes)) == counter.get_total_flops() // 2 > 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("nearest", {}),
+        ("nearest-exact", {}),
+        ("bilinear", {"align_corners": True}),
+        ("bilinear", {"antialias": True}),
+        ("bicubic", {}),
+        ("bicubic", {"align_corners": True}),
+        ("bicubic", {"antialias": True}),
+    ],
+)
+def test_taps_of_upsampling_are_found_without_the_whole_matrix(
+    mode: str, options: dict[str, bool]
+) -> None:
+    """Combs show the same matrix as the identity."""
+
+    def run(rows: Tensor, out: int) -> Tensor:
+        wide = rows[0][:, None, :, None].repeat(1, 1, 1, 2)
+        resized = functional.interpolate(wide, size=(out, 2), mode=mode, **options)
+        return resized[None, :, 0, :, 0]
+
+    for size, out in [(1, 4), (7, 3), (40, 90), (150, 64), (333, 500), (70, 7)]:
+        found = stencil.resample(size, lambda rows, out=out: run(rows, out))
+        matrix = run(torch.eye(size, dtype=torch.float64)[None], out)[0].T
+        held = torch.zeros_like(matrix)
+        held[found.row, found.position] = found.values()
+        torch.testing.assert_close(held, matrix, rtol=0, atol=1e-12)
+        assert len(found.row) == int((matrix.abs() > 1e-13).sum())
+
+
+def test_half_a_minute_of_sound_is_resampled_in_seconds() -> None:
+    """A matrix of all positions by all positions would not fit into memory."""
+    net = nn.Sequential(nn.Upsample(scale_factor=2, mode="linear"), nn.Conv1d(1, 1, 3, bias=False))
+    nn.init.ones_(net[1].weight)
+    start = time.process_time()
+    # The windows sum three positions, each of mass 1.
+    assert fxpath.path_norm(net, (1, 480_000)) == pytest.approx(3 * (960_000 - 2), rel=1e-6)
+    assert time.process_time() - start < 20

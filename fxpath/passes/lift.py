@@ -25,7 +25,6 @@ from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends
 from fxpath.passes.constants import Constants
 from fxpath.passes.values import (
     BY_VALUE,
-    INFINITE,
     SPARSE,
     ancestors,
     as_slice,
@@ -36,7 +35,7 @@ from fxpath.passes.values import (
     settled,
 )
 from fxpath.rules import RULES, Refusal, refusal
-from fxpath.rules.refused import ORDER, RANDOM
+from fxpath.rules.refused import INFINITE, ORDER, RANDOM
 from fxpath.schema import arguments, bind, target
 from fxpath.stencil import Stencil
 
@@ -253,6 +252,10 @@ class Lift(Constants):
     def _weight(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
         if value.target is operator.getitem and arguments(value)[0].target in SPLITTING:
             return self._piece(value, user, suffix)
+        if (
+            value.meta.get("val") is None
+        ):  # torch.export does not note conversions of sparse tensors
+            value.meta["val"] = self.peek(value)
         check_format(value)
         if is_sparse(value) and depends_on_parameter(self.captured, value):
             raise Refusal(*SPARSE)

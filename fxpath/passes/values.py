@@ -23,10 +23,6 @@ UNKNOWN_SHAPE = (
     "the number of entries that it returns depends on values, so torch.export does not know it",
     "select by a list of positions (mask.nonzero()) that is kept in a buffer",
 )
-INFINITE = (
-    "it reads a constant with infinite or NaN entries",
-    "use finite constants (a mask of -inf belongs to a softmax, which no path-norm covers)",
-)
 #: Weights are lifted by value: what a view needs to know of memory may not hold for them.
 BY_VALUE = {
     aten.view.default: aten.reshape.default,

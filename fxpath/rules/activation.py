@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.rules.affine import only_first_active
-from fxpath.rules.refused import COMPLEX, TRAINING
+from fxpath.rules.refused import COMPLEX, JUMPING, TRAINING
 from fxpath.rules.registry import Refusal, rule
 
 if TYPE_CHECKING:
@@ -29,6 +29,19 @@ def _relu(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 @rule(aten.abs.default, aten.absolute.default)
 def _abs(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return lift.emit(ops.absolute, lift.node(args["self"]))
+
+
+@rule(aten.copysign.Tensor, aten.copysign.Scalar)
+def _copysign(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    """``|x|`` with constant signs."""
+    signs = None if lift.is_active(args["other"]) else lift.constant(args["other"])
+    if lift.is_active(args["other"]):
+        raise Refusal(*JUMPING)
+    if signs is None:
+        raise Refusal("its signs depend on parameters, which may jump", "keep them in a buffer")
+    x = lift.expand(lift.node(args["self"]), tuple(node.meta["val"].shape))
+    held = lift.buffer(torch.copysign(torch.ones(()), signs), "signs")
+    return lift.emit(ops.scale, lift.emit(ops.absolute, x), lift.emit(ops.coefficient, held))
 
 
 @rule(aten.neg.default, aten.negative.default)

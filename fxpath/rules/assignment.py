@@ -23,6 +23,7 @@ from fxpath.rules.common import (
     spread,
 )
 from fxpath.rules.indexing import indexed, span, strided
+from fxpath.rules.refused import INFINITE
 from fxpath.rules.registry import Refusal, rule
 from fxpath.schema import arguments, bind, target
 from fxpath.stencil import ONE, Stencil
@@ -118,7 +119,8 @@ def _added(lift: Lift, node: fx.Node, base: Any, piece: fx.Node | None, where: T
 
 @rule(aten.put.default)
 def _put(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = places(_shape(node)).take(known(lift, args["index"], math.prod(_shape(node))))
+    index = known(lift, args["index"], math.prod(_shape(node)), negative=True)
+    where = places(_shape(node)).take(index)
     piece = filled(lift, node, args["source"], tuple(args["source"].meta["val"].shape))
     if piece is not None:
         piece = lift.reshape(piece, tuple(where.shape))
@@ -127,10 +129,10 @@ def _put(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     return overwrite(lift, node, args["self"], piece, where)
 
 
-def _index_places(lift: Lift, node: fx.Node, args: Args) -> Tensor:
+def _index_places(lift: Lift, node: fx.Node, args: Args, negative: bool = False) -> Tensor:
     shape = _shape(node)
     size = shape[args["dim"]] if shape else 1
-    index = known(lift, args["index"], size).reshape(-1)
+    index = known(lift, args["index"], size, negative).reshape(-1) % size
     return places(shape).index_select(args["dim"], index) if shape else torch.zeros(()).long()
 
 
@@ -144,7 +146,7 @@ def _index_copy(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 @rule(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
 def _index_fill(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     # The same value is written everywhere, so that it may be written twice.
-    where = _index_places(lift, node, args).unique()
+    where = _index_places(lift, node, args, negative=True).unique()
     piece = filled(lift, node, args["value"], tuple(where.shape))
     return overwrite(lift, node, args["self"], piece, where)
 
@@ -250,14 +252,36 @@ def _grouped(
         )
     # One axis that holds both, the entries of the base first.
     n = len(count)
+    base, own = _finite(lift, base, own, count, -math.inf if how == "amax" else math.inf)
     rows: list[list[tuple[int, int]]] = [[(p, ONE)] if own[p] else [] for p in range(n)]
     for k, position in enumerate(where.reshape(-1).tolist()):
         rows[position].append((n + k, ONE))
-    flat = [lift.reshape(x, (-1,)) for x in (lift.node(base), piece)]
+    flat = [lift.reshape(x, (-1,)) for x in (base, piece)]
     both = lift.emit(aten.cat.default, flat, 0)
     ranks = LARGEST if how == "amax" else SMALLEST
     y = lift.along(both, 0, Stencil.of(n + where.numel(), rows), ranks)
     return lift.reshape(y, shape)
+
+
+def _finite(
+    lift: Lift, base: Any, own: Tensor, count: Tensor, open_: float
+) -> tuple[fx.Node, Tensor]:
+    """The base, and which of its entries are compared: infinite ones never win, so are no edge."""
+    held = None if lift.is_active(base) else lift.peek(base)
+    if held is None or bool(torch.isfinite(held).all()):
+        return lift.node(base), own
+    held = held.reshape(-1)
+    if not bool(((held == open_) | torch.isfinite(held) | (own == 0))[count > 0].all()):
+        raise Refusal(*INFINITE)
+    if not bool(torch.isfinite(held[count == 0]).all()):
+        raise Refusal(
+            "it compares nothing at some places, where an infinite value stays",
+            "start from finite values there",
+        )
+    lift.constant(base)  # the graph is made for it
+    own = torch.where(torch.isfinite(held), own, 0)
+    finite = lift.buffer(torch.where(torch.isfinite(held), held, 0.0), "base")
+    return lift.emit(ops.constant, lift.emit(ops.coefficient, finite)), own
 
 
 # -- writing through a view that repeats entries ---------------------------------------------------

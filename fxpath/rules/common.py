@@ -71,8 +71,14 @@ def pooled(
 # -- constant positions ----------------------------------------------------------------------------
 
 
-def known(lift: Lift, value: Any, size: int | None = None) -> Tensor:
+def known(lift: Lift, value: Any, size: int | None = None, negative: bool = False) -> Tensor:
     """A constant tensor: a mask, or positions along an axis of length ``size``.
+
+    Args:
+        lift: the pass.
+        value: a node of the original graph.
+        size: length of the axis, if the tensor holds positions.
+        negative: whether the operation counts negative positions from the end.
 
     Raises:
         Refusal: if it depends on activations or on parameters, or leaves the axis.
@@ -81,16 +87,16 @@ def known(lift: Lift, value: Any, size: int | None = None) -> Tensor:
     if found is None:
         raise Refusal(*UNKNOWN_POSITIONS)
     if size is not None:
-        in_range(found, size)
+        in_range(found, size, negative)
     return found.cpu()
 
 
-def in_range(positions: Tensor, size: int) -> None:
+def in_range(positions: Tensor, size: int, negative: bool) -> None:
     """Refuse positions that an axis of length ``size`` does not have."""
     if positions.dtype == torch.bool or not positions.numel():
         return
     low, high = int(positions.min()), int(positions.max())
-    if high >= size or low < -size:
+    if high >= size or low < (-size if negative else 0):
         raise Refusal(
             f"it reads position {high if high >= size else low} of an axis of length {size}",
             "check the positions; if the first axis of the inputs holds no samples, pass "

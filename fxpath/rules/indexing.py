@@ -115,7 +115,7 @@ def _roll(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 @rule(aten.index_select.default)
 def _index_select(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _indexed(lift, args["self"], args["dim"], known(lift, args["index"]))
+    return _indexed(lift, args["self"], args["dim"], known(lift, args["index"]), negative=False)
 
 
 @rule(aten.index.Tensor)
@@ -125,7 +125,7 @@ def _index(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
         dim = used[0][0]
         positions = known(lift, used[0][1])
         if positions.dim() <= 1 and (positions.dtype != torch.bool or positions.dim() == 1):
-            y = _indexed(lift, args["self"], dim, positions)
+            y = _indexed(lift, args["self"], dim, positions, negative=True)
             return lift.reshape(y, tuple(node.meta["val"].shape))
     return move(lift, lift.node(args["self"]), indexed(lift, args))
 
@@ -143,12 +143,12 @@ def indexed(lift: Lift, args: Args) -> Tensor:
             chosen.append(slice(None))
             axis += 1
         else:
-            chosen.append(known(lift, index, shape[axis]))
+            chosen.append(known(lift, index, shape[axis], negative=True))
             axis += chosen[-1].dim() if chosen[-1].dtype == torch.bool else 1
     return places(shape)[tuple(chosen)]
 
 
-def _indexed(lift: Lift, value: Any, dim: int, positions: Tensor) -> fx.Node:
+def _indexed(lift: Lift, value: Any, dim: int, positions: Tensor, negative: bool) -> fx.Node:
     if not lift.is_active(value):  # only the positions are activations
         raise Refusal(*UNKNOWN_POSITIONS)
     x = lift.node(value)
@@ -157,7 +157,7 @@ def _indexed(lift: Lift, value: Any, dim: int, positions: Tensor) -> fx.Node:
     if positions.dtype == torch.bool:
         positions = positions.nonzero()[:, 0]
     size = lift.shape(x)[dim]
-    in_range(positions, size)
+    in_range(positions, size, negative)
     return select(lift, x, dim, [p % size for p in positions.reshape(-1).tolist()])
 
 
@@ -172,7 +172,8 @@ def _gather(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 def _take_along_dim(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     x, dim = lift.node(args["self"]), args["dim"]
     shape = lift.shape(x)
-    index = known(lift, args["indices"], math.prod(shape) if dim is None else shape[dim])
+    size = math.prod(shape) if dim is None else shape[dim]
+    index = known(lift, args["indices"], size, negative=True)
     flat = torch.take_along_dim(places(shape), index, dim)
     return move(lift, x, flat)
 
@@ -180,7 +181,7 @@ def _take_along_dim(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 @rule(aten.take.default)
 def _take(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     x = lift.node(args["self"])
-    index = known(lift, args["index"], math.prod(lift.shape(x)))
+    index = known(lift, args["index"], math.prod(lift.shape(x)), negative=True)
     return move(lift, x, places(lift.shape(x)).take(index))
 
 
@@ -198,7 +199,7 @@ def _embedding(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
             "analyse the network from the embedded vectors on",
         )
     index = known(lift, args["indices"])
-    y = _indexed(lift, args["weight"], 0, index)
+    y = _indexed(lift, args["weight"], 0, index, negative=False)
     return lift.reshape(y, tuple(node.meta["val"].shape))
 
 

@@ -49,11 +49,33 @@ def euclidean(order: Any) -> tuple[str, str]:
     )
 
 
+@rule(aten.linalg_norm.default, aten.linalg_matrix_norm.default)
+def _matrix_norm(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+    """Of a matrix the largest or smallest 1-norm of its columns or rows; of a vector its norm."""
+    order = args["ord"]
+    shape = list(args["self"].meta["val"].shape)
+    dims = args["dim"]
+    if dims is None and (order is None or len(shape) == 1):
+        dims = range(len(shape))
+    dims = [d % len(shape) for d in (range(len(shape)) if dims is None else dims)]
+    if len(dims) < 2 or order is None:
+        return _vector_norm(lift, node, args["self"], order, dims)
+    if order not in (1, -1, math.inf, -math.inf):
+        raise Refusal(*euclidean(order))
+    inner = dims[0] if abs(order) == 1 else dims[1]
+    shape[inner] = 1
+    x = _sum_of_sizes(lift, lift.node(args["self"]), inner, shape)
+    ranks = LARGEST if order > 0 else SMALLEST
+    return pooled(lift, x, dims, tuple(node.meta["val"].shape), ranks)
+
+
 @rule(aten.linalg_vector_norm.default, aten.norm.Scalar, aten.norm.ScalarOpt_dim)
 def _norm(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    order = args.get("ord", args.get("p"))
-    x, shape = lift.node(args["self"]), tuple(node.meta["val"].shape)
-    dims = args.get("dim")
+    return _vector_norm(lift, node, args["self"], args.get("ord", args.get("p")), args.get("dim"))
+
+
+def _vector_norm(lift: Lift, node: fx.Node, value: fx.Node, order: Any, dims: Any) -> fx.Node:
+    x, shape = lift.node(value), tuple(node.meta["val"].shape)
     if order == 1:
         return _sum_of_sizes(lift, x, dims, shape)
     if order is not None and abs(order) == math.inf:

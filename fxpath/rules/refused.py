@@ -77,6 +77,14 @@ COUNTING = (
     "it returns integers, which jump",
     f"leave it out, or {CUT}",
 )
+DISTINCT = (
+    "how many entries it returns depends on which activations are equal",
+    f"use sort, which keeps all entries, or {CUT}",
+)
+SOLVING = (
+    "it solves linear equations, which is linear in the right-hand side alone",
+    f"multiply with the inverse of a constant matrix, kept in a buffer, or {CUT}",
+)
 COMPLEX = (
     "complex numbers have no path-lifting",
     "write the map as a real matrix, or as two maps for real and imaginary part",
@@ -88,6 +96,10 @@ NOT_REAL = (
 READ_OUT = (
     "it reads a number out of a tensor, by which the program goes on",
     "keep it a tensor, or a constant of the module",
+)
+INFINITE = (
+    "it reads a constant with infinite or NaN entries",
+    "use finite constants (a mask of -inf belongs to a softmax, which no path-norm covers)",
 )
 UNPOOLING = (
     "it puts values to positions that depend on activations, which may jump",
@@ -113,10 +125,10 @@ EXPLAINED: dict[str, Reason] = {
             *("logsumexp", "logaddexp", "logaddexp2", "logcumsumexp", "special_expit", "hypot"),
             "pow",
             *("lgamma", "digamma", "reciprocal", "float_power", "xlogy", "mse_loss", "huber_loss"),
-            *("smooth_l1_loss", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "kl_div"),
+            *("smooth_l1_loss", "cross_entropy_loss"),
             *("binary_cross_entropy", "binary_cross_entropy_with_logits", "linalg_inv", "inverse"),
             *("linalg_det", "det", "linalg_svd", "linalg_norm", "linalg_matrix_norm", "frexp"),
-            *("linalg_solve", "linalg_cholesky", "matrix_exp", "linalg_matrix_exp", "nuclear_norm"),
+            *("linalg_cholesky", "matrix_exp", "linalg_matrix_exp", "nuclear_norm"),
             *("frobenius_norm", "linalg_eigh", "linalg_qr", "linalg_pinv", "trilinear"),
         ],
         CURVED,
@@ -134,7 +146,7 @@ EXPLAINED: dict[str, Reason] = {
     **dict.fromkeys(
         [
             *("prod", "cumprod", "square", "cross", "linalg_cross", "matrix_power"),
-            *("linalg_matrix_power", "cartesian_prod", "vander", "linalg_vander"),
+            *("linalg_matrix_power", "vander", "linalg_vander"),
         ],
         PRODUCT,
     ),
@@ -172,8 +184,8 @@ EXPLAINED: dict[str, Reason] = {
     ),
     **dict.fromkeys(
         [
-            *("count_nonzero", "bucketize", "searchsorted", "histc", "bincount", "unique"),
-            *("_unique2", "unique_consecutive", "unique_dim", "one_hot", "histogram"),
+            *("count_nonzero", "bucketize", "searchsorted", "histc", "bincount", "one_hot"),
+            "histogram",
         ],
         COUNTING,
     ),
@@ -184,6 +196,8 @@ EXPLAINED: dict[str, Reason] = {
         ],
         COMPLEX,
     ),
+    **dict.fromkeys(["unique", "_unique2", "unique_consecutive", "unique_dim"], DISTINCT),
+    **dict.fromkeys(["linalg_solve", "linalg_solve_triangular", "cholesky_solve"], SOLVING),
     **dict.fromkeys(["_local_scalar_dense", "item", "is_nonzero"], READ_OUT),
     **dict.fromkeys(["max_unpool2d", "max_unpool3d"], UNPOOLING),
     **dict.fromkeys(["fractional_max_pool2d", "fractional_max_pool3d"], RANDOM),

@@ -66,6 +66,8 @@ def _padded(
         y = apply(lift, x, stencils)
         y.meta["unpadded"] = (x, stencils)
         return y
+    if math.isnan(fill):
+        raise Refusal("it fills with NaN", "pad with a finite constant")
     if not math.isfinite(fill):
         raise Refusal(
             "infinite padding is no edge only where a max-pooling reads it directly",

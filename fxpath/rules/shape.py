@@ -121,7 +121,10 @@ def _repeat_interleave(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
 
 @rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def _cat(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return lift.emit(aten.cat.default, [lift.node(x) for x in args["tensors"]], args["dim"])
+    # torch lets an empty vector stand among tensors of any rank.
+    tensors = args["tensors"]
+    pieces = [x for x in tensors if tuple(x.meta["val"].shape) != (0,)] or tensors
+    return lift.emit(aten.cat.default, [lift.node(x) for x in pieces], args["dim"])
 
 
 @rule(aten.hstack.default)
