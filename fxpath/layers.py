@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -71,7 +72,7 @@ def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
         if origin in weights or origin in biases:
             layer = _layer(origin, weights.get(origin), biases.get(origin))
             weigh = weights.get(origin)
-            layers.setdefault(layer.name, (layer, _channels(weigh) if weigh else _flatten))
+            layers.setdefault(layer.name, (layer, _channels(module, weigh) if weigh else _flatten))
     return dict(layers.values())
 
 
@@ -100,25 +101,33 @@ def _coordinate(weight: object) -> fx.Node | None:
     return None
 
 
-def _relabel(weight: fx.Node, value: Tensor) -> Tensor:
+def _relabel(module: fx.GraphModule, weight: fx.Node, value: Tensor) -> Tensor:
     """Show coordinates as the operation sees them."""
     if weight.target is ops.coordinate:
         return value
-    inner = _relabel(arguments(weight)[0], value)
-    return inner if weight.target is ops.scale else target(weight)(inner, *arguments(weight)[1:])
+    inner = _relabel(module, arguments(weight)[0], value)
+    if weight.target is ops.scale:
+        return inner
+
+    def held(node: fx.Node) -> Tensor:
+        return module.get_buffer(str(node.target)).to(value.device)
+
+    rest: Any = fx.map_arg(arguments(weight)[1:], held)
+    shown: Tensor = target(weight)(inner, *rest)
+    return shown
 
 
 def _flatten(value: Tensor) -> Tensor:
     return value.flatten()
 
 
-def _channels(node: fx.Node) -> Channels:
+def _channels(module: fx.GraphModule, node: fx.Node) -> Channels:
     """Sum over all axes of a weight but those of its output channels."""
     weight = arguments(node)[1]
     assert isinstance(weight, fx.Node)
 
     def channels(value: Tensor) -> Tensor:
-        seen = _relabel(weight, value)
+        seen = _relabel(module, weight, value)
         if node.target is ops.conv and arguments(node)[5]:
             # [in, out / groups, ...]: the output channels of each group lie on axis 1.
             groups = int(arguments(node)[7])

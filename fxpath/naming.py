@@ -14,6 +14,7 @@ from fxpath.errors import module_path
 from fxpath.made import read_by
 
 __all__ = [
+    "PICKING",
     "RELABELLING",
     "SAME",
     "SPLITTING",
@@ -57,6 +58,9 @@ SAME = {
     aten.alias.default,
     aten.detach.default,
 }
+
+#: Operations that pick entries of a parameter by a constant list of positions.
+PICKING = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
 
 #: Operations whose pieces are entries of the parameter that they split.
 SPLITTING = {

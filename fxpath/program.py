@@ -241,7 +241,11 @@ class PathProgram:
             return {}
         raised = self._buffers(torch.float64, live, {})
         evaluate(PathNorm(self.graph_module, torch.float64, self.q), live, raised, RAISED)
-        return {name: raised[name] for name in below if bool((raised[name] > 0).any())}
+        return {
+            name: raised[name]
+            for name in below
+            if bool(((raised[name] > 0) & (shares[name] == 0)).any())
+        }
 
     def _short(
         self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor], tiny: float
@@ -318,6 +322,11 @@ class PathProgram:
                 if bool((live[variance.target] + eps <= 0).any()):
                     name = self.captured.tensors[variance.target]
                     return ValueError(f"{name} has entries that are no variance: not above {-eps}")
+        for name, value in coordinates(self.lifted, live):
+            if not bool(torch.isfinite(value).all()):
+                return ValueError(
+                    f"{name}: the effective value is NaN or infinite: look for a division by 0"
+                )
         return FloatingPointError(
             "some tensor of the lifted network spans more orders of magnitude than float64 holds: "
             f"rescale the model's neurons, or look for entries whose power q = {self.q:g} is near "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -167,3 +168,51 @@ def test_bounds_hold(name: str) -> None:
     gap = max(float((model(each) - other(each)).abs().sum().detach()) for each in x)
     assert gap <= float(fxpath.lipschitz_bound(model, other, (3,)))
     assert fxpath.path_metric(model, model, (3,)).upper == 0
+
+
+class Picked(nn.Module):
+    """A weight whose entries are picked by a constant list, some of them twice, one never."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.how = nn.Parameter(torch.randn(3, 4)), how
+        self.register_buffer("order", torch.tensor([2, 0, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "index":
+            return nn.functional.linear(x, self.w[self.order])
+        if self.how == "index_select":
+            return nn.functional.linear(x, self.w.index_select(0, self.order))
+        return nn.functional.linear(x, nn.functional.embedding(self.order, self.w))
+
+
+@pytest.mark.parametrize("how", ["index", "index_select", "embedding"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_picked_entries_are_scored_in_their_parameter(how: str, compiled: bool) -> None:
+    model = Picked(how)
+    analysis = fxpath.analyze(model, (4,), compile=compiled)
+    sizes = model.w.detach().abs()
+    expected = torch.stack([sizes[0], torch.zeros(4), 2 * sizes[2]])
+    assert analysis.path_norm == pytest.approx(float(expected.sum()), rel=1e-6)
+    torch.testing.assert_close(analysis.path_magnitude("w"), expected)
+    assert analysis.layers[0]["shape"] == (3, 4)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.w[2, 1] = 0
+    metric = fxpath.path_metric(model, other, (4,))
+    assert metric.value == pytest.approx(float(2 * sizes[2, 1]), rel=1e-9)
+    assert fxpath.rescale(model, (4,)).w.shape == (3, 4)
+
+
+def test_a_division_by_a_parameter_that_is_0() -> None:
+    class Divided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.d = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / self.d
+
+    with pytest.raises(ValueError, match="d: the effective value is NaN or infinite"):
+        fxpath.path_norm(Divided(), (2,))

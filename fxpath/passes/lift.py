@@ -21,7 +21,14 @@ from fxpath.capture import Captured
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.graphs import Forms, drop_dead, form, inputs_first, written
 from fxpath.made import MADE_FROM_SHAPE, fill_of, read_by
-from fxpath.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
+from fxpath.naming import (
+    PICKING,
+    RELABELLING,
+    SAME,
+    SPLITTING,
+    coordinate_name,
+    depends_on_parameter,
+)
 from fxpath.passes.constants import Constants
 from fxpath.passes.values import (
     BY_VALUE,
@@ -231,18 +238,32 @@ class Lift(Constants):
         if not isinstance(value, fx.Node):
             return self.number(value)
         views: list[fx.Node] = []
-        while value not in self._weights and (value.target in RELABELLING or value.target in SAME):
+        shown = {*RELABELLING, *SAME}
+        while value not in self._weights and (value.target in shown or self._picks(value)):
             views.append(value)
             value = value.args[0]
         if value not in self._weights:
             self._weights[value] = self._weight(value, user, suffix)
         lifted = self._weights[value]
         for view in reversed(views):
-            if view.target in RELABELLING:
+            if view.target not in SAME:
                 called = BY_VALUE.get(target(view), target(view))
-                lifted = self.emit(called, lifted, *view.args[1:])
+                rest = fx.map_arg(view.args[1:], self._positions)
+                lifted = self.emit(called, lifted, *rest)
             self._weights[view] = lifted
         return lifted
+
+    def _picks(self, value: fx.Node) -> bool:
+        """Whether a value is a choice of a parameter's entries, which stay the parameter's own."""
+        if value.target not in PICKING or not depends_on_parameter(self.captured, value):
+            return False
+        known = [self.peek(n) for n in value.all_input_nodes[1:]]
+        return all(k is not None and k.dtype in (torch.int64, torch.int32) for k in known)
+
+    def _positions(self, value: fx.Node) -> fx.Node:
+        known = self.constant(value)
+        assert known is not None
+        return self.buffer(known, "positions")
 
     def number(self, value: Any) -> fx.Node:
         """A coefficient of the architecture."""
