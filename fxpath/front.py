@@ -17,6 +17,8 @@ __all__ = ["take_in"]
 
 #: Cuts that are tried before the advice stays a general one; each costs a trace.
 _TRIES = 2
+#: Part of a model's operations that a cut leaves at least.
+_HEAD = 1 / 4
 
 
 def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
@@ -99,14 +101,18 @@ def _passes(model: Model, given: Given) -> bool:
 
 
 def _cuts(graph: fx.Graph, bad: set[fx.Node]) -> Iterator[str]:
-    """Modules whose output depends on no offending node, those with most in front of them first."""
+    """Modules whose output depends on no offending node, those with most in front of them first.
+
+    What is behind such a cut is a head: where most of a model would be cut off, none is named.
+    """
     last: dict[str, fx.Node] = {}
     for node in graph.nodes:
         for path, _ in (node.meta.get("nn_module_stack") or {}).values():
             if path and node.op == "call_function":
                 last[path] = node
     before = {path: _ancestors(node) for path, node in last.items()}
-    good = [path for path, nodes in before.items() if not nodes & bad]
+    least = sum(node.op == "call_function" for node in graph.nodes) * _HEAD
+    good = [path for path, nodes in before.items() if len(nodes) >= least and not nodes & bad]
     # Of modules with the same end, the outermost.
     yield from sorted(good, key=lambda path: (-len(before[path]), path.count(".")))
 
