@@ -16,6 +16,7 @@ from fxpath.capture.functional import functionalize
 from fxpath.capture.given import Outputs
 from fxpath.capture.model import Captured, Model, Sample, named_tensors
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.graphs import drop_dead
 
 __all__ = ["adopt"]
 
@@ -89,7 +90,8 @@ def adopt(
         if spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), Tensor)
     }
     kept = _keep_outputs(graph, program, signature, outputs)
-    _drop_dead(graph)
+    # A value's users are then those that count; torch's own pass keeps assertions and dropout.
+    drop_dead(graph)
     held_shapes = {node.name: node.meta["val"].shape for node in first.values()}
     captured = Captured(
         fx.GraphModule({}, graph),
@@ -183,13 +185,3 @@ def _pick(result: Any, key: int | str) -> Any:
     if isinstance(result, Mapping | tuple | list):
         return result[key]  # type: ignore[index]
     return getattr(result, str(key))
-
-
-def _drop_dead(graph: fx.Graph) -> None:
-    """Erase what no output depends on, so that a value's users are those that count.
-
-    torch's own pass keeps assertions and dropout; after functionalization nothing has side effects.
-    """
-    for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)

@@ -181,14 +181,7 @@ class Side:
             return buffer.to(device)
         args: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        if node.target is ops.folded_weight:
-            return in_double(*args)
         return target(node)(*args, **kwargs)
-
-
-def in_double(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
-    """A folded weight, formed in float64."""
-    return ops.folded_weight(weight.to(torch.float64), factor, axis, groups)
 
 
 @dataclass
