@@ -19,6 +19,10 @@ from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.program import PathProgram
+from fxpath.pruning.masks import Masks, apply_masks, load_masks
+from fxpath.pruning.patterns import NM, PatternReport, PatternRow, verify_pattern
+from fxpath.pruning.prune import prune
+from fxpath.pruning.pruned import Pruned, PrunedLayer
 from fxpath.symmetry.groups import ChannelGroup, ChannelGroups, Member
 from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
 
@@ -30,27 +34,37 @@ __all__ = [
     "ChannelGroup",
     "ChannelGroups",
     "LayerRow",
+    "Masks",
     "Member",
+    "NM",
     "Path",
     "PathLifting",
     "PathMetric",
     "PathProgram",
+    "PatternReport",
+    "PatternRow",
     "Problem",
+    "Pruned",
+    "PrunedLayer",
     "Quantized",
     "SupportReport",
     "UnsupportedModelError",
     "analyze",
+    "apply_masks",
     "channel_groups",
     "check",
     "compile",
     "criteria",
     "lipschitz_bound",
+    "load_masks",
     "normalize",
     "path_lifting",
     "path_magnitude",
     "path_metric",
     "path_norm",
     "path_norms",
+    "prune",
     "quantize",
     "rescale",
+    "verify_pattern",
 ]

@@ -28,7 +28,7 @@ from fxpath.passes.unsign import unsign
 from fxpath.schema import arguments
 from fxpath.sizes import SizeRow, sizes
 
-__all__ = ["Evaluation", "PathProgram", "build"]
+__all__ = ["Evaluation", "PathProgram", "build", "format_of"]
 
 
 class PathProgram:
@@ -112,13 +112,14 @@ class PathProgram:
         problems = own_gradients(self.captured)
         if problems:
             raise UnsupportedModelError(SupportReport(tuple(problems)))
+        live = self.captured.live()
         for dtype in self._formats():
             norm = PathNorm(self.graph_module, dtype, self.q)
-            total: Total = norm.run(self.captured.live(), live=True)
+            total: Total = norm.run(live, live=True)
             run = Run(total, least(norm.watch.scales), None)
-            if self._healthy(dtype, run):
+            if self._healthy(dtype, run, live):
                 return total.log() / (self.q or 1)
-        raise self._failure()
+        raise self._failure(live)
 
     def scores(self, out: MutableMapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Shares Path-Mag / path-norm of every coordinate of theta.
@@ -186,7 +187,11 @@ class PathProgram:
 
     @plain_mode()
     def evaluate(
-        self, scores: bool, details: bool = False, out: Mapping[str, Tensor] | None = None
+        self,
+        scores: bool,
+        details: bool = False,
+        out: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> Evaluation:
         """Run in the program's number format, or in float64 where it does not suffice.
 
@@ -194,25 +199,26 @@ class PathProgram:
             scores: whether to differentiate.
             details: whether to count the zeros of theta, and to look for shares below float64.
             out: tensors that are used for the scores, where they have the right form.
+            tensors: what takes the place of the model's own, by placeholder, of the same form.
 
         Raises:
             ValueError: for a NaN or infinite parameter, by name.
             FloatingPointError: if float64 does not suffice either.
         """
-        live = self.captured.live()
+        live = self.captured.live() if tensors is None else tensors
         for dtype in self._formats():
             shares = self._buffers(dtype, live, out or {}) if scores else None
             if self._compiled is not None and dtype == self.dtype:
                 run = self._compiled(live, shares)
             else:
                 run = evaluate(PathNorm(self.graph_module, dtype, self.q), live, shares)
-            if self._healthy(dtype, run):
+            if self._healthy(dtype, run, live):
                 zeros = self._sparsity(live) if details else {}
                 mantissa, exponent = run.total.mantissa.item(), int(run.total.scale[0])
                 found = {} if shares is None else self._fitted(dtype, shares, live)
                 raised = self._raised(found, live) if details else {}
                 return Evaluation(mantissa, exponent, found, zeros, raised, self.q)
-        raise self._failure()
+        raise self._failure(live)
 
     def _fitted(
         self, dtype: torch.dtype, shares: dict[str, Tensor], live: Mapping[str, Tensor]
@@ -225,8 +231,8 @@ class PathProgram:
             return shares
         wide = self._buffers(torch.float64, live, {})
         run = evaluate(PathNorm(self.graph_module, torch.float64, self.q), live, wide)
-        if not self._healthy(torch.float64, run):
-            raise self._failure()
+        if not self._healthy(torch.float64, run, live):
+            raise self._failure(live)
         # The others stay as they are, where the caller wants them.
         again = {name: fitted(wide[name], self.dtype) for name in short}
         kept = {name: share for name, share in again.items() if share.dtype != self.dtype}
@@ -288,30 +294,28 @@ class PathProgram:
     def _formats(self) -> tuple[torch.dtype, ...]:
         return (self.dtype,) if self.dtype == torch.float64 else (self.dtype, torch.float64)
 
-    def _healthy(self, dtype: torch.dtype, run: Run) -> bool:
+    def _healthy(self, dtype: torch.dtype, run: Run, live: Mapping[str, Tensor]) -> bool:
         """Whether nothing over- or underflowed that exact arithmetic would have kept."""
         if not math.isfinite(run.total.mantissa.item()):
             return False
         if run.total.mantissa.item() == 0:
-            return self._has_no_path()
+            return self._has_no_path(live)
         if run.mass is not None:
             return run.mass.item() <= MASS[dtype]
         if run.smallest.item() >= SMALLEST[dtype]:
             return True
         # Some entry is small or zero: the gradient tells whether it matters.
-        live = self.captured.live()
         norm = PathNorm(self.graph_module, dtype, self.q)
         checked = evaluate(norm, live, self._buffers(dtype, live, {}))
         assert checked.mass is not None
         return checked.mass.item() <= MASS[dtype]
 
-    def _has_no_path(self) -> bool:
+    def _has_no_path(self, live: Mapping[str, Tensor]) -> bool:
         """Whether the norm is zero, by counting paths, which cannot underflow."""
         norm = PathNorm(self.graph_module, torch.float64, 0.0)
-        return evaluate(norm, self.captured.live(), None).total.mantissa.item() == 0
+        return evaluate(norm, live, None).total.mantissa.item() == 0
 
-    def _failure(self) -> Exception:
-        live = self.captured.live()
+    def _failure(self, live: Mapping[str, Tensor]) -> Exception:
         try:
             check_finite({self.captured.tensors[key]: value for key, value in live.items()})
         except ValueError as error:
@@ -356,14 +360,22 @@ def build(
             f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64"
         )
     captured, signed = take_in(model, given)
+    own = format_of(captured, signed)
+    return PathProgram(captured, signed, dtype or own, exponent, compiled, reduced, given)
+
+
+def format_of(captured: Captured, signed: fx.GraphModule) -> torch.dtype:
+    """The number format of a model's program, by its tensors.
+
+    Raises:
+        ValueError: for a NaN or infinite parameter.
+    """
     live = captured.live()
     # What the graph was made for alone, bounds that bound nothing say, was looked at by its rules.
     read = {n.target for n in signed.graph.nodes if n.op == "placeholder" and n.users}
     check_finite({captured.tensors[name]: tensor for name, tensor in live.items() if name in read})
-    if dtype is None:
-        double = any(tensor.dtype == torch.float64 for tensor in live.values())
-        dtype = torch.float64 if double else torch.float32
-    return PathProgram(captured, signed, dtype, exponent, compiled, reduced, given)
+    double = any(tensor.dtype == torch.float64 for tensor in live.values())
+    return torch.float64 if double else torch.float32
 
 
 def _rebuild(

@@ -93,8 +93,7 @@ def sizes(lifted: fx.GraphModule, program: fx.GraphModule) -> list[SizeRow]:
     pending = 0
     for node in program.graph.nodes:
         pending += multiply_adds(node) if node.op == "call_function" else 0
-        source = node.meta.get("full", node if lifted is program else None)
-        if source is not None:
+        for source in node.meta.get("full", (node,) if lifted is program else ())[-1:]:
             kept[source.name], macs[source.name] = node, pending
             pending = 0
     rows = []

@@ -112,6 +112,8 @@ class Difference(PairInterpretation):
         return self._compared(*self.other(self.node))
 
     def _compared(self, first: Tensor, second: Tensor) -> Weights:
+        if self.pair.erased and first is not second:
+            return Weights.erased(first, second)
         weights = Weights.of(first, second)
         self.signs_agree = self.signs_agree and weights.signs_agree
         return weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fxpath.passes.unsign import unsign
 from fxpath.program import build
 from fxpath.schema import arguments
 
-__all__ = ["Other", "make_pair"]
+__all__ = ["Other", "first_side", "make_pair"]
 
 Other = Model | Mapping[str, Tensor]
 
@@ -46,22 +47,29 @@ def make_pair(
         UnsupportedModelError: as :func:`fxpath.analyze`.
     """
     ours = build(model, given, reduced=False)
-    mark_static(ours.signed.graph)
-    leaves = _number_leaves(ours.signed.graph)
-    mine = Side(ours.captured, ours.signed, _detached(ours.captured.live()), leaves)
+    mine = first_side(ours.captured, ours.signed)
+    return Pair(unsign(ours.signed), mine, _held_against(mine, other, given)).remember()
+
+
+def first_side(captured: Captured, signed: fx.GraphModule) -> Side:
+    """A captured model as the first network of pairs; its leaves are numbered in the graph."""
+    mark_static(signed.graph)
+    return Side(captured, signed, _detached(captured.live()), _number_leaves(signed.graph))
+
+
+def _held_against(mine: Side, other: Other, given: Given) -> Side:
     if isinstance(other, (nn.Module, ExportedProgram)):
-        return Pair(unsign(ours.signed), mine, _other_side(mine, other, given))
+        return _other_side(mine, other, given)
     if not isinstance(other, Mapping):
         raise TypeError(
             f"other is a {type(other).__name__}: pass a model of the same architecture, or a state "
             "dict with the model's own names"
         )
-    state, named = _from_state(ours.captured, other)
-    changed = _changed_numbers(ours.captured, named)
+    state, named = _from_state(mine.captured, other)
+    changed = _changed_numbers(mine.captured, named)
     if changed:
-        return Pair(unsign(ours.signed), mine, _traced_again(mine, named, changed, given))
-    side = Side(ours.captured, ours.signed, _detached(state), leaves)
-    return Pair(unsign(ours.signed), mine, side)
+        return _traced_again(mine, named, changed, given)
+    return replace(mine, tensors=_detached(state))
 
 
 def _other_side(mine: Side, other: Model, given: Given) -> Side:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxpath.analysis import Analysis
 from fxpath.capture import Given, Model, Shapes
@@ -20,7 +20,7 @@ from fxpath.pairs.domination import Dominated, find_domination
 from fxpath.pairs.matching import Other, make_pair
 from fxpath.pairs.normalized import Distance, Normalized
 from fxpath.pairs.pair import Pair
-from fxpath.pairs.rounding import UNIT, Doubt, doubt, relative
+from fxpath.pairs.rounding import UNIT, Doubt, doubt, erased_doubt, relative
 from fxpath.pairs.snapshot import Snapshot
 from fxpath.pairs.unrolled import Network, Part
 from fxpath.passes.reduce import reduce
@@ -55,10 +55,10 @@ class PathMetric(Snapshot):
     _networks = ("_pair", "_network")
     _numbers = ("dominated", "_distance", "path_magnitude_sum")
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, reduced: fx.GraphModule | None = None) -> None:
         """Metrics are made by :func:`fxpath.path_metric`."""
         self._pair = pair
-        reduced = reduce(pair.lifted)
+        reduced = reduced or reduce(pair.lifted)
         difference = Difference(reduced, pair)
         outputs = difference.outcome()
         self.signs_agree = difference.signs_agree
@@ -80,7 +80,9 @@ class PathMetric(Snapshot):
             )
         ]
         self._doubt = 0.0
-        if doubt(pair):
+        if pair.erased:
+            self._doubt = erased_doubt(pair) * self._excess
+        elif doubt(pair):
             parts = Doubt(reduced, pair).outcome()
             self._doubt = _total([e for y in parts for e in (y.excess, y.other_excess)])
 

@@ -61,6 +61,12 @@ class Weights:
         return cls(value, value, value)
 
     @classmethod
+    def erased(cls, first: Tensor, second: Tensor) -> Weights:
+        """Effective parameters, and the same with some of them set to zero."""
+        a, b = first.abs(), second.abs()
+        return cls(a, b, b, excess=a - b)
+
+    @classmethod
     def of(cls, first: Tensor, second: Tensor) -> Weights:
         """Compare two arrays of effective parameters."""
         if first is second or torch.equal(first, second):
@@ -195,20 +201,30 @@ class Pair:
         theirs: the second one; its leaves correspond to those of the first.
         architecture: what differs although it is no part of theta, by name: slopes, clamp bounds,
             fixed coefficients.
+        erased: whether the second network is the first one with entries of some weights set to
+            zero, and the same tensors otherwise.
     """
 
     lifted: fx.GraphModule
     ours: Side
     theirs: Side
     architecture: list[str] = field(default_factory=list)
+    erased: bool = False
 
     def __post_init__(self) -> None:
-        self._marks = [_marks(side) for side in (self.ours, self.theirs)]
+        self._marks: list[dict[str, int]] = []
+        if self.erased:
+            return
         for leaf, node in enumerate(self.ours.nodes):
             if node.meta["fixed"] and not torch.equal(
                 self.ours.value(leaf), self.theirs.value(leaf)
             ):
                 self.architecture += [n for n in self.names(node) if n not in self.architecture]
+
+    def remember(self) -> Pair:
+        """Note what the tensors hold, for :meth:`check_unchanged`."""
+        self._marks = [_marks(side) for side in (self.ours, self.theirs)]
+        return self
 
     def names(self, leaf: fx.Node) -> list[str]:
         """Names of the tensors that a leaf is computed from, or of the operation of a literal."""
@@ -245,9 +261,8 @@ class Pair:
         Raises:
             RuntimeError: naming what has changed.
         """
-        for which, side, marks in zip(
-            ("the model", "the other"), (self.ours, self.theirs), self._marks, strict=True
-        ):
+        sides = ("the model", self.ours), ("the other", self.theirs)
+        for (which, side), marks in zip(sides, self._marks, strict=True):
             now = _marks(side)
             changed = [
                 side.captured.tensors[key] for key, mark in marks.items() if now[key] != mark

@@ -31,7 +31,7 @@ from fxpath.pairs.pair import Pair, Side, Weights
 from fxpath.passes.links import mark_static, static
 from fxpath.schema import arguments
 
-__all__ = ["UNIT", "Doubt", "doubt", "relative"]
+__all__ = ["UNIT", "Doubt", "doubt", "erased_doubt", "relative"]
 
 aten = torch.ops.aten
 
@@ -79,6 +79,15 @@ def doubt(pair: Pair) -> bool:
         for leaf, node in enumerate(pair.ours.nodes)
         if _is_formed(node) or _is_formed(pair.theirs.nodes[leaf])
     )
+
+
+def erased_doubt(pair: Pair) -> float:
+    """The same for a pair whose second network is the first with weights set to zero, as a factor.
+
+    A path is then lost whole or not at all.  What is computed from the same numbers is the same in
+    both networks, and of a lost path's weights each is off by a relative FOLDED at most.
+    """
+    return FOLDED * sum(_is_formed(node) for node in pair.ours.nodes)
 
 
 def _read(leaf: fx.Node) -> fx.Node:

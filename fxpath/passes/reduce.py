@@ -67,7 +67,8 @@ class _Reduction:
             else:
                 self.env[node] = self._reduce(node)
                 self.env[node].meta.setdefault("origin", node.meta.get("origin"))
-                self.env[node].meta["full"] = node
+                # One node may stand for several.
+                self.env[node].meta["full"] = *self.env[node].meta.get("full", ()), node
         drop_dead(self.graph)
         return written(self.root, self.graph)
 

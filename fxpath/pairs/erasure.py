@@ -1,0 +1,115 @@
+"""A model held against itself with entries of its weights set to zero: what pruning loses.
+
+All such pairs share one capture, and (7) holds for each of them: no path gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxpath import ops
+from fxpath.capture import Given, Model
+from fxpath.front import take_in
+from fxpath.pairs.difference import Difference, Excess
+from fxpath.pairs.matching import first_side
+from fxpath.pairs.metric import PathMetric
+from fxpath.pairs.pair import Pair, Side, Weights
+from fxpath.passes.reduce import reduce
+from fxpath.program import PathProgram, format_of
+from fxpath.schema import arguments
+
+__all__ = ["Erasure"]
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """A captured model whose weights are to be set to zero, in any number of ways.
+
+    Attributes:
+        program: evaluates path-norm and Path-Mag.
+        side: the model as the first network of each pair.
+    """
+
+    program: PathProgram
+    side: Side
+
+    @classmethod
+    def of(cls, model: Model, given: Given) -> Erasure:
+        """Capture a model.
+
+        Raises:
+            UnsupportedModelError: listing every operation without an exact rule.
+            ValueError: for a NaN or infinite parameter, a shape that cannot be inferred.
+        """
+        captured, signed = take_in(model, given)
+        # Before the program is made, so that its graphs have the leaves' numbers.
+        side = first_side(captured, signed)
+        dtype = format_of(captured, signed)
+        return cls(PathProgram(captured, signed, dtype, 1.0, given=given), side)
+
+    def metric(self, tensors: Mapping[str, Tensor]) -> PathMetric:
+        """The path-metric to the model with other tensors, by placeholder.
+
+        Its bounds that are evaluated late cannot tell whether the model has changed since: see
+        :meth:`certificate`.
+        """
+        return PathMetric(self._pair(tensors), self.program.reduced)
+
+    def certificate(self, tensors: Mapping[str, Tensor]) -> PathMetric:
+        """The same, for a caller who keeps it."""
+        return PathMetric(self._pair(tensors).remember(), self.program.reduced)
+
+    def cut_off(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Output neurons that paths from inputs reach in the model, and with other tensors not."""
+        # Without sums: in those, outputs are no longer apart.
+        lifted = self.program.lifted
+        reduced = reduce(lifted, choose=lambda classes: dict.fromkeys(classes.reachable, False))
+        (total,) = (node for node in lifted.graph.nodes if node.target is ops.total)
+        reach = _Reach(reduced, self._pair(tensors), set(arguments(total)[0]))
+        reach.outcome()
+        found: dict[str, None] = {}
+        for key, node in zip(self.program.captured.outputs, arguments(total)[0], strict=True):
+            reached = reach.reached[node]
+            lost = (reached.first > 0) & (reached.second == 0)
+            for place in lost.nonzero().tolist():
+                # Positions behind the channel are classes of positions.
+                found[f"channel {place[1]} of output {key!r}" if place[1:] else f"{key!r}"] = None
+        return list(found)
+
+    def _pair(self, tensors: Mapping[str, Tensor]) -> Pair:
+        return Pair(
+            self.program.lifted, self.side, replace(self.side, tensors=tensors), erased=True
+        )
+
+
+class _Reach(Difference):
+    """1 for the neurons that a path from an input reaches, in either network, else 0.
+
+    Attributes:
+        reached: those of some nodes of the graph at full resolution.
+    """
+
+    def __init__(self, module: fx.GraphModule, pair: Pair, kept: Container[fx.Node]) -> None:
+        super().__init__(module, pair, biases=False)
+        self.kept = kept
+        self.reached: dict[fx.Node, Excess] = {}
+
+    def _call(self, target: Any, args: Any, kwargs: Any) -> Any:
+        found = super()._call(target, args, kwargs)
+        for full in self.node.meta.get("full", ()):
+            if full in self.kept:
+                self.reached[full] = found
+        return found
+
+    def _compared(self, first: Tensor, second: Tensor) -> Weights:
+        here = (first != 0).to(self.dtype)
+        return Weights(here, here if first is second else (second != 0).to(self.dtype), here)
+
+    def _weigh(self, x: Excess, w: Weights, run: Callable[[Tensor, Tensor], Tensor]) -> Excess:
+        first = run(x.first, w.first).clamp(max=1)
+        alike = x.second is x.first and w.second is w.first
+        return Excess(first, first if alike else run(x.second, w.second).clamp(max=1))

@@ -1,0 +1,197 @@
+"""Which entries of a model may be pruned: where they are stored, and what they are read as."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import fx, nn
+from torch.nn.utils import prune as torch_prune
+
+from fxpath import ops
+from fxpath.capture import Captured, named_tensors
+from fxpath.graphs import inputs_first
+from fxpath.schema import arguments
+
+__all__ = ["Choice", "Eligible", "check_stored", "choose", "find_eligible"]
+
+#: A pattern of names (fnmatch), or a type of module.
+Choice = str | type[nn.Module]
+
+_WEIGHING = (ops.conv, ops.linear, ops.matmul, ops.einsum)
+_ADDING = (ops.shift, ops.constant)
+
+
+@dataclass(frozen=True)
+class Eligible:
+    """Entries of theta that become zero where entries of one parameter do.
+
+    Attributes:
+        name: of the coordinates, as in the scores.
+        key: placeholder of the parameter in the captured graph.
+        parameter: its qualified name.
+        shape: of both.
+        weight: whether they are a weight, or else a bias.
+        inputs: axis along which the input channels of a weight lie, where it has one.
+        together: how many input channels in a row are read by one output channel.
+    """
+
+    name: str
+    key: str
+    parameter: str
+    shape: tuple[int, ...]
+    weight: bool
+    inputs: int | None = None
+    together: int = 0
+
+    @property
+    def entries(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+
+def choose(
+    model: nn.Module,
+    found: Sequence[Eligible],
+    include: Sequence[Choice] | Choice | None,
+    exclude: Sequence[Choice] | Choice,
+) -> list[Eligible]:
+    """Those that ``include`` chooses (all by default) and ``exclude`` does not.
+
+    Raises:
+        ValueError: if a pattern or a type matches nothing, or if nothing is left.
+    """
+    wanted = None if include is None else _listed(include)
+    spared = _listed(exclude)
+    for choice in (*(wanted or ()), *spared):
+        if not any(_matches(model, each, choice) for each in found):
+            known = ", ".join(each.name for each in found[:8]) + ", ..." * (len(found) > 8)
+            raise ValueError(f"{_written(choice)} matches no parameter that can be pruned: {known}")
+    chosen = [
+        each
+        for each in found
+        if (wanted is None or any(_matches(model, each, choice) for choice in wanted))
+        and not any(_matches(model, each, choice) for choice in spared)
+    ]
+    if not chosen:
+        raise ValueError("nothing is left to prune: include and exclude spare every parameter")
+    return chosen
+
+
+def _listed(choices: Sequence[Choice] | Choice) -> tuple[Choice, ...]:
+    return (choices,) if isinstance(choices, (str, type)) else tuple(choices)
+
+
+def _written(choice: Choice) -> str:
+    return repr(choice) if isinstance(choice, str) else choice.__name__
+
+
+def _matches(model: nn.Module, each: Eligible, choice: Choice) -> bool:
+    if isinstance(choice, str):
+        return fnmatchcase(each.name, choice)
+    holder = dict(model.named_modules()).get(each.name.rpartition(".")[0])
+    return isinstance(holder, choice)
+
+
+def find_eligible(captured: Captured, lifted: fx.GraphModule, biases: bool) -> list[Eligible]:
+    """Weights of convolutions and linear maps in order of execution, and biases if asked for.
+
+    A bias that batch normalization follows is a part of another one, which its zero is not the zero
+    of: it is not eligible.  A weight that is computed has no ``key``, see :func:`check_stored`.
+    """
+    found: dict[str, Eligible] = {}
+    for node in lifted.graph.nodes:
+        if node.target is not ops.coordinate:
+            continue
+        value, name = arguments(node)
+        reading = [user for user in _readers(node) if user.target in _WEIGHING]
+        added = any(user.target in _ADDING for user in _readers(node))
+        if reading:
+            own = arguments(value)[0] if value.target is ops.folded_weight else value
+            axes = {_inputs(user, node) for user in reading}
+            axis, together = axes.pop() if len(axes) == 1 else (None, 0)
+            known = found.get(name)
+            if known is not None and known.inputs != axis:
+                axis = None
+        elif biases and added and value.target is not ops.folded_bias:
+            own, axis, together = value, None, 0
+        else:
+            continue
+        key = own.target if own.op == "placeholder" else _pruned_key(captured, own, name)
+        parameter = captured.tensors[key] if key else ""
+        shape = tuple(own.meta["val"].shape)
+        found[name] = Eligible(name, key, parameter, shape, bool(reading), axis, together)
+    return list(found.values())
+
+
+def check_stored(model: nn.Module, chosen: Sequence[Eligible]) -> None:
+    """Refuse entries that are not zero where entries of a registered parameter are.
+
+    Raises:
+        ValueError: naming them, and what to do.
+    """
+    computed = [each.name for each in chosen if not each.key]
+    if computed:
+        raise ValueError(
+            f"{', '.join(computed)}: computed from other parameters, so no entry can be set to "
+            "zero; make them parameters first (torch.nn.utils.parametrize."
+            "remove_parametrizations), or spare them with exclude"
+        )
+    registered = named_tensors(model)
+    loose = [each.parameter for each in chosen if each.parameter not in registered]
+    if loose:
+        raise ValueError(
+            f"{', '.join(loose)}: no registered parameter, so no state dict holds its zeros; "
+            "register it (nn.Parameter as an attribute, nn.ParameterList), or spare it with exclude"
+        )
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Operations that read coordinates, through views of them and numbers in front."""
+    for user in node.users:
+        if user.target in _WEIGHING or user.target in _ADDING:
+            yield user
+        elif user.target is not ops.scale or arguments(user)[0] is node:
+            yield from _readers(user)
+
+
+def _inputs(reader: fx.Node, weight: fx.Node) -> tuple[int | None, int]:
+    """Axis of a weight's input channels, and how many of them meet in one output channel."""
+    if weight not in reader.args:
+        return None, 0  # read through a view
+    shape = weight.meta["val"].shape
+    if reader.target is ops.conv:
+        transposed, groups = arguments(reader)[5], int(arguments(reader)[7])
+        return (0, shape[0] // groups) if transposed else (1, shape[1])
+    if reader.target is ops.linear:
+        return 1, shape[1]
+    if reader.target is ops.matmul and len(shape) == 2:
+        axis = 1 if arguments(reader)[2] else 0
+        return axis, shape[axis]
+    return None, 0
+
+
+def _pruned_key(captured: Captured, value: fx.Node, name: str) -> str:
+    """Placeholder of the parameter behind a weight of ``torch.nn.utils.prune``, else nothing.
+
+    Such a weight is its parameter times a mask, entry by entry.
+    """
+    module, _, attribute = name.rpartition(".")
+    assert isinstance(captured.source, nn.Module)
+    holder = dict(captured.source.named_modules()).get(module)
+    hooks = () if holder is None else holder._forward_pre_hooks.values()
+    methods = [hook for hook in hooks if isinstance(hook, torch_prune.BasePruningMethod)]
+    if not any(method._tensor_name == attribute for method in methods):
+        return ""
+    base = f"{module}.{attribute}" if module else attribute
+    known: set[fx.Node] = set()
+    steps = inputs_first(value, known)
+    read = {captured.tensors.get(str(n.target)): n.target for n in steps if n.op == "placeholder"}
+    same = all(n.meta["val"].shape == value.meta["val"].shape for n in steps)
+    return str(read[f"{base}_orig"]) if same and read.keys() == _stored(base) else ""
+
+
+def _stored(base: str) -> set[str]:
+    return {f"{base}_orig", f"{base}_mask"}

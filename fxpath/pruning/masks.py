@@ -1,0 +1,187 @@
+"""Masks in files and in models: what pruning decided, apart from the weights it was decided on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
+
+from fxpath.capture import named_tensors
+
+__all__ = ["FORMAT", "Masks", "apply_masks", "fingerprint", "load_masks", "write_masks"]
+
+#: What a file of masks says that it is.
+FORMAT = "fxpath.masks/1"
+
+
+class Masks(dict[str, Tensor]):
+    """Masks by parameter name, as :func:`load_masks` reads them.
+
+    Attributes:
+        metadata: what the file says about them: ``format``, the ``criterion``, and the SHA-256 of
+            the weights before (``dense``) and after (``pruned``), see :func:`fingerprint`.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        super().__init__(masks)
+        self.metadata = dict(metadata)
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, formats, shapes and entries of a state dict, in the order of the names.
+
+    Example:
+        >>> fingerprint({"weight": torch.zeros(2)})[:12]
+        'd9a6ffdf5b35'
+    """
+    found = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def write_masks(path: str | Path, masks: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write masks into a safetensors file."""
+    stored = {name: mask.cpu().contiguous() for name, mask in masks.items()}
+    save_file(stored, path, {"format": FORMAT, **metadata})
+
+
+def load_masks(path: str | Path) -> Masks:
+    """Read masks that :meth:`fxpath.Pruned.save` wrote.
+
+    Args:
+        path: a safetensors file.
+
+    Returns:
+        Parameter name -> bool tensor of its shape, True = kept; with the file's ``metadata``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no file of masks.
+
+    Example:
+        >>> import tempfile, fxpath
+        >>> layer = nn.Linear(3, 2)
+        >>> path = Path(tempfile.mkdtemp()) / "masks.safetensors"
+        >>> fxpath.prune(layer, 0.5).save(path)
+        >>> masks = load_masks(path)
+        >>> int(masks["weight"].sum()), masks.metadata["criterion"]
+        (3, 'path_magnitude')
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: no safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: its format is {metadata.get('format')!r} and not {FORMAT!r}: it holds no "
+            "masks of fxpath.prune"
+        )
+    wrong = [name for name, mask in masks.items() if mask.dtype != torch.bool]
+    if wrong:
+        raise ValueError(f"{path}: {', '.join(wrong)} are no masks, which have True and False")
+    return Masks(masks, metadata)
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Hold masked entries of a model at zero, in training too, by ``torch.nn.utils.prune``.
+
+    The model is changed, as by torch's own functions: each masked parameter ``weight`` becomes
+    ``weight_orig`` and a buffer ``weight_mask``, and their product is what the layer reads, at
+    every call.  Both are in the state dict.  Unlike there, the model can be deep-copied after a
+    backward pass.  ``torch.nn.utils.prune.remove`` makes the zeros final.
+
+    Args:
+        model: the module that was pruned, or another one with the same parameters (rewound
+            weights).  A tied parameter is masked in every module that holds it.
+        masks: parameter name -> bool tensor of its shape, True = kept; those of
+            :attr:`fxpath.Pruned.masks` or :func:`load_masks`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: for a name that is no parameter of a module, another shape or dtype, a
+            parametrized weight; then nothing is changed.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, -4.0]]))
+        >>> _ = apply_masks(layer, {"weight": torch.tensor([[True, False]])})
+        >>> layer(torch.ones(2)).item(), sorted(layer.state_dict())
+        (3.0, ['weight_mask', 'weight_orig'])
+    """
+    places = [place for name, mask in masks.items() for place in _places(model, name, mask)]
+    for module, attribute, mask in places:
+        torch_prune.custom_from_mask(module, attribute, mask)
+        settle = _Settle(attribute)
+        settle(module, (), None)
+        if settle not in module._forward_hooks.values():
+            module.register_forward_hook(settle)
+    return model
+
+
+class _Settle:
+    """A forward hook: what was computed for a call is kept without the call's graph.
+
+    ``torch.nn.utils.prune`` leaves it in the module, where ``copy.deepcopy`` fails on it.
+    """
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        value = vars(module).get(self.attribute)
+        if isinstance(value, Tensor):
+            setattr(module, self.attribute, value.detach())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Settle) and other.attribute == self.attribute
+
+    def __hash__(self) -> int:
+        return hash(self.attribute)
+
+
+def _places(model: nn.Module, name: str, mask: Tensor) -> list[tuple[nn.Module, str, Tensor]]:
+    """The modules that hold a parameter, its name there, and its mask."""
+    path, _, attribute = name.rpartition(".")
+    holder = dict(model.named_modules(remove_duplicate=False)).get(path)
+    if holder is not None and parametrize.is_parametrized(holder, attribute):
+        raise ValueError(
+            f"{name}: parametrized; take that off first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    named = named_tensors(model)
+    parameter = named.get(name, named.get(f"{name}_orig"))
+    if holder is None or not isinstance(parameter, nn.Parameter):
+        raise ValueError(f"{name}: the model has no such parameter")
+    if isinstance(holder, (nn.ParameterList, nn.ParameterDict)):
+        raise ValueError(
+            f"{name}: in a {type(holder).__name__}, which is never called, so that no mask would "
+            "be applied; make it a parameter of the module that reads it"
+        )
+    if mask.dtype != torch.bool or mask.shape != parameter.shape:
+        raise ValueError(
+            f"{name}: a mask is a bool tensor of shape {tuple(parameter.shape)}, and this is "
+            f"{mask.dtype} {tuple(mask.shape)}"
+        )
+    on_device = mask.to(parameter.device)
+    return [
+        (module, key.removesuffix("_orig"), on_device)
+        for module in model.modules()
+        for key, held in module._parameters.items()
+        if held is parameter
+    ]

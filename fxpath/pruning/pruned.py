@@ -1,0 +1,168 @@
+"""What ``prune`` returns."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from fxpath.capture import named_tensors
+from fxpath.pairs.metric import PathMetric
+from fxpath.pruning.masks import fingerprint, write_masks
+
+__all__ = ["Pruned", "PrunedLayer", "with_state"]
+
+#: Said under every table: a zero is no speed by itself.
+RUNTIMES = (
+    "Zeros are faster or smaller in these runtimes: TensorRT (2:4 patterns), OpenVINO (sparse "
+    "MatMul), XNNPACK (1 x 1 convolutions), Core ML (size on disk). Others compute with them as "
+    "with any number; fxpath.prune_channels makes a smaller network for all of them."
+)
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What pruning does to one parameter.
+
+    Attributes:
+        name: of the parameter.
+        shape: its shape.
+        requested: the share of its entries that was asked for, in [0, 1]; ``None`` where entries of
+            all layers were ranked together.
+        pruned: how many entries the mask cuts.
+        sparsity: part of its entries that is zero then, in [0, 1], those that were before included.
+        note: why it was left alone, or nothing.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    requested: float | None
+    pruned: int
+    sparsity: float
+    note: str
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left of it."""
+        return math.prod(self.shape) > 0 and self.sparsity == 1
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """Masks for a model, the weights that they leave, and what is lost.
+
+    Attributes:
+        state_dict: all of the model's entries, with zeros where a mask cuts; all of them copies.
+        masks: parameter name -> bool tensor of its shape, True = kept; a mask for every parameter
+            that could be pruned.
+        certificate: the exact :class:`fxpath.PathMetric` to the model that was pruned, by (7): the
+            functions differ by at most ``max(||x||_inf, 1)`` times it (5).
+        path_magnitude_share: sum of Path-Mag over the entries that are cut, as a part of the
+            path-norm: the bound (13) on ``certificate.relative``, right to four digits or better.
+        layers: one row for each parameter that could be pruned, in order of execution.
+        criterion: the criterion's name, or ``"custom"``.
+    """
+
+    state_dict: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    certificate: PathMetric
+    path_magnitude_share: float
+    layers: tuple[PrunedLayer, ...]
+    criterion: str
+    _dense: nn.Module
+
+    @property
+    def sparsity(self) -> float:
+        """Part of the entries that could be pruned that is zero, in [0, 1]."""
+        entries = [math.prod(row.shape) for row in self.layers]
+        zeros = sum(row.sparsity * n for row, n in zip(self.layers, entries, strict=True))
+        return zeros / max(1, sum(entries))
+
+    @torch.no_grad()
+    def model(self) -> nn.Module:
+        """A deep copy of the model with the zeros; its tensors are its own.
+
+        Example:
+            >>> import fxpath
+            >>> layer = nn.Linear(4, 2, bias=False)
+            >>> pruned = fxpath.prune(layer, 0.5).model()
+            >>> int((pruned.weight == 0).sum()), int((layer.weight == 0).sum())
+            (4, 0)
+        """
+        return with_state(self._dense, self.state_dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the masks into a safetensors file, for :func:`fxpath.load_masks`.
+
+        Its metadata name the format, the criterion, and the SHA-256 of the weights before and
+        after (:func:`fxpath.pruning.masks.fingerprint`); the former are those that the model has
+        when this is called.
+
+        Args:
+            path: of the file, by convention with the ending ``.safetensors``.
+        """
+        write_masks(
+            path,
+            self.masks,
+            {
+                "criterion": self.criterion,
+                "dense": fingerprint(self._dense.state_dict()),
+                "pruned": fingerprint(self.state_dict),
+            },
+        )
+
+    def table(self) -> str:
+        """A row for each layer, the certificate, and what to know before the zeros are used."""
+        lines = [
+            [
+                row.name,
+                "x".join(map(str, row.shape)),
+                "" if row.requested is None else f"{row.requested:.1%}",
+                f"{row.pruned:,}",
+                f"{row.sparsity:.1%}",
+                "cut altogether: no path crosses it" if row.empty else row.note,
+            ]
+            for row in self.layers
+        ]
+        lines.append(["all", "", "", f"{sum(r.pruned for r in self.layers):,}"])
+        lines[-1] += [f"{self.sparsity:.1%}", ""]
+        headers = ["parameter", "shape", "asked for", "pruned", "zeros", ""]
+        align = ("left", "right", "right", "right", "right", "left")
+        table = tabulate(lines, headers=headers, colalign=align, disable_numparse=True)
+        metric = self.certificate
+        lost = (
+            f"path-metric to the dense model, exact (7): {metric.upper:.6g}, "
+            f"{metric.relative:.3%} of the path-norm\n"
+            f"sum of Path-Mag over what is cut, no less (13): {self.path_magnitude_share:.3%}"
+        )
+        return f"{table}\n\n{lost}\n\n{RUNTIMES}"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return f"<Pruned: {self.sparsity:.1%} zeros, {self.certificate.relative:.3%} lost>"
+
+
+@torch.no_grad()
+def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A deep copy of a model with the entries of a state dict."""
+    # What torch.nn.utils.prune computed in the last forward pass does not copy by itself.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    copied = copy.deepcopy(model, memo)
+    for name, tensor in named_tensors(copied).items():
+        if name in state:
+            tensor.data.copy_(state[name])
+    return copied

@@ -1,0 +1,108 @@
+"""A captured model as pruning sees it: scores under masks, and what masks cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fxpath.capture import Given, named_tensors
+from fxpath.pairs.erasure import Erasure
+from fxpath.pruning.criterion import Criterion, checked_scores, scores_of
+from fxpath.pruning.eligible import Eligible
+from fxpath.pruning.pruned import with_state
+
+__all__ = ["Source"]
+
+#: Entries that are added up at once.
+_BLOCK = 1 << 22
+
+
+class Source:
+    """The model, and the parameters of which entries may go.
+
+    Attributes:
+        erasure: the captured model.
+        chosen: those parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, given: Given, erasure: Erasure, chosen: Sequence[Eligible]
+    ) -> None:
+        """Nothing is evaluated before it is asked for."""
+        self.erasure = erasure
+        self.chosen = chosen
+        self._model, self._given = model, given
+        self._memory: dict[str, Tensor] = {}
+        self._shares: dict[str, Tensor] = {}
+
+    def scores(self, criterion: Criterion, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scores of the network that the masks leave; below all others where it is cut already."""
+        if criterion == "path_magnitude":
+            scores = checked_scores(self._path_magnitude(masks), self.chosen)
+        else:
+            model = self._model
+            if masks:
+                model = with_state(model, self.state(self.erased(masks)))
+            scores = scores_of(criterion, model, self._given, self.chosen)
+        if not masks:
+            return scores
+        # Entries that are cut stay cut, also where others have come to nothing.
+        return {n: s.masked_fill(~masks[n].to(s.device), -math.inf) for n, s in scores.items()}
+
+    def _path_magnitude(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = self.erased(masks) if masks else None
+        evaluation = self.erasure.program.evaluate(True, out=self._shares, tensors=tensors)
+        self._shares = evaluation.shares
+        return evaluation.shares
+
+    def erased(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's tensors by placeholder, with zeros where the masks cut.
+
+        The same memory at each call: what it returned before is overwritten.
+        """
+        tensors = dict(self.erasure.side.tensors)
+        for each in self.chosen:
+            dense = tensors[each.key]
+            zeroed = self._memory.get(each.key)
+            zeroed = dense.clone() if zeroed is None else zeroed.copy_(dense)
+            # Not a product: a mask must leave no -0 and no sign behind.
+            zeroed.masked_fill_(~masks[each.name].to(dense.device), 0.0)
+            tensors[each.key] = self._memory[each.key] = zeroed
+        return tensors
+
+    def lost(self, masks: Mapping[str, Tensor]) -> float:
+        """The relative path-metric to the dense network, never less than it is."""
+        return self.erasure.metric(self.erased(masks)).relative_upper
+
+    def path_magnitude_share(self, masks: Mapping[str, Tensor], known: bool) -> float:
+        """Sum of Path-Mag over what is cut, (13), as a part of the path-norm.
+
+        Args:
+            masks: the masks.
+            known: whether the last scores were Path-Mag of the dense network.
+        """
+        shares = self._shares if known else self._path_magnitude({})
+        return sum(_sum_where(~masks[each.name], shares[each.name]) for each in self.chosen)
+
+    def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's state dict with those tensors; nothing in it is the model's own."""
+        named = named_tensors(self._model)
+        zeroed = {id(named[each.parameter]): tensors[each.key] for each in self.chosen}
+        state: dict[str, Tensor] = {}
+        taken: set[int] = set()
+        for name, value in self._model.state_dict().items():
+            # A tied parameter is one tensor under several names; each name gets one of its own.
+            own = id(named.get(name))
+            held = zeroed.get(own, value)
+            state[name] = held if own in zeroed and own not in taken else held.detach().clone()
+            taken.add(own)
+        return state
+
+
+def _sum_where(mask: Tensor, values: Tensor) -> float:
+    """Sum of the values where a mask is true, in float64, block by block."""
+    blocks = zip(mask.flatten().split(_BLOCK), values.flatten().split(_BLOCK), strict=True)
+    return sum(float((v * m.to(v.device)).sum(dtype=torch.float64)) for m, v in blocks)
