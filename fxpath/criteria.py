@@ -1,12 +1,15 @@
 """Pruning criteria side by side: magnitude, Path-Mag, and the loss-sensitivity of OBD.
 
+Magnitude comes as it is, and at the rescaling of least l^2 norm (canonical magnitude), where it is
+as invariant as Path-Mag; any of them can be taken relative to the rest of its tensor.
+
 Every criterion returns scores by parameter name, each a tensor of its parameter's shape, larger =
 more important to keep; the model is not changed.  Weights are *effective* ones, as in
 :func:`fxpath.analyze`: a pruned or parametrized weight has the name of the weight that its layer
 reads (``0.weight``), and its value.
 
 Magnitude and OBD score the weights of convolutions and linear layers, as the paper's Appendix E
-does; Path-Mag scores biases and batch normalization too.
+does; Path-Mag and canonical magnitude score biases and batch normalization too.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from torch.func import functional_call, grad, jvp
 from torch.nn.utils import parametrize, prune
 
 from fxpath.api import analyze
+from fxpath.canonical import canonical_magnitude, relative_to_layer
 from fxpath.capture import Model, Shapes, skeleton
 from fxpath.capture.state import untouched
 
-__all__ = ["magnitude", "obd", "path_magnitude"]
+__all__ = ["canonical_magnitude", "magnitude", "obd", "path_magnitude", "relative_to_layer"]
 
 Loss = Callable[[Any, Any], Tensor]
 

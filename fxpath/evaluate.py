@@ -20,7 +20,7 @@ from fxpath.kernels.operator import KERNELS
 from fxpath.modes import TRACING
 from fxpath.schema import arguments, target
 
-__all__ = ["Compiled", "Run", "coordinates", "evaluate", "score_shapes"]
+__all__ = ["Compiled", "Run", "coordinates", "effective", "evaluate", "score_shapes"]
 
 
 @dataclass
@@ -116,6 +116,14 @@ def coordinates(
         for node in module.graph.nodes
         if node.target is ops.coordinate and (names is None or arguments(node)[1] in names)
     ]
+    for node, value in effective(module, tensors, read):
+        yield str(arguments(node)[1]), value
+
+
+def effective(
+    module: fx.GraphModule, tensors: Mapping[str, Tensor], read: Sequence[fx.Node]
+) -> Iterator[tuple[fx.Node, Tensor]]:
+    """Entries of theta at some :func:`fxpath.ops.coordinate` nodes of a lifted graph, in turn."""
     needed: dict[fx.Node, None] = {}
     for node in read:
         needed.update(dict.fromkeys(inputs_first(node, needed)))
@@ -127,7 +135,7 @@ def coordinates(
         elif node.op == "get_attr":
             env[node] = module.get_buffer(str(node.target))
         elif node.target is ops.coordinate:
-            yield str(arguments(node)[1]), env[arguments(node)[0]]
+            yield node, env[arguments(node)[0]]
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             env[node] = target(node)(*args, **kwargs)

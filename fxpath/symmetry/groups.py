@@ -85,6 +85,7 @@ class ChannelGroups:
     blocked: tuple[str, ...]
     _numbers: Mapping[str, tuple[Tensor | None, Tensor | None]]
     _activations: Mapping[fx.Node, Tensor]
+    _entries: Mapping[fx.Node, tuple[Tensor | None, Tensor | None]]
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -137,7 +138,14 @@ def find_groups(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:
         node: torch.where(of[labels.ids] < 0, len(groups), of[labels.ids])
         for node, labels in labelling.labels.items()
     }
-    return ChannelGroups(tuple(groups), tuple(labelling.blocked), numbers, activations)
+    entries = {
+        node: (
+            of[carried.out] if carried.out is not None else None,
+            of[carried.into] if carried.into is not None else None,
+        )
+        for node, carried in labelling.entries.items()
+    }
+    return ChannelGroups(tuple(groups), tuple(labelling.blocked), numbers, activations, entries)
 
 
 def _list_members(

@@ -29,6 +29,7 @@ class Labelling(Interpretation):
         forest: which labels are one.
         labels: of each activation of the lifted graph.
         carried: tensor of the model -> how it is rescaled.
+        entries: coordinates -> how they are rescaled; those that are not listed stay.
         rigid: labels whose factor is 1 although their channels could be removed.
         blocked: coordinates that would have to be rescaled, but are computed from parameters.
     """
@@ -38,6 +39,7 @@ class Labelling(Interpretation):
         self.forest = Forest()
         self.labels: dict[fx.Node, Labels] = {}
         self.carried: dict[str, Carried] = {}
+        self.entries: dict[fx.Node, Carried] = {}
         self.rigid: list[Tensor] = []
         self.blocked: list[str] = []
         live = {key: tensor.detach().cpu() for key, tensor in captured.live().items()}
@@ -65,6 +67,9 @@ class Labelling(Interpretation):
                 axes = 0 if side is None else sum(n > 1 for n in compressed(side).shape)
                 if side is not None and (axes > 2 or not carried.shape):
                     self.forest.unite(side, torch.tensor(FIXED))
+        self._hold_pinned()
+
+    def _hold_pinned(self) -> None:
         for name in self._pinned & self.carried.keys():
             carried = self.carried[name]
             self.rigid += [each for each in (carried.out, carried.into) if each is not None]
@@ -115,10 +120,11 @@ class Labelling(Interpretation):
 
     def coordinate(self, value: Any, name: str) -> Coordinates:
         if isinstance(value, Coordinates):
-            return replace(value, name=name)
+            return replace(value, name=name, node=self.node)
         if isinstance(value, Norm):
-            return Coordinates(name, None, (), norm=value)
-        return Coordinates(name, self._name(value), tuple(value.shape))
+            shape = tuple(self.node.meta["val"].shape)
+            return Coordinates(name, None, shape, norm=value, node=self.node)
+        return Coordinates(name, self._name(value), tuple(value.shape), node=self.node)
 
     def coefficient(self, value: Tensor) -> Tensor:
         return value
@@ -132,11 +138,26 @@ class Labelling(Interpretation):
             return
         if weight.norm is not None:
             self._normalized(weight.norm, channels, channels)
+        stored = self._stored(weight, out), self._stored(weight, into)
+        self._enter(weight, *stored)
         if weight.own is None:
             self._block(weight, out, into)
         else:
-            stored = weight.stored(out), weight.stored(into)
             self._record(weight.own, weight.shape, *stored, axes)
+
+    def _stored(self, weight: Coordinates, labels: Tensor) -> Tensor:
+        """Labels of the stored entries; one that is shown several times has one factor."""
+        stored = weight.stored(labels)
+        if weight.views:
+            self.forest.unite(stored.reshape(-1)[weight.seen().long()], labels)
+        return stored
+
+    def _enter(self, weight: Coordinates, out: Tensor, into: Tensor | None) -> None:
+        """Note how coordinates are rescaled; where they are used twice, in one way."""
+        assert weight.node is not None
+        known = self.entries.setdefault(weight.node, Carried(weight.shape, out, into, (0, 0)))
+        known.out = self._merged(known.out, out)
+        known.into = self._merged(known.into, into)
 
     def _block(self, weight: Coordinates, *labels: Tensor) -> None:
         """A factor would be needed where no tensor of the model can hold it."""
@@ -273,6 +294,7 @@ class Labelling(Interpretation):
         into = self._tied(x, 1)
         out = into if norm.gamma is None else self.forest.fresh(len(into))
         self._normalized(norm, into, out)
+        self._enter(weight, out, into)
         return self._along(out, 1)
 
     def shift(self, x: Labels, bias: Any) -> Labels:
@@ -291,7 +313,8 @@ class Labelling(Interpretation):
                 first = ids.narrow(axis, 0, 1)
                 self.forest.unite(first, ids)
                 ids = first
-        stored = bias.stored(ids.reshape(ids.shape[-seen.dim() :] if seen.dim() else ()))
+        stored = self._stored(bias, ids.reshape(ids.shape[-seen.dim() :] if seen.dim() else ()))
+        self._enter(bias, stored, None)
         self._record(bias.own, bias.shape, stored, None, (0, 0))
         self._record(bias.beta, bias.shape, stored, None, (0, 0))
         if bias.norm is not None:

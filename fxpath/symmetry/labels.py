@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 __all__ = ["FIXED", "Carried", "Coordinates", "Forest", "Labels", "Norm", "compressed"]
 
@@ -38,6 +38,7 @@ class Coordinates:
 
     Attributes:
         name: of the coordinates.
+        node: of the lifted graph that they are; ``None`` before they have a name.
         own: the tensor of the model that holds them, ``None`` if they are computed.
         norm: the batch norm that is folded into them, or that they are.
         beta: the tensor that is added after that norm.
@@ -55,6 +56,7 @@ class Coordinates:
     mean: str | None = None
     computed: bool = False
     views: tuple[Callable[[Tensor], Tensor], ...] = ()
+    node: fx.Node | None = None
 
     def seen(self) -> Tensor:
         """Number of the stored entry at each entry as it is read, float64."""

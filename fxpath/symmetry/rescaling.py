@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fxpath.front import take_in
 from fxpath.modes import plain_mode
 from fxpath.passes.unsign import unsign
 from fxpath.symmetry.groups import ChannelGroups, find_groups, open_groups
+from fxpath.symmetry.least_norm import least_norm_factors
 
 __all__ = ["channel_groups", "normalize", "rescale"]
 
@@ -142,27 +143,42 @@ def normalize(
     model: nn.Module,
     input_shape: Shapes = None,
     *,
+    method: str = "l1",
     example_inputs: Inputs = None,
     example_kwargs: Mapping[str, Any] | None = None,
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
 ) -> nn.Module:
-    """A model of the same function whose hidden neurons have incoming l^1 norms of at most 1.
+    """A model of the same function at one chosen rescaling of its hidden neurons.
 
-    The incoming norm of a neuron v is that of Algorithm 1 in Gonon et al. (2024), sum over its
-    antecedents u of ``|theta^{u->v}| h_u``, plus ``|b_v|``, where h is the same number of u, and 1
-    for inputs: the l^1 norm of the path-lifting that ends at v.  Algorithm 1 divides by h_v and
-    leaves 1 at each neuron; a model of the same architecture has one factor for each channel
-    group, 1 / max h_v over the group's channels and positions.  So every neuron of a rescalable
-    group ends with h_v <= 1, and one of them with 1 (a group whose h_v are all 0 stays as it is).
-    In a fully-connected network these are the norms of the rows of weights and biases.
+    ``method="l1"``: incoming l^1 norms of at most 1.  The incoming norm of a neuron v is that of
+    Algorithm 1 in Gonon et al. (2024), sum over its antecedents u of ``|theta^{u->v}| h_u``, plus
+    ``|b_v|``, where h is the same number of u, and 1 for inputs: the l^1 norm of the path-lifting
+    that ends at v.  Algorithm 1 divides by h_v and leaves 1 at each neuron; a model of the same
+    architecture has one factor for each channel group, 1 / max h_v over the group's channels and
+    positions.  So every neuron of a rescalable group ends with h_v <= 1, and one of them with 1 (a
+    group whose h_v are all 0 stays as it is).  In a fully-connected network these are the norms of
+    the rows of weights and biases.
 
-    The result is the same for all rescalings of one model.
+    ``method="least_norm"``: the least l^2 norm of the effective parameters, weights and biases with
+    batch norms folded in,
+
+        minimize  sum over entries of  w^2 exp(2 (a_out - a_in)) + b^2 exp(2 a_out)
+
+    over the logarithms a of the groups' factors, which are 0 for inputs, outputs and groups that
+    cannot be rescaled.  The problem is convex; at its solution the squares that enter a group
+    have the same sum as those that leave it, to 1e-10.  Channels that no input or bias reaches, or
+    that reach no output, could be made as small as one likes, so that no minimum is attained: they
+    stay as they are, or take the factor nearest to 1 with which none of their weights grows.
+
+    The result is the same for all rescalings of one model (by the least norm, within rounding and
+    but for channels that no path visits).
 
     Args:
         model: a module, in either mode; it is not changed.  The function is that of eval mode.
         input_shape: as for :func:`fxpath.analyze`.
+        method: ``"l1"`` or ``"least_norm"``.
         example_inputs: as for :func:`fxpath.analyze`.
         example_kwargs: as for :func:`fxpath.analyze`.
         batch_dim: as for :func:`fxpath.analyze`.
@@ -177,24 +193,37 @@ def normalize(
 
     Raises:
         UnsupportedModelError: listing every operation that the theory does not cover.
-        ValueError: for a NaN or infinite parameter; for a weight that is computed (pruned,
-            parametrized), by name; for a result that the number format of a parameter does not
-            hold, by name.
+        ValueError: for an unknown method; for a NaN or infinite parameter; for a weight that is
+            computed (pruned, parametrized), by name; for a result that the number format of a
+            parameter does not hold, by name.
         TypeError: for an exported program.
-        FloatingPointError: if some h_v does not fit into float64.
+        FloatingPointError: if some h_v, or the least norm, is beyond float64.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> first = normalize(model)[0]
         >>> bool(torch.allclose(first.weight.abs().sum(1) + first.bias.abs(), torch.ones(3)))
         True
+        >>> least = normalize(model, method="least_norm")
+        >>> entering = least[0].weight.square().sum(1) + least[0].bias.square()
+        >>> bool(torch.allclose(entering, least[2].weight.square().sum(0)))
+        True
     """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: known are {', '.join(map(repr, METHODS))}")
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     captured, signed = take_in(model, given)
     lifted = unsign(signed)
-    live = captured.live()
-    check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
+    check_finite({captured.tensors[key]: tensor for key, tensor in captured.live().items()})
     found = open_groups(captured, lifted)
+    values = METHODS[method](captured, lifted, found)
+    _warn_of_unread(model, captured, found, values, given)
+    return _rescaled(model, found, values)
+
+
+def _unit_norm_factors(captured: Captured, lifted: fx.GraphModule, found: ChannelGroups) -> Tensor:
+    """Factors with which the largest h_v of each rescalable group is 1, ``[groups]``."""
+    live = captured.live()
     largest = torch.zeros(len(found) + 1, dtype=torch.float64)
     _Norms(lifted, found._activations, largest).run(
         *(
@@ -207,9 +236,14 @@ def normalize(
     if not bool(largest.isfinite().all()):
         raise FloatingPointError("a path-norm inside the network does not fit into float64")
     rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
-    values = torch.where((largest > 0) & rescalable, 1 / largest, 1.0)
-    _warn_of_unread(model, captured, found, values, given)
-    return _rescaled(model, found, values)
+    return torch.where((largest > 0) & rescalable, 1 / largest, 1.0)
+
+
+#: Method of :func:`normalize` -> the factors of all channel groups.
+METHODS: dict[str, Callable[[Captured, fx.GraphModule, ChannelGroups], Tensor]] = {
+    "l1": _unit_norm_factors,
+    "least_norm": least_norm_factors,
+}
 
 
 class _Norms(fx.Interpreter):
