@@ -270,6 +270,29 @@ def test_unusual_models_keep_their_function(name: str) -> None:
     assert_same(model, fxpath.normalize(model, shape), shape)
 
 
+class Repeated(nn.Module):
+    """A kernel that all channels share, and a matrix with rows that are read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.kernel = nn.Conv2d(1, 4, 1), nn.Parameter(torch.randn(1, 1, 2, 2))
+        self.rows = nn.Parameter(torch.randn(3, 4))
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("picked", torch.tensor([0, 1, 1, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(F.relu(self.first(x)), self.kernel.expand(4, 1, 2, 2), groups=4))
+        return self.head(F.relu(F.linear(x.amax((2, 3)), self.rows[self.picked])))
+
+
+def test_entries_that_are_shown_several_times_have_one_factor() -> None:
+    torch.manual_seed(0)
+    model = Repeated().double()
+    # The channels in front of the kernel and behind it, and the rows: the second is read twice.
+    assert len(fxpath.channel_groups(model, (1, 3, 3))) == 1 + 1 + 3
+    assert_same(model, fxpath.rescale(model, (1, 3, 3), choices=(0.3, 5.0)), (1, 3, 3))
+
+
 def test_the_comparison_notices_a_change() -> None:
     model, shape = unusual("residual")
     other = copy.deepcopy(model)

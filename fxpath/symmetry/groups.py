@@ -156,7 +156,7 @@ def _list_members(
     incoming: bool,
 ) -> None:
     """Sort the entries of one tensor by group."""
-    if numbers is None:
+    if numbers is None or 0 in carried.shape:
         return
     numbers = compressed(numbers)
     varying = [axis for axis, size in enumerate(numbers.shape) if size > 1]

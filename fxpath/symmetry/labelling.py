@@ -7,6 +7,7 @@ where the operations demand it, so what cannot be followed is tied or fixed, nev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -204,7 +205,8 @@ class Labelling(Interpretation):
     def _tied(self, x: Labels, axis: int) -> Tensor:
         """Labels along one axis, made equal along all others: ``[length of the axis]``."""
         axis %= len(x.shape)
-        rows = x.ids.movedim(axis, 0).reshape(x.ids.shape[axis], -1)
+        moved = x.ids.movedim(axis, 0)
+        rows = moved.reshape(len(moved), math.prod(moved.shape[1:]))
         self.forest.unite(rows[:, :1], rows)
         return rows[:, 0].expand(x.shape[axis])
 

@@ -124,7 +124,7 @@ class Forest:
 def compressed(ids: Tensor) -> Tensor:
     """One position of each axis on which labels do not depend."""
     for axis in range(ids.dim()):
-        first = ids.narrow(axis, 0, 1)
+        first = ids.narrow(axis, 0, min(1, ids.shape[axis]))
         if bool((ids == first).all()):
             ids = first
     return ids
