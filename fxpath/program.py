@@ -266,7 +266,7 @@ class PathProgram:
         return {
             name
             for name, theta in coordinates(self.lifted, live, low)
-            if bool(((shares[name].double() < tiny) & (theta != 0)).any())
+            if bool((_below(shares[name], tiny) & (theta != 0)).any())
         }
 
     def _buffers(
@@ -336,6 +336,11 @@ class PathProgram:
             f"rescale the model's neurons, or look for entries whose power q = {self.q:g} is near "
             "1e-300 or 1e300"
         )
+
+
+def _below(shares: Tensor, tiny: float) -> Tensor:
+    """Where shares are below a number that their own format may not hold."""
+    return shares < tiny if tiny >= torch.finfo(shares.dtype).tiny else shares == 0
 
 
 @plain_mode()

@@ -417,7 +417,9 @@ def test_tied_weights_and_parameters_of_no_layer() -> None:
 
 
 def test_the_part_in_front_of_until_is_pruned() -> None:
-    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 2)
+    )
     with pytest.raises(fxpath.UnsupportedModelError, match="until"):
         fxpath.prune(model, 0.1, (3,))
     pruned = fxpath.prune(model, 0.3, (3,), until="2")

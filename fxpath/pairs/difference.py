@@ -105,11 +105,16 @@ class Difference(PairInterpretation):
     # -- weights ----------------------------------------------------------------------------------
 
     def coordinate(self, value: Tensor, name: str) -> Weights | Rows:
-        users = list(self.node.users)
-        if len(users) == 1 and users[0].target is ops.linear:
-            if math.prod(self.node.meta["val"].shape) > ROWS:
-                return Rows(self.node.meta["leaf"])
+        if self.read_by_rows():
+            return Rows(self.node.meta["leaf"])
         return self._compared(*self.other(self.node))
+
+    def read_by_rows(self) -> bool:
+        """Whether the current coordinates are a large matrix that one linear map reads."""
+        users = list(self.node.users)
+        if len(users) != 1 or users[0].target is not ops.linear:
+            return False
+        return math.prod(self.node.meta["val"].shape) > ROWS
 
     def _compared(self, first: Tensor, second: Tensor) -> Weights:
         if self.pair.erased and first is not second:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.capture import Given, Model
 from fxpath.front import take_in
-from fxpath.pairs.difference import Difference, Excess
+from fxpath.pairs.difference import Difference, Excess, Rows
 from fxpath.pairs.matching import first_side
 from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import Pair, Side, Weights
@@ -95,6 +96,8 @@ class _Reach(Difference):
 
     def __init__(self, module: fx.GraphModule, pair: Pair, kept: Container[fx.Node]) -> None:
         super().__init__(module, pair, biases=False)
+        # Ones and zeros need no digits.
+        self.dtype = torch.float32
         self.kept = kept
         self.reached: dict[fx.Node, Excess] = {}
 
@@ -105,11 +108,32 @@ class _Reach(Difference):
                 self.reached[full] = found
         return found
 
+    def coordinate(self, value: Tensor, name: str) -> Weights | Rows:
+        leaf = self.node.meta["leaf"]
+        if self.read_by_rows():
+            return Rows(leaf)
+        first = self._there(self.pair.ours, leaf)
+        if self.pair.ours.stored(leaf) is self.pair.theirs.stored(leaf):
+            return Weights.equal(first)
+        return Weights(first, self._there(self.pair.theirs, leaf), first)
+
     def _compared(self, first: Tensor, second: Tensor) -> Weights:
         here = (first != 0).to(self.dtype)
         return Weights(here, here if first is second else (second != 0).to(self.dtype), here)
 
+    def _there(self, side: Side, leaf: int) -> Tensor:
+        """Where an effective parameter is not zero, without a product that could underflow."""
+        read = arguments(side.nodes[leaf])[0]
+        if read.target is not ops.folded_weight:
+            return (side.evaluate(read) != 0).to(self.dtype)
+        weight, factor, *where = arguments(read)
+        weight, factor = ((side.evaluate(n) != 0).to(self.dtype) for n in (weight, factor))
+        return ops.folded_weight(weight, factor, *where)
+
     def _weigh(self, x: Excess, w: Weights, run: Callable[[Tensor, Tensor], Tensor]) -> Excess:
-        first = run(x.first, w.first).clamp(max=1)
+        def reached(a: Tensor, b: Tensor) -> Tensor:
+            return (run(a, b) > 0).to(self.dtype)
+
+        first = reached(x.first, w.first)
         alike = x.second is x.first and w.second is w.first
-        return Excess(first, first if alike else run(x.second, w.second).clamp(max=1))
+        return Excess(first, first if alike else reached(x.second, w.second))

@@ -216,7 +216,9 @@ class PathMetric(Snapshot):
         return self._over_norm(self.lower)
 
     def _over_norm(self, distance: float) -> float:
-        return distance / self.path_norm if self.path_norm else math.inf * (distance > 0)
+        if self.path_norm:
+            return distance / self.path_norm
+        return math.inf if distance else 0.0
 
     @property
     def log10_value(self) -> float | None:

@@ -165,6 +165,14 @@ class Side:
         read = arguments(self.nodes[leaf])[0]
         return self.tensors[str(read.target)] if read.op == "placeholder" else None
 
+    def stored(self, leaf: int) -> Tensor:
+        """What a leaf reads before a batch norm's factor is folded in: zero at the same entries."""
+        read = arguments(self.nodes[leaf])[0]
+        found: Tensor = self.evaluate(
+            arguments(read)[0] if read.target is ops.folded_weight else read
+        )
+        return found
+
     @staticmethod
     def _name(node: fx.Node) -> str:
         return str(arguments(node)[1]) if node.target is ops.coordinate else node.name
@@ -277,6 +285,10 @@ class Pair:
     def values(self, leaf: int) -> tuple[Tensor, Tensor]:
         """Effective parameters of both networks at a leaf, float64; one object if equal."""
         first = self.ours.value(leaf)
+        if self.erased:
+            stored = self.ours.stored(leaf), self.theirs.stored(leaf)
+            same = stored[0] is stored[1]
+            return first, first if same else first.masked_fill(stored[1] == 0, 0.0)
         raw = self.ours.raw(leaf), self.theirs.raw(leaf)
         if raw[0] is not None and raw[1] is not None and torch.equal(raw[0], raw[1]):
             return first, first
@@ -287,15 +299,21 @@ class Pair:
         raw = self.ours.raw(leaf), self.theirs.raw(leaf)
         whole = raw if raw[0] is not None and raw[1] is not None else self.values(leaf)
         assert whole[0] is not None and whole[1] is not None
-        step = max(1, ROWS * len(whole[0]) // max(1, whole[0].numel()))
+        step = max(1, BLOCK * len(whole[0]) // max(1, whole[0].numel()))
         for a, b in zip(whole[0].split(step), whole[1].split(step), strict=True):
             first = self.ours.checked(leaf, a)
+            if self.erased:
+                yield first, first.masked_fill(b == 0, 0.0)
+                continue
             alike = torch.equal(a, b.to(a.dtype)) and a.dtype == b.dtype
             yield first, first if alike else self.theirs.checked(leaf, b)
 
 
-#: Entries of a matrix that are compared at once: there are five copies of them.
+#: Entries from which on a matrix is compared a few rows at a time.
 ROWS = 1 << 20
+
+#: Entries that are compared at once: there are five copies of them, which a cache holds.
+BLOCK = 1 << 17
 
 
 def _marks(side: Side) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -146,6 +147,11 @@ def prune(
     for step in range(1, steps + 1):
         scores = source.scores(criterion, masks)
         ranked = relative_to_layer(scores) if layer_adaptive else scores
+        # Entries that are cut stay cut, also where others have come to nothing.
+        ranked = {
+            name: score.masked_fill(~masks[name].to(score.device), -math.inf) if masks else score
+            for name, score in ranked.items()
+        }
         masks = decided(goal, step, ranked, inputs, source.lost)
     share = source.path_magnitude_share(masks, named == "path_magnitude" and steps == 1)
     tensors = source.erased(masks)
@@ -183,7 +189,7 @@ def _row(
         name=each.name,
         shape=each.shape,
         requested=None if note else goal.share_of(each.entries),
-        pruned=0 if mask is None else each.entries - int(mask.sum()),
+        pruned=0 if mask is None else each.entries - int(mask.count_nonzero()),
         sparsity=1 - int(torch.count_nonzero(tensors[each.key])) / max(1, each.entries),
         note=note,
     )

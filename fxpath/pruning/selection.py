@@ -86,9 +86,12 @@ def cut(scores: Mapping[str, Tensor], count: int) -> Cut:
         for tensor in scores.values():
             for keys in _keys(tensor, wide):
                 if level:
-                    keys = keys[(keys >> (shift + _DIGIT)) == (start >> (shift + _DIGIT))]
-                found = torch.bincount((keys >> shift) - (start >> shift), minlength=_BINS)
-                histogram += found.to(histogram.device)
+                    within = keys[(keys >> (shift + _DIGIT)) == (start >> (shift + _DIGIT))]
+                    _count(histogram, (within >> shift) - (start >> shift), 0)
+                elif bool(keys.amin() < 0):
+                    _count(histogram, (keys >> shift) + _BINS // 2, 0)
+                else:
+                    _count(histogram, keys >> shift, _BINS // 2)
         below = histogram.cumsum(0)
         digit = int(torch.searchsorted(below, rest))
         rest -= int(below[digit - 1]) if digit else 0
@@ -99,9 +102,14 @@ def cut(scores: Mapping[str, Tensor], count: int) -> Cut:
     tied = {}
     for name in sorted(scores):
         ties = _at(scores[name], threshold)
-        tied[name] = 0 if ties is None else min(rest, int(ties.sum()))
+        tied[name] = 0 if ties is None else min(rest, int(ties.count_nonzero()))
         rest -= tied[name]
     return Cut(threshold, tied)
+
+
+def _count(histogram: Tensor, digits: Tensor, first: int) -> None:
+    """Add to the bins from ``first`` on how often each digit occurs."""
+    histogram[first:] += torch.bincount(digits, minlength=_BINS - first).to(histogram.device)
 
 
 def cut_capped(scores: Mapping[str, Tensor], count: int, caps: Mapping[str, int]) -> dict[str, Cut]:
@@ -133,7 +141,7 @@ def cut_capped(scores: Mapping[str, Tensor], count: int, caps: Mapping[str, int]
 
 
 def _cut_off(found: Cut, name: str, scores: Tensor) -> int:
-    return scores.numel() - int(found.kept(name, scores).sum())
+    return scores.numel() - int(found.kept(name, scores).count_nonzero())
 
 
 def _above(scores: Tensor, threshold: float) -> Tensor:

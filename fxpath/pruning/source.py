@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from fxpath.pruning.pruned import with_state
 __all__ = ["Source"]
 
 #: Entries that are added up at once.
-_BLOCK = 1 << 22
+_BLOCK = 1 << 17
 
 
 class Source:
@@ -39,18 +38,11 @@ class Source:
         self._shares: dict[str, Tensor] = {}
 
     def scores(self, criterion: Criterion, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scores of the network that the masks leave; below all others where it is cut already."""
+        """Scores of the network that the masks leave."""
         if criterion == "path_magnitude":
-            scores = checked_scores(self._path_magnitude(masks), self.chosen)
-        else:
-            model = self._model
-            if masks:
-                model = with_state(model, self.state(self.erased(masks)))
-            scores = scores_of(criterion, model, self._given, self.chosen)
-        if not masks:
-            return scores
-        # Entries that are cut stay cut, also where others have come to nothing.
-        return {n: s.masked_fill(~masks[n].to(s.device), -math.inf) for n, s in scores.items()}
+            return checked_scores(self._path_magnitude(masks), self.chosen)
+        model = with_state(self._model, self.state(self.erased(masks))) if masks else self._model
+        return scores_of(criterion, model, self._given, self.chosen)
 
     def _path_magnitude(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = self.erased(masks) if masks else None
@@ -66,11 +58,15 @@ class Source:
         tensors = dict(self.erasure.side.tensors)
         for each in self.chosen:
             dense = tensors[each.key]
-            zeroed = self._memory.get(each.key)
-            zeroed = dense.clone() if zeroed is None else zeroed.copy_(dense)
-            # Not a product: a mask must leave no -0 and no sign behind.
-            zeroed.masked_fill_(~masks[each.name].to(dense.device), 0.0)
-            tensors[each.key] = self._memory[each.key] = zeroed
+            if each.key not in self._memory:
+                self._memory[each.key] = torch.empty_like(dense)
+            # Not a product: a mask must leave no -0 behind.
+            torch.where(
+                masks[each.name].to(dense.device),
+                *(dense, dense.new_zeros(())),
+                out=self._memory[each.key],
+            )
+            tensors[each.key] = self._memory[each.key]
         return tensors
 
     def lost(self, masks: Mapping[str, Tensor]) -> float:
@@ -85,7 +81,7 @@ class Source:
             known: whether the last scores were Path-Mag of the dense network.
         """
         shares = self._shares if known else self._path_magnitude({})
-        return sum(_sum_where(~masks[each.name], shares[each.name]) for each in self.chosen)
+        return sum(_sum_without(masks[each.name], shares[each.name]) for each in self.chosen)
 
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's state dict with those tensors; nothing in it is the model's own."""
@@ -102,7 +98,7 @@ class Source:
         return state
 
 
-def _sum_where(mask: Tensor, values: Tensor) -> float:
-    """Sum of the values where a mask is true, in float64, block by block."""
+def _sum_without(mask: Tensor, values: Tensor) -> float:
+    """Sum of the values where a mask is false, in float64, block by block."""
     blocks = zip(mask.flatten().split(_BLOCK), values.flatten().split(_BLOCK), strict=True)
-    return sum(float((v * m.to(v.device)).sum(dtype=torch.float64)) for m, v in blocks)
+    return sum(float((v * ~m.to(v.device)).sum(dtype=torch.float64)) for m, v in blocks)
