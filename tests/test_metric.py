@@ -457,3 +457,12 @@ def test_reports() -> None:
     assert metric.log10_value is None
     exact = fxpath.path_metric(model, changed(model, "pruned", 0), (1, 14, 14))
     assert "exact (7)" in str(exact) and exact.to_dict()["exact"] is True
+
+
+def test_a_network_without_paths_loses_nothing() -> None:
+    model = lenet()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    metric = fxpath.path_metric(model, model, (1, 14, 14))
+    assert metric.value == 0 and metric.relative == metric.relative_lower == 0

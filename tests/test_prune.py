@@ -27,6 +27,7 @@ SHAPE = (3, 9, 9)
 
 
 def net() -> nn.Sequential:
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),
         nn.BatchNorm2d(8),
@@ -227,8 +228,15 @@ def test_the_certificate_is_that_of_path_metric(amount: float) -> None:
         assert pruned.certificate.bound(name) == pytest.approx(bound, rel=1e-9), name
 
 
-@pytest.mark.parametrize("options", [{}, {"criterion": "magnitude"}, {"layer_adaptive": True}])
-@pytest.mark.parametrize("budget", [0.002, 0.05, 0.4])
+@pytest.mark.parametrize(
+    ("budget", "options"),
+    [
+        (0.002, {}),
+        (0.4, {}),
+        (0.05, {"criterion": "magnitude"}),
+        (0.05, {"layer_adaptive": True, "max_layer_sparsity": 0.2}),
+    ],
+)
 def test_a_budget_is_kept_and_one_more_entry_would_exceed_it(
     budget: float, options: dict[str, Any]
 ) -> None:
@@ -258,17 +266,34 @@ def test_budgets_at_their_ends_and_in_steps() -> None:
     assert free.certificate.value == 0 and not free.masks["3.weight"][0].any()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg16_bn", "densenet121", "mobilenet_v2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_masks_do_not_depend_on_powers_of_two(name: str) -> None:
-    model = build(name)
-    shape = (3, 32, 32) if name == "vgg16_bn" else (3, 65, 65)
+    model, shape = build(name), (3, 32, 32)
     other = fxpath.rescale(model, shape, choices=(1, 2, 0.25), seed=1)
-    cut = [fxpath.prune(m, 0.2, shape) for m in (model, other)]
-    for key, mask in cut[0].masks.items():
-        assert torch.equal(mask, cut[1].masks[key]), key
-    assert cut[0].certificate.relative == pytest.approx(cut[1].certificate.relative, rel=1e-9)
-    magnitudes = [fxpath.prune(m, 0.2, shape, criterion="magnitude").masks for m in (model, other)]
-    assert any(not torch.equal(mask, magnitudes[1][key]) for key, mask in magnitudes[0].items())
+    assert any(not torch.equal(p, other.get_parameter(n)) for n, p in model.named_parameters())
+    scores = [fxpath.criteria.path_magnitude(m, shape) for m in (model, other)]
+    names = [n for n, p in model.named_parameters() if p.dim() > 1]
+    cuts = [cut({n: s[n] for n in names}, 10**5) for s in scores]
+    for n in names:
+        masks = [c.kept(n, s[n]) for c, s in zip(cuts, scores, strict=True)]
+        assert torch.equal(*masks), n
+
+
+def test_masks_and_what_is_lost_are_invariant() -> None:
+    model = net()
+    other = fxpath.rescale(model, SHAPE, choices=(1, 2, 0.25), seed=1)
+    for options in (
+        {},
+        {"criterion": "canonical_magnitude"},
+        {"steps": 2},
+        {"layer_adaptive": True},
+    ):
+        ours, theirs = (fxpath.prune(m, 0.3, SHAPE, **options) for m in (model, other))
+        assert cut_entries(ours) == cut_entries(theirs)
+        assert ours.certificate.relative == pytest.approx(theirs.certificate.relative, rel=1e-9)
+    magnitudes = [fxpath.prune(m, 0.3, SHAPE, criterion="magnitude") for m in (model, other)]
+    assert cut_entries(magnitudes[0]) != cut_entries(magnitudes[1])
 
 
 # What is reported and refused ---------------------------------------------------------
@@ -366,7 +391,7 @@ def test_a_pruned_model_keeps_its_zeros() -> None:
     assert cut_entries(once) < cut_entries(further)
 
     held = fxpath.apply_masks(copy.deepcopy(model), once.masks)
-    held(torch.randn(2, *SHAPE)).sum().backward()
+    held.eval()(torch.randn(2, *SHAPE)).sum().backward()
     masked = fxpath.prune(held, 0.5, SHAPE)
     assert cut_entries(masked) == cut_entries(further)
     assert "0.weight_orig" in masked.state_dict

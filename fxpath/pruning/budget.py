@@ -31,7 +31,7 @@ def most_within(budget: float, entries: int, lost: Callable[[int], float]) -> in
     while high - low > 1:
         turn += 1
         guess = (low + high) // 2
-        if turn % 3 and below + above > 0:
+        if turn % 3 and below > 0:
             guess = low + round((high - low) * below / (below + above))
         count = min(max(guess, low + 1), high - 1)
         excess = lost(count) - budget
