@@ -19,6 +19,10 @@ from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.program import PathProgram
+from fxpath.pruning.plan import Plan
+from fxpath.pruning.removal import prune_channels
+from fxpath.pruning.smaller import PrunedChannels, load_pruned
+from fxpath.pruning.surgery import apply_plan
 from fxpath.symmetry.groups import ChannelGroup, ChannelGroups, Member
 from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
 
@@ -35,22 +39,27 @@ __all__ = [
     "PathLifting",
     "PathMetric",
     "PathProgram",
+    "Plan",
     "Problem",
+    "PrunedChannels",
     "Quantized",
     "SupportReport",
     "UnsupportedModelError",
     "analyze",
+    "apply_plan",
     "channel_groups",
     "check",
     "compile",
     "criteria",
     "lipschitz_bound",
+    "load_pruned",
     "normalize",
     "path_lifting",
     "path_magnitude",
     "path_metric",
     "path_norm",
     "path_norms",
+    "prune_channels",
     "quantize",
     "rescale",
 ]
