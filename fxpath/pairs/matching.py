@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fxpath.passes.unsign import unsign
 from fxpath.program import build
 from fxpath.schema import arguments
 
-__all__ = ["Other", "make_pair"]
+__all__ = ["Other", "make_pair", "side_of"]
 
 Other = Model | Mapping[str, Tensor]
 
@@ -46,9 +47,7 @@ def make_pair(
         UnsupportedModelError: as :func:`fxpath.analyze`.
     """
     ours = build(model, given, reduced=False)
-    mark_static(ours.signed.graph)
-    leaves = _number_leaves(ours.signed.graph)
-    mine = Side(ours.captured, ours.signed, _detached(ours.captured.live()), leaves)
+    mine = side_of(ours.captured, ours.signed)
     if isinstance(other, (nn.Module, ExportedProgram)):
         return Pair(unsign(ours.signed), mine, _other_side(mine, other, given))
     if not isinstance(other, Mapping):
@@ -60,8 +59,13 @@ def make_pair(
     changed = _changed_numbers(ours.captured, named)
     if changed:
         return Pair(unsign(ours.signed), mine, _traced_again(mine, named, changed, given))
-    side = Side(ours.captured, ours.signed, _detached(state), leaves)
-    return Pair(unsign(ours.signed), mine, side)
+    return Pair(unsign(ours.signed), mine, replace(mine, tensors=_detached(state)))
+
+
+def side_of(captured: Captured, signed: fx.GraphModule) -> Side:
+    """A captured model as one side of a pair; ``replace(side, tensors=...)`` is the other one."""
+    mark_static(signed.graph)
+    return Side(captured, signed, _detached(captured.live()), _number_leaves(signed.graph))
 
 
 def _other_side(mine: Side, other: Model, given: Given) -> Side:

@@ -14,7 +14,7 @@ from fxpath import criteria
 from fxpath.capture import Given
 from fxpath.pruning.channels import Channels
 
-__all__ = ["Criterion", "channel_importance", "scores_of"]
+__all__ = ["Criterion", "Scores", "channel_importance", "scores_of"]
 
 Scores = Mapping[str, Tensor]
 Criterion = str | Scores | Callable[..., Scores]

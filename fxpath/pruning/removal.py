@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath.capture import Captured, Given, Shapes, check_finite
+from fxpath.capture import Captured, Given, Shapes
 from fxpath.capture.given import Inputs, Outputs
-from fxpath.front import take_in
 from fxpath.modes import plain_mode
-from fxpath.pairs.matching import make_pair
+from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
-from fxpath.pairs.pair import Pair, Side
+from fxpath.pairs.pair import Pair
 from fxpath.passes.unsign import unsign
+from fxpath.program import build
 from fxpath.pruning.agreement import Fault, compare
 from fxpath.pruning.channels import Channels, Kept
 from fxpath.pruning.chosen import Choice, keep_others
@@ -36,7 +36,7 @@ from fxpath.pruning.cuts import (
     masked_tensors,
     parameter_count,
 )
-from fxpath.pruning.importance import Criterion, channel_importance, scores_of
+from fxpath.pruning.importance import Criterion, Scores, channel_importance, scores_of
 from fxpath.pruning.plan import Plan
 from fxpath.pruning.ranking import Ranking, last_that
 from fxpath.pruning.smaller import ChannelRow, KeptRow, PrunedChannels
@@ -142,7 +142,10 @@ def prune_channels(
     network = Network(model, given)
     limits = None if constraints is None else absolute(constraints, network.cost.before)
     keep_others(model, network.found, include, exclude)
-    scores = scores_of(model, criterion, network.given)
+    if criterion == "path_magnitude":
+        scores: Scores = network.program.scores()
+    else:
+        scores = scores_of(model, criterion, network.given)
     importance = channel_importance(network.found, scores)
 
     def choose() -> _Choice:
@@ -180,6 +183,7 @@ class Network:
     Attributes:
         model: the model.
         given: what is said about its inputs; a shape that was inferred is written down.
+        program: computes its scores.
         captured: the captured model.
         lifted: its lifted graph.
         found: its channels.
@@ -190,10 +194,11 @@ class Network:
         if not isinstance(model, nn.Module):
             raise TypeError("channels are removed from an nn.Module, not from an ExportedProgram")
         self.model = model
-        self.captured, signed = take_in(model, given)
-        check_finite({self.captured.tensors[k]: t for k, t in self.captured.live().items()})
+        self.program = build(model, given)
+        self.captured = self.program.captured
         self.given = _written_down(given, self.captured)
-        self.lifted = unsign(signed)
+        self._side = side_of(self.captured, self.program.signed)
+        self.lifted = unsign(self.program.signed)
         with torch.no_grad():
             self.found = Channels(self.captured, self.lifted)
         if self.found.blocked:
@@ -203,7 +208,6 @@ class Network:
                 "torch.nn.utils.parametrize.remove_parametrizations)"
             )
         self.cost = Cost(model, self.found, self.lifted)
-        self._pair: Pair | None = None
 
     def masked(self, channels: Sequence[int]) -> dict[str, Tensor]:
         """Tensors of the model in which these channels' weights are zero, by name."""
@@ -211,16 +215,9 @@ class Network:
 
     def metric(self, channels: Sequence[int]) -> PathMetric:
         """The path-metric between the model and the same without these channels."""
-        if self._pair is None:
-            self._pair = make_pair(self.model, self.model.state_dict(), self.given)
-        ours = self._pair.ours
-        masked = self.masked(channels)
-        tensors = {
-            key: masked.get(ours.captured.tensors[key], tensor)
-            for key, tensor in ours.tensors.items()
-        }
-        theirs = Side(ours.captured, ours.module, tensors, ours.nodes)
-        return PathMetric(Pair(self._pair.lifted, ours, theirs))
+        masked, names = self.masked(channels), self.captured.tensors
+        tensors = {key: masked.get(names[key], own) for key, own in self._side.tensors.items()}
+        return PathMetric(Pair(self.lifted, self._side, replace(self._side, tensors=tensors)))
 
 
 def _written_down(given: Given, captured: Captured) -> Given:
