@@ -136,7 +136,7 @@ def _double(value: Any) -> Any:
 
 
 def _first_difference(ours: _Double, theirs: _Double, found: Channels, gone: Tensor) -> Fault:
-    """The first operation whose result is not that of the original on the channels that are left."""
+    """The first operation that gives something else than the original on the channels left."""
     sides = ([n for n in run.values if n.op == "call_function"] for run in (ours, theirs))
     for a, b in zip(*sides, strict=False):
         if a.target != b.target:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from fxpath.pruning.channels import Channels, Kept
-from fxpath.pruning.surgery import places_of
+from fxpath.pruning.surgery import places
 
 __all__ = ["Choice", "keep_others"]
 
@@ -29,13 +29,14 @@ def keep_others(model: nn.Module, found: Channels, include: Choice | None, exclu
         TypeError: for a pattern that is neither a string nor a type.
         ValueError: for one that matches no layer.
     """
-    layers = {weight: list(_names(model, weight)) for weight in found.outputs}
+    ties = places(model)
+    layers = {weight: ties[weight] for weight in found.outputs}
     for choice, excluded in ((include, False), (exclude, True)):
         if choice is None:
             continue
         chosen: set[str] = set()
         for pattern in _listed(choice):
-            matched = {w for w, names in layers.items() if _matches(model, w, names, pattern)}
+            matched = {w for w, names in layers.items() if _matches(model, names, pattern)}
             if not matched:
                 raise ValueError(
                     f"{'exclude' if excluded else 'include'}: {pattern!r} matches no layer; "
@@ -58,17 +59,11 @@ def _listed(choice: Choice) -> list[str | type[nn.Module]]:
     return listed
 
 
-def _names(model: nn.Module, weight: str) -> Iterator[str]:
-    """The weight's names, and those of the modules around it."""
-    for place in places_of(model, weight):
-        parts = place.split(".")
-        yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-
-
-def _matches(
-    model: nn.Module, weight: str, names: Sequence[str], pattern: str | type[nn.Module]
-) -> bool:
+def _matches(model: nn.Module, names: Sequence[str], pattern: str | type[nn.Module]) -> bool:
+    """Whether a pattern means a weight with these names, or a module around it."""
     if isinstance(pattern, str):
-        return any(fnmatchcase(name, pattern) for name in names)
-    holders = (place.rpartition(".")[0] for place in places_of(model, weight))
+        parts = [name.split(".") for name in names]
+        around = (".".join(p[:count]) for p in parts for count in range(1, len(p) + 1))
+        return any(fnmatchcase(name, pattern) for name in around)
+    holders = (name.rpartition(".")[0] for name in names)
     return any(isinstance(model.get_submodule(path), pattern) for path in holders)

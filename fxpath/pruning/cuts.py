@@ -13,7 +13,7 @@ from fxpath.capture import named_tensors
 from fxpath.layers import WEIGHING, coordinate_of
 from fxpath.pruning.channels import Axis, Channels
 from fxpath.pruning.plan import Attribute, Cut, Plan
-from fxpath.pruning.surgery import attributes_of, places_of
+from fxpath.pruning.surgery import attributes_of, places
 from fxpath.schema import arguments
 from fxpath.sizes import multiply_adds
 
@@ -54,10 +54,9 @@ def _attributes(
 ) -> dict[str, dict[str, Attribute]]:
     """What modules note about the tensors that are cut, before and after."""
     named = named_tensors(model)
+    ties = places(model)
     # A tied tensor is noted by each module that has it.
-    cuts = {
-        place: (name, each) for name, each in tensors.items() for place in places_of(model, name)
-    }
+    cuts = {place: (name, each) for name, each in tensors.items() for place in ties[name]}
     changes: dict[str, dict[str, Attribute]] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -90,7 +89,7 @@ def masked_tensors(model: nn.Module, found: Channels, plan: Plan) -> dict[str, T
 
     So the channels that go are 0 at the output of each layer; slopes and variances stay.
     """
-    named = named_tensors(model)
+    named, ties = named_tensors(model), places(model)
     variances = {norm.var for norm in found._norms}
     masked: dict[str, Tensor] = {}
     for name, each in plan.tensors.items():
@@ -102,7 +101,7 @@ def masked_tensors(model: nn.Module, found: Channels, plan: Plan) -> dict[str, T
         size = len(value) // max(1, len(each.within))
         for part, positions in zip(value.split(size), each.within, strict=False):
             part.index_fill_(1, torch.tensor(positions, device=value.device), 0)
-        masked.update(dict.fromkeys(places_of(model, name), value))
+        masked.update(dict.fromkeys(ties[name], value))
     return masked
 
 

@@ -13,12 +13,15 @@ from fxpath.symmetry.labels import Forest
 __all__ = ["Ranking", "last_that"]
 
 
+_WHOLE = Kept("all channels of a layer go together, and none would be left")
+
+
 class Ranking:
     """Units in the order in which they go.
 
     Attributes:
         units: those that can go, the least important first.
-        kept: channels of units that stay because too few would be left.
+        kept: channels of units without which a layer would have none.
     """
 
     def __init__(
@@ -35,10 +38,11 @@ class Ranking:
             unit_of[list(unit.channels)] = number
         #: For each unit the layers that lose channels with it, and how many.
         self._losses: list[dict[str, int]] = [{} for _ in units]
+        sizes: dict[str, int] = {}
         spare: dict[str, int] = {}
         for name, line, least in lines:
             numbers = unit_of[line]
-            spare[name] = len(line) - least
+            sizes[name], spare[name] = len(line), len(line) - least
             for number, count in zip(
                 *numbers[numbers >= 0].unique(return_counts=True), strict=True
             ):
@@ -48,8 +52,9 @@ class Ranking:
         losses = []
         for unit, lost in zip(units, self._losses, strict=True):
             if any(spare[name] < count for name, count in lost.items()):
-                why = Kept(f"a layer keeps at least {min_channels} of its channels")
-                self.kept.update(dict.fromkeys(unit.channels, why))
+                # That min_channels keeps some is no news; that a layer can lose none is.
+                if any(sizes[name] == count for name, count in lost.items() if sizes[name] > 1):
+                    self.kept.update(dict.fromkeys(unit.channels, _WHOLE))
                 continue
             for name, count in lost.items():
                 spare[name] -= count
@@ -111,14 +116,28 @@ class Ranking:
         return count
 
 
-def last_that(holds: Callable[[int], bool], count: int) -> int:
+def last_that(holds: Callable[[int], bool], count: int, guess: int | None = None) -> int:
     """The largest number up to ``count`` for which something holds, which does for 0 and ends once.
 
+    Bisection; where a good guess is known, two questions are enough.
+
     Example:
-        >>> last_that(lambda n: n * n <= 10, 100)
-        3
+        >>> last_that(lambda n: n * n <= 10, 100), last_that(lambda n: n * n <= 10, 100, guess=3)
+        (3, 3)
     """
     low, high = 0, count
+    if guess is not None and 0 < guess:
+        step = 1
+        if holds(guess):
+            low = guess
+            while low < high and holds(min(high, low + step)):
+                low, step = min(high, low + step), 2 * step
+            high = min(high, low + step - 1)
+        else:
+            high = guess - 1
+            while low < high and not holds(max(low, high - step)):
+                high, step = max(low, high - step) - 1, 2 * step
+            low = max(low, high - step)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)

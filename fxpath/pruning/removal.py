@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,8 @@ from torch import Tensor, fx, nn
 
 from fxpath.capture import Captured, Given, Shapes
 from fxpath.capture.given import Inputs, Outputs
+from fxpath.evaluate import evaluate
+from fxpath.interpret import PathNorm
 from fxpath.modes import plain_mode
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
@@ -160,11 +163,7 @@ def prune_channels(
             count = _until_met(ranking, network.cost, limits)
         else:
             assert budget is not None
-            allowed = budget
-            count = last_that(
-                lambda n: network.metric(ranking.first(n)).relative_upper <= allowed,
-                len(ranking.units),
-            )
+            count = _within_budget(network, ranking, budget)
         return _Choice(ranking.first(count), removable, {**kept, **ranking.kept})
 
     return _removed(network, choose)
@@ -213,11 +212,22 @@ class Network:
         """Tensors of the model in which these channels' weights are zero, by name."""
         return masked_tensors(self.model, self.found, make_plan(self.model, self.found, channels))
 
+    def lost(self, channels: Sequence[int]) -> float:
+        """What :meth:`metric` is relative to the path-norm, but for what cancels; much faster."""
+        module, logs = self.program.graph_module, []
+        for tensors in (self._side.tensors, self._without(channels)):
+            run = evaluate(PathNorm(module, torch.float64), tensors, None)
+            logs.append(float(run.total.log()))
+        return -math.expm1(logs[1] - logs[0]) if math.isfinite(logs[0]) else 0.0
+
     def metric(self, channels: Sequence[int]) -> PathMetric:
         """The path-metric between the model and the same without these channels."""
+        theirs = replace(self._side, tensors=self._without(channels))
+        return PathMetric(Pair(self.lifted, self._side, theirs))
+
+    def _without(self, channels: Sequence[int]) -> dict[str, Tensor]:
         masked, names = self.masked(channels), self.captured.tensors
-        tensors = {key: masked.get(names[key], own) for key, own in self._side.tensors.items()}
-        return PathMetric(Pair(self.lifted, self._side, replace(self._side, tensors=tensors)))
+        return {key: masked.get(names[key], own) for key, own in self._side.tensors.items()}
 
 
 def _written_down(given: Given, captured: Captured) -> Given:
@@ -226,6 +236,15 @@ def _written_down(given: Given, captured: Captured) -> Given:
         return given
     (shape,) = captured.inputs.shapes.values()
     return replace(given, input_shape=shape[1:], batch_dim=0)
+
+
+def _within_budget(network: Network, ranking: Ranking, budget: float) -> int:
+    """The largest number of units whose exact path-metric is within the budget."""
+    count = len(ranking.units)
+    guess = last_that(lambda n: network.lost(ranking.first(n)) <= budget, count)
+    return last_that(
+        lambda n: network.metric(ranking.first(n)).relative_upper <= budget, count, guess
+    )
 
 
 def _until_met(ranking: Ranking, cost: Cost, limits: Mapping[str, float]) -> int:
@@ -245,9 +264,7 @@ def _until_met(ranking: Ranking, cost: Cost, limits: Mapping[str, float]) -> int
 
 
 def _removed(network: Network, choose: Callable[[], _Choice]) -> PrunedChannels:
-    """Remove what is chosen; channels that the model's code holds on to are kept, and it is chosen
-    again.
-    """
+    """Remove what is chosen, until the model's code holds on to none of it."""
     while True:
         choice = choose()
         plan = make_plan(network.model, network.found, choice.channels)

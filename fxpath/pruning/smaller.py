@@ -135,7 +135,7 @@ def load_pruned(path: str | Path, model: nn.Module) -> nn.Module:
         Linear(in_features=2, out_features=2, bias=True)
     """
     try:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from fxpath.capture import named_tensors
 from fxpath.pruning.plan import Bias, Cut, Plan
 
-__all__ = ["apply_plan", "cut", "places_of"]
+__all__ = ["apply_plan", "cut", "places"]
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -40,8 +40,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """
     _check(model, plan)
     copied = copy.deepcopy(model)
+    named, ties = named_tensors(copied), places(copied)
     for name, each in plan.tensors.items():
-        _replace(copied, name, cut(named_tensors(copied)[name], each))
+        _replace(copied, ties[name], cut(named[name], each))
     modules = dict(copied.named_modules())
     for path, changes in plan.attributes.items():
         for attribute, (_, after) in changes.items():
@@ -91,15 +92,18 @@ def _cut_parts(tensor: Tensor, what: Cut) -> Tensor:
 # -- the model's modules ---------------------------------------------------------------------------
 
 
-def places_of(model: nn.Module, name: str) -> list[str]:
-    """All names of a tensor of the model: more than one if it is tied."""
+def places(model: nn.Module) -> dict[str, list[str]]:
+    """For each name of a tensor of the model all its names: more than one if it is tied."""
     named = named_tensors(model)
-    return [other for other, tensor in named.items() if tensor is named[name]]
+    names: dict[int, list[str]] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: names[id(tensor)] for name, tensor in named.items()}
 
 
-def _replace(model: nn.Module, name: str, new: Tensor) -> None:
+def _replace(model: nn.Module, names: Sequence[str], new: Tensor) -> None:
     """Put a tensor in the place of another, wherever that is registered."""
-    for place in places_of(model, name):
+    for place in names:
         path, _, leaf = place.rpartition(".")
         module = model.get_submodule(path)
         held = module._parameters if leaf in module._parameters else module._buffers
