@@ -63,7 +63,8 @@ def compare(
         problem = error.report.problems[0]
         nodes = _blamed(captured, problem.module_path, problem.source_line)
         line = source_line(nodes[0]) if nodes else problem.source_line
-        return Fault(problem.reason, line, nodes)
+        said = problem.reason.removeprefix("torch.export cannot trace the model: ")
+        return Fault(f"sizes are written into the code: with fewer channels {said}", line, nodes)
     live = {captured.tensors[key]: key for key in captured.tensors}
     tensors = captured.live() | {live[name]: each for name, each in masked.items() if name in live}
     ours = _Double(captured, tensors)
@@ -152,7 +153,7 @@ def _first_difference(ours: _Double, theirs: _Double, found: Channels, gone: Ten
         if whole.shape != left.shape:
             shapes = f"{tuple(left.shape)} instead of {tuple(whole.shape)}"
             return Fault(
-                f"with fewer channels it gives {shapes}: sizes are written into the code",
+                f"sizes are written into the code: with fewer channels it gives {shapes}",
                 source_line(a),
                 (a,),
             )

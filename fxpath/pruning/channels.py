@@ -84,10 +84,12 @@ class Channels(Labelling):
     Attributes:
         axes: all axes of the model's tensors along which channels lie.
         outputs: layer's weight -> the channels that it makes, in order, ``[channels]``.
-        grouped: weight of a grouped convolution -> its groups.
+        grouped: weight of a grouped convolution -> its groups, for each use.
+        carriers: tensors that hold weights, biases and statistics of channels.
         uses: weights in order of use, with the operations that read them.
-        scored: coordinate -> channels that its entries lead into, in the tensor's shape (length 1
-            where they do not depend on an axis), and the channels that they come from.
+        scored: for each use of coordinates their name, channels that its entries lead into, in the
+            tensor's shape (length 1 where they do not depend on an axis), and the channels that
+            they come from.
         kept: channel -> why it cannot be removed.
         count: of the numbers that channels have.
     """
@@ -95,10 +97,13 @@ class Channels(Labelling):
     def __init__(self, captured: Captured, lifted: fx.GraphModule) -> None:
         self._beside: list[tuple[str, Tensor]] = []
         self._picked: list[tuple[Labels, int, Labels, fx.Node]] = []
+        self._sides: list[tuple[str, tuple[int, ...], Tensor, int]] = []
         self._groups: dict[str, tuple[int, bool]] = {}
-        self._scored: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._scored: list[tuple[str, Tensor, Tensor | None]] = []
         self._weights: dict[str, tuple[Tensor, int]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self.uses: list[tuple[str, fx.Node]] = []
+        self.carriers: set[str] = set()
         self._kept: list[tuple[Tensor, Kept]] = []
         self._placeholders = captured.tensors
         super().__init__(captured, lifted)
@@ -107,7 +112,7 @@ class Channels(Labelling):
         self._roots = torch.cat([roots, torch.tensor([-1])])
         self.kept: dict[int, Kept] = {}
         self.axes: list[Axis] = []
-        self.grouped: dict[str, Group] = {}
+        self.grouped: dict[str, list[Group]] = {}
         for labels, why in self._kept:
             self.keep(self._channels(labels), why)
         for before, dim, after, node in self._picked:
@@ -121,10 +126,10 @@ class Channels(Labelling):
         self._list_axes()
         for node, found in self.labels.items():
             self._check_grid(node, self._channels(found.ids))
-        self.scored = {
-            name: (self._entries(out), None if into is None else self._entries(into))
-            for name, (out, into) in self._scored.items()
-        }
+        self.scored = [
+            (name, self._entries(out), None if into is None else self._entries(into))
+            for name, out, into in self._scored
+        ]
         self.outputs = {name: self._made(name, *made) for name, made in self._weights.items()}
         self._keep_foreign(captured)
 
@@ -134,15 +139,16 @@ class Channels(Labelling):
             if channel > 0:
                 self.kept.setdefault(channel, why)
 
-    def at(self, node: fx.Node) -> Tensor:
-        """The channels that an operation of the captured graph reads and makes."""
-        found = []
+    def at(self, node: fx.Node) -> tuple[set[int], set[int]]:
+        """The channels that an operation of the captured graph reads, and those that it makes."""
+        read, made = set[int](), set[int]()
         for lifted in self.module.graph.nodes:
             if lifted.meta.get("origin") is node:
                 for each in (lifted, *lifted.all_input_nodes):
                     if each in self.labels:
-                        found.append(self._channels(self.labels[each].ids).unique())
-        return torch.cat(found).unique() if found else torch.empty(0, dtype=torch.long)
+                        channels = self._channels(self.labels[each].ids).unique().tolist()
+                        (made if each is lifted else read).update(channels)
+        return read, made
 
     def shown(self, node: fx.Node) -> Tensor | None:
         """Channels at the entries of what an operation of the captured graph makes."""
@@ -157,13 +163,31 @@ class Channels(Labelling):
     def _carry(
         self, weight: Any, out: Tensor, into: Tensor, axes: tuple[int, int], channels: Tensor
     ) -> None:
+        if isinstance(weight, Coordinates) and weight.views:
+            axes = _stored_axis(weight, out, axes[0]), _stored_axis(weight, into, axes[1])
         super()._carry(weight, out, into, axes, channels)
         if isinstance(weight, Coordinates) and weight.own is not None:
             stored = weight.stored(out), weight.stored(into)
-            self._scored.setdefault(_base(weight.name), stored)
+            self._scored.append((_base(weight.name), *stored))
             if self.node.target is not ops.scale:
                 self.uses.append((weight.own, self.node))
                 self._weights.setdefault(weight.own, (stored[0], axes[0]))
+                self._shapes[weight.own] = weight.shape
+
+    def _record(
+        self,
+        name: str | None,
+        shape: tuple[int, ...],
+        out: Tensor,
+        into: Tensor | None,
+        axes: tuple[int, int],
+    ) -> None:
+        """Uses of one tensor need no common factor here: they are tied by their positions."""
+        if name is not None:
+            self.carriers.add(name)
+            self._sides.append((name, shape, out, axes[0]))
+            if into is not None:
+                self._sides.append((name, shape, into, axes[1]))
 
     def conv(self, x: Labels, weight: Any, *spec: Any) -> Labels:
         y = super().conv(x, weight, *spec)
@@ -172,11 +196,8 @@ class Channels(Labelling):
             first = x.ids if transposed else y.ids
             rows = self._tied(Labels(first, (x if transposed else y).shape), 1)
             self._note(self.node.args[1], rows.reshape(-1, *[1] * (len(x.shape) - 1)))
-        elif groups > 1 and weight.own is not None:
-            known = self._groups.setdefault(weight.own, (groups, transposed))
-            if known != (groups, transposed) or weight.views:
-                why = "a filter is used with several numbers of groups, or reshaped"
-                self._kept.append((torch.cat([x.ids.flatten(), y.ids.flatten()]), Kept(why)))
+        elif groups > 1 and weight.own is not None and not weight.views:
+            self._groups[weight.own] = groups, transposed
         return y
 
     def shift(self, x: Labels, bias: Any) -> Labels:
@@ -186,15 +207,15 @@ class Channels(Labelling):
         elif isinstance(bias, Coordinates) and (bias.own or bias.beta or bias.norm):
             seen = bias.seen()
             ids = y.ids.reshape(y.ids.shape[-seen.dim() :] if seen.dim() else ())
-            self._scored.setdefault(_base(bias.name), (bias.stored(ids), None))
+            self._scored.append((_base(bias.name), bias.stored(ids), None))
         return y
 
     def scale(self, x: Any, weight: Any) -> Any:
         y = super().scale(x, weight)
         if isinstance(x, Labels):
             if isinstance(weight, Coordinates) and weight.norm is not None:
-                sides = (y.ids.flatten(), self._tied(x, 1))
-                self._scored.setdefault(_base(weight.name), sides)
+                sides = y.ids.flatten(), self._tied(x, 1)
+                self._scored.append((_base(weight.name), *sides))
             else:
                 self._note_at(self.node.args[1], y)
         return y
@@ -247,13 +268,11 @@ class Channels(Labelling):
         return compressed(self._channels(ids)).shape[dim] > 1
 
     def _list_axes(self) -> None:
-        for name, carried in self.carried.items():
-            if name in self._groups:
-                self._list_grouped(name)
-                continue
-            for side, axis in zip((carried.out, carried.into), carried.axes, strict=True):
-                if side is not None:
-                    self._list(name, carried.shape, side, axis)
+        for name in self._groups:
+            self._list_grouped(name)
+        for name, shape, labels, axis in self._sides:
+            if name not in self._groups:
+                self._list(name, shape, labels, axis)
         for name, labels in self._beside:
             shape = tuple(labels.shape)
             # One channel has all entries: which axis it is on does not matter, as it stays.
@@ -271,27 +290,30 @@ class Channels(Labelling):
 
     def _list_grouped(self, name: str) -> None:
         groups, transposed = self._groups[name]
-        carried = self.carried[name]
-        rows, columns = carried.out, carried.into
-        if transposed:
-            rows, columns = columns, rows
-        assert rows is not None and columns is not None
-        first = self._channels(rows).expand(carried.shape[0], *rows.shape[1:]).flatten()
-        tail = [1] * (len(carried.shape) - 2)
-        wide = self._channels(columns).expand(*carried.shape[:2], *tail)
-        second = wide.reshape(groups, -1, carried.shape[1])[:, 0]
-        ends = first.reshape(groups, -1), second
-        inputs, outputs = ends if transposed else ends[::-1]
-        self.grouped[name] = Group(inputs, outputs)
-        self.axes.append(Axis(name, 0, first))
-        if self.grouped[name].balanced:
-            self.axes.append(Axis(name, 1, second))
+        sides = [(shape, labels, axis) for n, shape, labels, axis in self._sides if n == name]
+        shape = sides[0][0]
+        tail = [1] * (len(shape) - 2)
+        ends: list[list[Tensor]] = [[], []]
+        for _, labels, axis in sides:
+            if axis == 0:
+                rows = self._channels(labels).expand(shape[0], *labels.shape[1:])
+                ends[0].append(rows.flatten())
+            else:
+                wide = self._channels(labels).expand(*shape[:2], *tail)
+                ends[1].append(wide.reshape(groups, -1, shape[1])[:, 0])
+        for first, second in zip(*ends, strict=True):
+            pair = first.reshape(groups, -1), second
+            group = Group(*(pair if transposed else pair[::-1]))
+            self.grouped.setdefault(name, []).append(group)
+            self.axes.append(Axis(name, 0, first))
+            if group.balanced:
+                self.axes.append(Axis(name, 1, second))
 
     def _made(self, name: str, out: Tensor, axis: int) -> Tensor:
         if name in self.grouped:
-            return self.grouped[name].outputs.flatten()
+            return self.grouped[name][0].outputs.flatten()
         channels = compressed(self._channels(out)).flatten()
-        return channels if len(channels) > 1 else channels.expand(self.carried[name].shape[axis])
+        return channels if len(channels) > 1 else channels.expand(self._shapes[name][axis])
 
     def _check_grid(self, node: fx.Node, channels: Tensor) -> None:
         """A channel is whole slices along one axis of each activation; else it stays."""
@@ -327,6 +349,13 @@ class Channels(Labelling):
             elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
                 kind = type(module).__name__
                 self.keep(axis.channels, Kept(f"a {kind} has them, which is not made smaller"))
+
+
+def _stored_axis(weight: Coordinates, side: Tensor, axis: int) -> int:
+    """The axis of a tensor along which a side of a weight lies that is read through views."""
+    places = compressed(weight.stored(torch.arange(side.numel()).reshape(side.shape)))
+    varying = [axis for axis, size in enumerate(places.shape) if size > 1]
+    return varying[0] if len(varying) == 1 else axis
 
 
 def _base(name: str) -> str:

@@ -74,8 +74,9 @@ def _attributes(
         after = groups
         if groups is not None and prefix + "weight" in cuts:
             name = cuts[prefix + "weight"][0]
-            if name in found.grouped and not found.grouped[name].balanced:
-                after = groups - int(gone[found.grouped[name].outputs[:, 0]].sum())
+            uses = found.grouped.get(name, [])
+            if uses and not uses[0].balanced:
+                after = groups - int(gone[uses[0].outputs[:, 0]].sum())
         known = attributes_of(module, shapes, groups)
         now = attributes_of(module, left, after)
         changed = {key: (known[key], now[key]) for key in known if known[key] != now[key]}
@@ -93,7 +94,7 @@ def masked_tensors(model: nn.Module, found: Channels, plan: Plan) -> dict[str, T
     variances = {norm.var for norm in found._norms}
     masked: dict[str, Tensor] = {}
     for name, each in plan.tensors.items():
-        if name not in found.carried or name in variances:
+        if name not in found.carriers or name in variances:
             continue
         value = named[name].detach().clone()
         for axis, positions in each.remove.items():

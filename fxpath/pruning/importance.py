@@ -92,28 +92,34 @@ def channel_importance(found: Channels, scores: Scores) -> Tensor:
             "channels it ranks"
         )
     total = torch.zeros(found.count, dtype=torch.float64)
-    for name, (out, into) in found.scored.items():
-        if name in scores and not _inside(out, into):
+    counted: set[tuple[str, tuple[int, ...]]] = set()
+    for name, out, into in found.scored:
+        # The scores of a weight are those of all its uses, which are tied by their positions.
+        key = name, _varying(out)
+        if name in scores and not _inside(out, into) and key not in counted:
+            counted.add(key)
             total += _summed(name, scores[name], out, found.count)
     return total
 
 
 def _needed(found: Channels) -> list[str]:
-    return [
-        name
-        for name in found.outputs
-        if name in found.scored
-        and not _inside(*found.scored[name])
-        and bool((found.outputs[name] > 0).any())
-    ]
+    needed = {
+        name: None
+        for name, out, into in found.scored
+        if name in found.outputs and not _inside(out, into) and bool((out > 0).any())
+    }
+    return list(needed)
 
 
 def _inside(out: Tensor, into: Tensor | None) -> bool:
     """Whether each entry leads from a channel to the one that it is tied to by its position."""
     if into is None:
         return False
-    axes = [[axis for axis, size in enumerate(side.shape) if size > 1] for side in (out, into)]
-    return len(axes[0]) == 1 and axes[0] == axes[1]
+    return len(_varying(out)) == 1 and _varying(out) == _varying(into)
+
+
+def _varying(side: Tensor) -> tuple[int, ...]:
+    return tuple(axis for axis, size in enumerate(side.shape) if size > 1)
 
 
 def _summed(name: str, score: Any, out: Tensor, count: int) -> Tensor:

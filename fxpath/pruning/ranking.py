@@ -21,6 +21,8 @@ class Ranking:
 
     Attributes:
         units: those that can go, the least important first.
+        removable: how many output channels of layers the units have, also those that stay because a
+            layer keeps some.
         kept: channels of units without which a layer would have none.
     """
 
@@ -49,8 +51,10 @@ class Ranking:
                 self._losses[int(number)][name] = int(count)
         self.units: list[Unit] = []
         self.kept: dict[int, Kept] = {}
+        self.removable = 0
         losses = []
         for unit, lost in zip(units, self._losses, strict=True):
+            self.removable += sum(n for name, n in lost.items() if name in self._sizes)
             if any(spare[name] < count for name, count in lost.items()):
                 # That min_channels keeps some is no news; that a layer can lose none is.
                 if any(sizes[name] == count for name, count in lost.items() if sizes[name] > 1):
@@ -99,17 +103,12 @@ class Ranking:
                 best = position
         return numbers[:best]
 
-    def within(self, amount: float | int, channels: int) -> int:
-        """How many units an amount allows.
-
-        Args:
-            amount: a share of the channels that can be removed, or their number.
-            channels: how many those are.
-        """
-        allowed = round(amount * channels) if isinstance(amount, float) else amount
+    def within(self, amount: float | int) -> int:
+        """How many units an amount of the removable output channels allows."""
+        allowed = round(amount * self.removable) if isinstance(amount, float) else amount
         count = 0
-        for unit in self.units:
-            allowed -= len(unit.channels)
+        for lost in self._losses:
+            allowed -= sum(lost.values())
             if allowed < 0:
                 break
             count += 1

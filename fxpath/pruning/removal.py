@@ -44,7 +44,7 @@ from fxpath.pruning.plan import Plan
 from fxpath.pruning.ranking import Ranking, last_that
 from fxpath.pruning.smaller import ChannelRow, KeptRow, PrunedChannels
 from fxpath.pruning.surgery import apply_plan
-from fxpath.pruning.units import find_units
+from fxpath.pruning.units import ENDS, find_units
 from fxpath.symmetry.rescaling import unread_modules
 
 __all__ = ["Network", "prune_channels"]
@@ -83,8 +83,8 @@ def prune_channels(
 
     Args:
         model: a module, in either mode; it is not changed.  The function is that of eval mode.
-        amount: share (float) or number (int) of the channel groups that can be removed; as many
-            units as fit into it go.
+        amount: share (float) or number (int) of the output channels of layers that can be removed;
+            as many units as fit into it go.
         input_shape: as for :func:`fxpath.analyze`.
         budget: instead of ``amount``: the largest part of the path-norm that may be lost
             (0.01 = 1 %), by the exact path-metric to the model; as many units as it allows go.
@@ -154,17 +154,18 @@ def prune_channels(
     def choose() -> _Choice:
         units, kept = find_units(network.found, importance, network.found.kept)
         ranking = Ranking(network.found, units, multiple_of, min_channels)
-        removable = sum(len(unit.channels) for unit in units)
         if amount is not None:
-            if isinstance(amount, int) and amount > removable:
-                raise ValueError(f"amount={amount}: only {removable} channels can be removed")
-            count = ranking.within(amount, removable)
+            if isinstance(amount, int) and amount > ranking.removable:
+                raise ValueError(
+                    f"amount={amount}: only {ranking.removable} channels can be removed"
+                )
+            count = ranking.within(amount)
         elif limits is not None:
             count = _until_met(ranking, network.cost, limits)
         else:
             assert budget is not None
             count = _within_budget(network, ranking, budget)
-        return _Choice(ranking.first(count), removable, {**kept, **ranking.kept})
+        return _Choice(ranking.first(count), ranking.removable, {**kept, **ranking.kept})
 
     return _removed(network, choose)
 
@@ -282,14 +283,14 @@ def _removed(network: Network, choose: Callable[[], _Choice]) -> PrunedChannels:
             UserWarning,
             stacklevel=4,  # past the decorator of the verb
         )
-    before = network.cost.before
+    before, rows = network.cost.before, _layer_rows(network.found, choice.channels)
     return PrunedChannels(
         model=smaller,
         plan=plan,
         certificate=network.metric(choice.channels),
-        layers=_layer_rows(network.found, choice.channels),
+        layers=rows,
         kept=_kept_rows(network.found, choice.kept),
-        channels=(len(choice.channels), choice.removable),
+        channels=(sum(row["before"] - row["after"] for row in rows), choice.removable),
         parameters=(before["parameters"], parameter_count(smaller)),
         macs=(before["macs"], sum(layer_macs(lifted).values())),
     )
@@ -309,11 +310,16 @@ def _blame(found: Channels, fault: Fault, channels: Sequence[int]) -> None:
     Raises:
         ValueError: with the line, if it touches none of those that would go.
     """
-    touched = [found.at(node) for node in fault.nodes]
-    held = set(torch.cat(touched).tolist()) & set(channels) if touched else set()
-    if not held:
-        raise ValueError(f"{fault.source_line}: {fault.reason}")
-    found.keep(torch.tensor(sorted(held)), Kept(fault.reason, fault.source_line))
+    gone = set(channels)
+    for node in fault.nodes:
+        # What an operation reads is at fault, unless it reads all there is.
+        read, made = found.at(node)
+        held = next((each for each in (read, made) if each & gone), set[int]())
+        found.keep(torch.tensor(sorted(held)), Kept(fault.reason, fault.source_line))
+    if not gone & found.kept.keys():
+        raise ValueError(
+            f"{fault.source_line}: {fault.reason}; exclude=(...) the layers that it depends on"
+        )
 
 
 def _layer_rows(found: Channels, channels: Sequence[int]) -> list[ChannelRow]:
@@ -333,8 +339,9 @@ def _kept_rows(found: Channels, kept: Mapping[int, Kept]) -> list[KeptRow]:
     for weight, made in found.outputs.items():
         counts: dict[Kept, int] = {}
         for channel in made.tolist():
-            if channel in kept:
-                counts[kept[channel]] = counts.get(kept[channel], 0) + 1
+            why = kept.get(channel) if channel > 0 else ENDS
+            if why is not None:
+                counts[why] = counts.get(why, 0) + 1
         rows += [
             KeptRow(
                 name=weight.removesuffix(".weight"),

@@ -47,7 +47,7 @@ class PrunedChannels:
             of the smaller model: exact (7), as only zeros are put in.
         layers: output channels of each layer before and after, in order of execution.
         kept: channels that stay whatever the amount, with the reason.
-        channels: number of channel groups that were removed, and that could have been.
+        channels: number of output channels of layers that are gone, and that could be.
         parameters: number of parameters before and after.
         macs: multiply-adds of one sample in the model's own layers, before and after.
     """
@@ -71,7 +71,9 @@ class PrunedChannels:
         ):
             lines.append(f"{what}: {before:,} -> {after:,} ({after / max(1, before):.1%})")
         removed, removable = self.channels
-        lines.append(f"channel groups: {removed:,} of {removable:,} removable ones are gone")
+        lines.append(
+            f"output channels of layers: {removed:,} of {removable:,} removable ones are gone"
+        )
         lines.append(f"path-norm lost: {self.certificate.relative_upper:.3%}")
         reasons: dict[tuple[str, str], list[str]] = {}
         for row in self.kept:
@@ -88,7 +90,7 @@ class PrunedChannels:
 
     def __repr__(self) -> str:
         (before, after), (removed, _) = self.parameters, self.channels
-        return f"<PrunedChannels: {removed} channel groups removed, {before:,} -> {after:,} params>"
+        return f"<PrunedChannels: {removed} channels removed, {before:,} -> {after:,} params>"
 
     def save(self, path: str | Path) -> None:
         """Write plan and tensors into one safetensors file; :func:`fxpath.load_pruned` reads it.

@@ -16,9 +16,13 @@ from torch import Tensor
 from fxpath.pruning.channels import Channels, Kept
 from fxpath.symmetry.labels import Forest
 
-__all__ = ["Unit", "find_units"]
+__all__ = ["ENDS", "Unit", "find_units"]
 
-_ENDS = Kept("they go with channels of an input or an output of the model")
+#: Why channel 0 stays, and what is tied to it.
+ENDS = Kept(
+    "they are channels of the model's inputs or outputs, or meet those: in a sum, a tensor, or an "
+    "operation that is not followed, such as einsum"
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def _bundles(found: Channels, kept: Mapping[int, Kept]) -> tuple[list[list[int]]
             tie(by_place[key], axis.channels)
         else:
             by_place[key] = axis.channels
-    for group in found.grouped.values():
+    for group in (group for uses in found.grouped.values() for group in uses):
         if not group.balanced:
             whole = torch.cat([group.inputs, group.outputs], dim=1)
             tie(whole[:, :1], whole)
@@ -97,7 +101,7 @@ def _bundles(found: Channels, kept: Mapping[int, Kept]) -> tuple[list[list[int]]
     for number, (root, channels) in enumerate(members.items()):
         whys = [kept[channel] for channel in channels if channel in kept]
         if root == 0:
-            reasons[number] = _ENDS
+            reasons[number] = ENDS
         elif whys:
             reasons[number] = whys[0]
     return bundles, reasons
@@ -115,7 +119,8 @@ def _balances(found: Channels, bundles: Sequence[Sequence[int]]) -> dict[int, Si
     signatures: dict[int, Signature] = {}
     sides = [
         side
-        for group in found.grouped.values()
+        for uses in found.grouped.values()
+        for group in uses
         if group.balanced
         for side in (group.inputs, group.outputs)
     ]
