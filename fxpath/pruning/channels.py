@@ -51,11 +51,14 @@ class Axis:
         axis: of the tensor.
         channels: the channel at each position, < 1 for none, ``[positions]``; for axis 1 of a
             grouped convolution's weight ``[groups, positions]``.
+        incoming: whether the entries lead into the channels (weights, biases, means): where these
+            are zero, so is the channel.
     """
 
     tensor: str
     axis: int
     channels: Tensor
+    incoming: bool
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,6 @@ class Channels(Labelling):
         axes: all axes of the model's tensors along which channels lie.
         outputs: layer's weight -> the channels that it makes, in order, ``[channels]``.
         grouped: weight of a grouped convolution -> its groups, for each use.
-        carriers: tensors that hold weights, biases and statistics of channels.
         uses: weights in order of use, with the operations that read them.
         scored: for each use of coordinates their name, channels that its entries lead into, in the
             tensor's shape (length 1 where they do not depend on an axis), and the channels that
@@ -97,13 +99,12 @@ class Channels(Labelling):
     def __init__(self, captured: Captured, lifted: fx.GraphModule) -> None:
         self._beside: list[tuple[str, Tensor]] = []
         self._picked: list[tuple[Labels, int, Labels, fx.Node]] = []
-        self._sides: list[tuple[str, tuple[int, ...], Tensor, int]] = []
+        self._sides: list[tuple[str, tuple[int, ...], Tensor, int, bool]] = []
         self._groups: dict[str, tuple[int, bool]] = {}
         self._scored: list[tuple[str, Tensor, Tensor | None]] = []
         self._weights: dict[str, tuple[Tensor, int]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.uses: list[tuple[str, fx.Node]] = []
-        self.carriers: set[str] = set()
         self._kept: list[tuple[Tensor, Kept]] = []
         self._placeholders = captured.tensors
         super().__init__(captured, lifted)
@@ -147,7 +148,7 @@ class Channels(Labelling):
                 for each in (lifted, *lifted.all_input_nodes):
                     if each in self.labels:
                         channels = self._channels(self.labels[each].ids).unique().tolist()
-                        (made if each is lifted else read).update(channels)
+                        (made if each.meta.get("origin") is node else read).update(channels)
         return read, made
 
     def shown(self, node: fx.Node) -> Tensor | None:
@@ -184,10 +185,9 @@ class Channels(Labelling):
     ) -> None:
         """Uses of one tensor need no common factor here: they are tied by their positions."""
         if name is not None:
-            self.carriers.add(name)
-            self._sides.append((name, shape, out, axes[0]))
+            self._sides.append((name, shape, out, axes[0], True))
             if into is not None:
-                self._sides.append((name, shape, into, axes[1]))
+                self._sides.append((name, shape, into, axes[1], False))
 
     def conv(self, x: Labels, weight: Any, *spec: Any) -> Labels:
         y = super().conv(x, weight, *spec)
@@ -204,6 +204,8 @@ class Channels(Labelling):
         y = super().shift(x, bias)
         if isinstance(bias, Tensor):
             self._note_at(self.node.args[-1], y)
+            ids, there = torch.broadcast_tensors(y.ids, bias != 0)
+            self._keep_loaded(ids[there])
         elif isinstance(bias, Coordinates) and (bias.own or bias.beta or bias.norm):
             seen = bias.seen()
             ids = y.ids.reshape(y.ids.shape[-seen.dim() :] if seen.dim() else ())
@@ -219,6 +221,16 @@ class Channels(Labelling):
             else:
                 self._note_at(self.node.args[1], y)
         return y
+
+    def clamp(self, x: Labels, lo: float | None, hi: float | None) -> Labels:
+        if (lo or 0) > 0 or (hi or 0) < 0:
+            self._keep_loaded(x.ids)
+        return super().clamp(x, lo, hi)
+
+    def _keep_loaded(self, labels: Tensor) -> None:
+        """Channels that are not zero where all that leads into them is."""
+        line = source_line(self.node.meta["origin"]) if self.node.meta.get("origin") else ""
+        self._kept.append((labels, Kept("the model's code adds a constant to them", line)))
 
     def slope(self, x: Labels, a: Any) -> Labels:
         y = super().slope(x, a)
@@ -270,27 +282,33 @@ class Channels(Labelling):
     def _list_axes(self) -> None:
         for name in self._groups:
             self._list_grouped(name)
-        for name, shape, labels, axis in self._sides:
+        variances = {norm.var for norm in self._norms}
+        for name, shape, labels, axis, incoming in self._sides:
             if name not in self._groups:
-                self._list(name, shape, labels, axis)
+                # A variance of zero would be divided by.
+                self._list(name, shape, labels, axis, incoming and name not in variances)
         for name, labels in self._beside:
             shape = tuple(labels.shape)
             # One channel has all entries: which axis it is on does not matter, as it stays.
-            self._list(name, shape, labels, max(range(len(shape)), key=shape.__getitem__))
+            longest = max(range(len(shape)), key=shape.__getitem__)
+            self._list(name, shape, labels, longest, False)
 
-    def _list(self, name: str, shape: tuple[int, ...], labels: Tensor, axis: int) -> None:
+    def _list(
+        self, name: str, shape: tuple[int, ...], labels: Tensor, axis: int, incoming: bool
+    ) -> None:
         channels = compressed(self._channels(labels))
         varying = [axis for axis, size in enumerate(channels.shape) if size > 1]
         if len(varying) > 1:
             self.keep(channels, Kept(f"they lie along several axes of {name}"))
         elif varying:
-            self.axes.append(Axis(name, varying[0], channels.flatten()))
+            self.axes.append(Axis(name, varying[0], channels.flatten(), incoming))
         elif shape and channels.numel() == 1:
-            self.axes.append(Axis(name, axis, channels.flatten().expand(shape[axis])))
+            whole = channels.flatten().expand(shape[axis])
+            self.axes.append(Axis(name, axis, whole, incoming))
 
     def _list_grouped(self, name: str) -> None:
         groups, transposed = self._groups[name]
-        sides = [(shape, labels, axis) for n, shape, labels, axis in self._sides if n == name]
+        sides = [side[1:4] for side in self._sides if side[0] == name]
         shape = sides[0][0]
         tail = [1] * (len(shape) - 2)
         ends: list[list[Tensor]] = [[], []]
@@ -305,9 +323,9 @@ class Channels(Labelling):
             pair = first.reshape(groups, -1), second
             group = Group(*(pair if transposed else pair[::-1]))
             self.grouped.setdefault(name, []).append(group)
-            self.axes.append(Axis(name, 0, first))
+            self.axes.append(Axis(name, 0, first, not transposed))
             if group.balanced:
-                self.axes.append(Axis(name, 1, second))
+                self.axes.append(Axis(name, 1, second, transposed))
 
     def _made(self, name: str, out: Tensor, axis: int) -> Tensor:
         if name in self.grouped:

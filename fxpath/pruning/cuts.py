@@ -85,24 +85,25 @@ def _attributes(
     return changes
 
 
-def masked_tensors(model: nn.Module, found: Channels, plan: Plan) -> dict[str, Tensor]:
-    """The tensors of the model with zeros where the plan removes weights, biases and means.
+def masked_tensors(model: nn.Module, found: Channels, gone: Tensor) -> dict[str, Tensor]:
+    """The tensors of the model with zeros where weights, biases and means lead into what goes.
 
     So the channels that go are 0 at the output of each layer; slopes and variances stay.
     """
     named, ties = named_tensors(model), places(model)
-    variances = {norm.var for norm in found._norms}
     masked: dict[str, Tensor] = {}
-    for name, each in plan.tensors.items():
-        if name not in found.carriers or name in variances:
+    for axis in found.axes:
+        where = gone[axis.channels]
+        if not axis.incoming or not bool(where.any()):
             continue
-        value = named[name].detach().clone()
-        for axis, positions in each.remove.items():
-            value.index_fill_(axis, torch.tensor(positions, device=value.device), 0)
-        size = len(value) // max(1, len(each.within))
-        for part, positions in zip(value.split(size), each.within, strict=False):
-            part.index_fill_(1, torch.tensor(positions, device=value.device), 0)
-        masked.update(dict.fromkeys(ties[name], value))
+        if axis.tensor not in masked:
+            value = named[axis.tensor].detach().clone()
+            masked.update(dict.fromkeys(ties[axis.tensor], value))
+        value = masked[axis.tensor]
+        lines = where if where.dim() == 2 else where[None]
+        # Parts of axis 0, where each group of a convolution has channels of its own.
+        for part, line in zip(value.split(max(1, len(value) // len(lines))), lines, strict=False):
+            part.index_fill_(axis.axis, line.nonzero().flatten().to(value.device), 0)
     return masked
 
 

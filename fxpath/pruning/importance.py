@@ -96,7 +96,7 @@ def channel_importance(found: Channels, scores: Scores) -> Tensor:
     for name, out, into in found.scored:
         # The scores of a weight are those of all its uses, which are tied by their positions.
         key = name, _varying(out)
-        if name in scores and not _inside(out, into) and key not in counted:
+        if name in scores and not _inside(found, name, out, into) and key not in counted:
             counted.add(key)
             total += _summed(name, scores[name], out, found.count)
     return total
@@ -106,15 +106,17 @@ def _needed(found: Channels) -> list[str]:
     needed = {
         name: None
         for name, out, into in found.scored
-        if name in found.outputs and not _inside(out, into) and bool((out > 0).any())
+        if name in found.outputs and not _inside(found, name, out, into) and bool((out > 0).any())
     }
     return list(needed)
 
 
-def _inside(out: Tensor, into: Tensor | None) -> bool:
-    """Whether each entry leads from a channel to the one that it is tied to by its position."""
+def _inside(found: Channels, name: str, out: Tensor, into: Tensor | None) -> bool:
+    """Whether each entry leads from a channel to one that it is tied to."""
     if into is None:
         return False
+    if name in found.grouped:
+        return not found.grouped[name][0].balanced
     return len(_varying(out)) == 1 and _varying(out) == _varying(into)
 
 

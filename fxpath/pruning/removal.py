@@ -151,10 +151,13 @@ def prune_channels(
         scores = scores_of(model, criterion, network.given)
     importance = channel_importance(network.found, scores)
 
-    def choose() -> _Choice:
+    def choose(least: int | None) -> _Choice:
+        """What goes; all but ``least`` channels of each layer if that is a number."""
         units, kept = find_units(network.found, importance, network.found.kept)
-        ranking = Ranking(network.found, units, multiple_of, min_channels)
-        if amount is not None:
+        ranking = Ranking(network.found, units, multiple_of, least or min_channels)
+        if least is not None:
+            count = len(ranking.units)
+        elif amount is not None:
             if isinstance(amount, int) and amount > ranking.removable:
                 raise ValueError(
                     f"amount={amount}: only {ranking.removable} channels can be removed"
@@ -211,7 +214,7 @@ class Network:
 
     def masked(self, channels: Sequence[int]) -> dict[str, Tensor]:
         """Tensors of the model in which these channels' weights are zero, by name."""
-        return masked_tensors(self.model, self.found, make_plan(self.model, self.found, channels))
+        return masked_tensors(self.model, self.found, gone_mask(self.found, channels))
 
     def lost(self, channels: Sequence[int]) -> float:
         """What :meth:`metric` is relative to the path-norm, but for what cancels; much faster."""
@@ -264,16 +267,26 @@ def _until_met(ranking: Ranking, cost: Cost, limits: Mapping[str, float]) -> int
     return exceeding + 1
 
 
-def _removed(network: Network, choose: Callable[[], _Choice]) -> PrunedChannels:
-    """Remove what is chosen, until the model's code holds on to none of it."""
-    while True:
-        choice = choose()
-        plan = make_plan(network.model, network.found, choice.channels)
-        smaller = apply_plan(network.model, plan)
-        outcome = _compared(network, choice.channels, plan, smaller)
-        if not isinstance(outcome, Fault):
-            break
-        _blame(network.found, outcome, choice.channels)
+def _removed(network: Network, choose: Callable[[int | None], _Choice]) -> PrunedChannels:
+    """Remove what is chosen, where the model's code does not hold on to it.
+
+    That is found out by removing all there is first, up to two channels in each layer (a single
+    one would be broadcast, and hide that sizes do not fit).
+    """
+    found = network.found
+    probe = choose(2)
+    while isinstance(fault := _tried(network, probe)[2], Fault) and _blame(found, fault, probe):
+        probe = choose(2)
+    choice = choose(None)
+    plan, smaller, outcome = _tried(network, choice)
+    while isinstance(outcome, Fault):
+        if not _blame(found, outcome, choice):
+            raise ValueError(
+                f"{outcome.source_line}: {outcome.reason}; exclude=(...) the layers that it "
+                "depends on"
+            )
+        choice = choose(None)
+        plan, smaller, outcome = _tried(network, choice)
     _, lifted = outcome
     unread = unread_modules(network.model, network.captured) if choice.channels else []
     if unread and network.given.until is None and network.given.outputs is None:
@@ -283,43 +296,39 @@ def _removed(network: Network, choose: Callable[[], _Choice]) -> PrunedChannels:
             UserWarning,
             stacklevel=4,  # past the decorator of the verb
         )
-    before, rows = network.cost.before, _layer_rows(network.found, choice.channels)
+    before, rows = network.cost.before, _layer_rows(found, choice.channels)
     return PrunedChannels(
         model=smaller,
         plan=plan,
         certificate=network.metric(choice.channels),
         layers=rows,
-        kept=_kept_rows(network.found, choice.kept),
+        kept=_kept_rows(found, choice.kept),
         channels=(sum(row["before"] - row["after"] for row in rows), choice.removable),
         parameters=(before["parameters"], parameter_count(smaller)),
         macs=(before["macs"], sum(layer_macs(lifted).values())),
     )
 
 
-def _compared(
-    network: Network, channels: Sequence[int], plan: Plan, smaller: nn.Module
-) -> tuple[Captured, fx.GraphModule] | Fault:
-    masked = masked_tensors(network.model, network.found, plan)
-    gone = gone_mask(network.found, channels)
-    return compare(network.captured, network.found, gone, masked, smaller, network.given)
+def _tried(
+    network: Network, choice: _Choice
+) -> tuple[Plan, nn.Module, tuple[Captured, fx.GraphModule] | Fault]:
+    """The plan for a choice, the smaller model, and whether it agrees with the masked one."""
+    plan = make_plan(network.model, network.found, choice.channels)
+    smaller = apply_plan(network.model, plan)
+    gone, masked = gone_mask(network.found, choice.channels), network.masked(choice.channels)
+    outcome = compare(network.captured, network.found, gone, masked, smaller, network.given)
+    return plan, smaller, outcome
 
 
-def _blame(found: Channels, fault: Fault, channels: Sequence[int]) -> None:
-    """Keep the channels that a line holds on to.
-
-    Raises:
-        ValueError: with the line, if it touches none of those that would go.
-    """
-    gone = set(channels)
+def _blame(found: Channels, fault: Fault, choice: _Choice) -> bool:
+    """Keep the channels that a line holds on to; false if none of them would go."""
+    gone = set(choice.channels)
     for node in fault.nodes:
         # What an operation reads is at fault, unless it reads all there is.
         read, made = found.at(node)
         held = next((each for each in (read, made) if each & gone), set[int]())
         found.keep(torch.tensor(sorted(held)), Kept(fault.reason, fault.source_line))
-    if not gone & found.kept.keys():
-        raise ValueError(
-            f"{fault.source_line}: {fault.reason}; exclude=(...) the layers that it depends on"
-        )
+    return bool(gone & found.kept.keys())
 
 
 def _layer_rows(found: Channels, channels: Sequence[int]) -> list[ChannelRow]:
