@@ -92,6 +92,7 @@ class Channels(Labelling):
         scored: for each use of coordinates their name, channels that its entries lead into, in the
             tensor's shape (length 1 where they do not depend on an axis), and the channels that
             they come from.
+        clamped: which channels a clamp reads, whose bounds are neurons of their own.
         kept: channel -> why it cannot be removed.
         count: of the numbers that channels have.
     """
@@ -106,11 +107,15 @@ class Channels(Labelling):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.uses: list[tuple[str, fx.Node]] = []
         self._kept: list[tuple[Tensor, Kept]] = []
+        self._clamped: list[Tensor] = []
         self._placeholders = captured.tensors
         super().__init__(captured, lifted)
         roots = self.forest.roots()
         self.count = len(roots)
         self._roots = torch.cat([roots, torch.tensor([-1])])
+        self.clamped = torch.zeros(self.count + 1, dtype=torch.bool)
+        for labels in self._clamped:
+            self.clamped[self._channels(labels)] = True
         self.kept: dict[int, Kept] = {}
         self.axes: list[Axis] = []
         self.grouped: dict[str, list[Group]] = {}
@@ -223,6 +228,7 @@ class Channels(Labelling):
         return y
 
     def clamp(self, x: Labels, lo: float | None, hi: float | None) -> Labels:
+        self._clamped.append(x.ids.flatten())
         if (lo or 0) > 0 or (hi or 0) < 0:
             self._keep_loaded(x.ids)
         return super().clamp(x, lo, hi)

@@ -79,8 +79,8 @@ def channel_importance(found: Channels, scores: Scores) -> Tensor:
 
     Every path that is lost with channels enters them once by such an entry, so that for Path-Mag
     the sum over a unit is an upper bound of the path-norm that is lost with it.  Weights from a
-    channel to one that goes with it (depthwise convolutions, batch norms) are not counted: what
-    runs through them entered before.
+    channel to one that goes with it (depthwise convolutions, batch norms) are not counted, as what
+    runs through them entered before, unless a clamp stands in between, whose bounds enter there.
 
     Raises:
         ValueError: naming layers without a score, scores of another shape or that are no numbers.
@@ -112,8 +112,8 @@ def _needed(found: Channels) -> list[str]:
 
 
 def _inside(found: Channels, name: str, out: Tensor, into: Tensor | None) -> bool:
-    """Whether each entry leads from a channel to one that it is tied to."""
-    if into is None:
+    """Whether each entry leads from a channel to one that it is tied to, and is no way in."""
+    if into is None or bool(found.clamped[into].any()):
         return False
     if name in found.grouped:
         return not found.grouped[name][0].balanced

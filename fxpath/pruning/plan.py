@@ -201,10 +201,9 @@ def _cut(data: Any, name: str) -> Cut:
         raise ValueError(f"within of {name} of a plan: not positions on axis 1 for parts of axis 0")
     within = tuple(_positions(part, shape[1], f"axis 1 of {name}") for part in parts)
     each, rest = divmod(shape[0], len(within))
-    counts = [0] * len(within)
-    for position in remove.get(0, ()):
-        counts[position // max(1, each)] += 1
-    if rest or len(set(map(len, within))) > 1 or len(set(counts)) > 1:
+    rows = () if rest else remove.get(0, ())
+    counts = {sum(row // each == part for row in rows) for part in range(len(within))}
+    if rest or not each or len(set(map(len, within))) > 1 or len(counts) > 1:
         raise ValueError(f"within of {name} of a plan: parts that differ in size")
     return Cut(shape, remove, within)
 
