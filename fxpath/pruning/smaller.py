@@ -95,6 +95,9 @@ class PrunedChannels:
     def save(self, path: str | Path) -> None:
         """Write plan and tensors into one safetensors file; :func:`fxpath.load_pruned` reads it.
 
+        Args:
+            path: of the file; one that is there is overwritten.
+
         Raises:
             ValueError: if the model's state dict holds something else than tensors.
         """
