@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpath
-from benchmarks import criteria, growth, memory, timing
+from benchmarks import channels, criteria, growth, memory, timing
 from benchmarks.recipe import SumPool2d, recipe
 from fxpath import cli
 from fxpath.loading import UsageError
@@ -309,3 +309,14 @@ def test_growth_prints_a_row_for_each_size(case: str, capsys: pytest.CaptureFixt
 
 def test_growth_has_sizes_for_every_case() -> None:
     assert growth.SIZES.keys() == growth.CASES.keys()
+
+
+def test_channels(nets: Path) -> None:
+    path = nets / "channels.json"
+    assert (
+        channels.main(["--models", "bench_nets:tiny", "--repeats", "1", "--json", str(path)]) == 0
+    )
+    keys = {"model", "amount", "before_ms", "after_ms", "path_norm_lost"}
+    keys |= {f"{what}_{when}" for what in ("parameters", "macs") for when in ("before", "after")}
+    (row,) = read(path, keys)
+    assert row["parameters_after"] < row["parameters_before"]

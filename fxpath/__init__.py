@@ -21,8 +21,12 @@ from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.program import PathProgram
 from fxpath.pruning.masks import Masks, apply_masks, load_masks
 from fxpath.pruning.patterns import NM, PatternReport, PatternRow, verify_pattern
+from fxpath.pruning.plan import Plan
 from fxpath.pruning.prune import prune
 from fxpath.pruning.pruned import Pruned, PrunedLayer
+from fxpath.pruning.removal import prune_channels
+from fxpath.pruning.smaller import PrunedChannels, load_pruned
+from fxpath.pruning.surgery import apply_plan
 from fxpath.symmetry.groups import ChannelGroup, ChannelGroups, Member
 from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
 
@@ -43,20 +47,24 @@ __all__ = [
     "PathProgram",
     "PatternReport",
     "PatternRow",
+    "Plan",
     "Problem",
     "Pruned",
+    "PrunedChannels",
     "PrunedLayer",
     "Quantized",
     "SupportReport",
     "UnsupportedModelError",
     "analyze",
     "apply_masks",
+    "apply_plan",
     "channel_groups",
     "check",
     "compile",
     "criteria",
     "lipschitz_bound",
     "load_masks",
+    "load_pruned",
     "normalize",
     "path_lifting",
     "path_magnitude",
@@ -64,6 +72,7 @@ __all__ = [
     "path_norm",
     "path_norms",
     "prune",
+    "prune_channels",
     "quantize",
     "rescale",
     "verify_pattern",

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxpath import ops
 from fxpath.schema import arguments, target
 
-__all__ = ["Layer", "find_layers", "neuron_shares"]
+__all__ = ["Layer", "coordinate_of", "find_layers", "neuron_shares"]
 
 Channels = Callable[[Tensor], Tensor]
 
@@ -65,7 +65,7 @@ def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
     biases: dict[fx.Node | None, fx.Node] = {}
     for node in module.graph.nodes:
         table = weights if node.target in WEIGHING else biases if node.target is ops.shift else None
-        if table is not None and _coordinate(arguments(node)[1]) is not None:
+        if table is not None and coordinate_of(arguments(node)[1]) is not None:
             table.setdefault(node.meta["origin"], node)
     layers: dict[str, tuple[Layer, Channels]] = {}
     for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes]):
@@ -77,8 +77,8 @@ def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
 
 
 def _layer(origin: fx.Node | None, weigh: fx.Node | None, shift: fx.Node | None) -> Layer:
-    weight = None if weigh is None else _coordinate(arguments(weigh)[1])
-    bias = None if shift is None else _coordinate(arguments(shift)[1])
+    weight = None if weigh is None else coordinate_of(arguments(weigh)[1])
+    bias = None if shift is None else coordinate_of(arguments(shift)[1])
     main = weight or bias
     assert main is not None and origin is not None
     name: str = arguments(main)[1]
@@ -92,7 +92,7 @@ def _layer(origin: fx.Node | None, weigh: fx.Node | None, shift: fx.Node | None)
     )
 
 
-def _coordinate(weight: object) -> fx.Node | None:
+def coordinate_of(weight: object) -> fx.Node | None:
     """The coordinates behind a weight, through operations that only relabel entries."""
     while isinstance(weight, fx.Node) and weight.op == "call_function":
         if weight.target is ops.coordinate:

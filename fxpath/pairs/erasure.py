@@ -16,7 +16,7 @@ from fxpath import ops
 from fxpath.capture import Given, Model
 from fxpath.front import take_in
 from fxpath.pairs.difference import Difference, Excess, Rows
-from fxpath.pairs.matching import first_side
+from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import Pair, Side, Weights
 from fxpath.passes.reduce import reduce
@@ -48,7 +48,7 @@ class Erasure:
         """
         captured, signed = take_in(model, given)
         # Before the program is made, so that its graphs have the leaves' numbers.
-        side = first_side(captured, signed)
+        side = side_of(captured, signed)
         dtype = format_of(captured, signed)
         return cls(PathProgram(captured, signed, dtype, 1.0, given=given), side)
 

@@ -22,7 +22,7 @@ from fxpath.passes.unsign import unsign
 from fxpath.program import build
 from fxpath.schema import arguments
 
-__all__ = ["Other", "first_side", "make_pair"]
+__all__ = ["Other", "make_pair", "side_of"]
 
 Other = Model | Mapping[str, Tensor]
 
@@ -47,12 +47,12 @@ def make_pair(
         UnsupportedModelError: as :func:`fxpath.analyze`.
     """
     ours = build(model, given, reduced=False)
-    mine = first_side(ours.captured, ours.signed)
+    mine = side_of(ours.captured, ours.signed)
     return Pair(unsign(ours.signed), mine, _held_against(mine, other, given)).remember()
 
 
-def first_side(captured: Captured, signed: fx.GraphModule) -> Side:
-    """A captured model as the first network of pairs; its leaves are numbered in the graph."""
+def side_of(captured: Captured, signed: fx.GraphModule) -> Side:
+    """A captured model as one side of a pair; ``replace(side, tensors=...)`` is the other one."""
     mark_static(signed.graph)
     return Side(captured, signed, _detached(captured.live()), _number_leaves(signed.graph))
 

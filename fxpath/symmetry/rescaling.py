@@ -19,7 +19,7 @@ from fxpath.passes.unsign import unsign
 from fxpath.symmetry.groups import ChannelGroups, find_groups, open_groups
 from fxpath.symmetry.least_norm import least_norm_factors
 
-__all__ = ["channel_groups", "normalize", "rescale"]
+__all__ = ["channel_groups", "normalize", "rescale", "unread_modules"]
 
 
 @plain_mode()
@@ -276,11 +276,7 @@ def _warn_of_unread(
     """Say which modules evaluation leaves out: what they read may be rescaled, and they are not."""
     if given.until is not None or given.outputs is not None or bool((values == 1).all()):
         return
-    nodes = captured.graph_module.graph.nodes
-    names = {captured.tensors[n.name] for n in nodes if n.users and n.name in captured.tensors}
-    named = named_tensors(model)
-    read = {id(named[name]) for name in names if name in named}
-    unread = _unread(model, "", read)
+    unread = unread_modules(model, captured)
     if unread:
         warnings.warn(
             f"{', '.join(unread)}: not reached in eval mode, and left as they are; what they read "
@@ -291,8 +287,16 @@ def _warn_of_unread(
         )
 
 
-def _unread(module: nn.Module, path: str, read: set[int]) -> list[str]:
+def unread_modules(model: nn.Module, captured: Captured) -> list[str]:
     """The largest submodules, and single parameters, that no evaluation reads."""
+    nodes = captured.graph_module.graph.nodes
+    names = {captured.tensors[n.name] for n in nodes if n.users and n.name in captured.tensors}
+    named = named_tensors(model)
+    return _unread(model, "", {id(named[name]) for name in names if name in named})
+
+
+def _unread(module: nn.Module, path: str, read: set[int]) -> list[str]:
+    """The same for one module, from the ids of what is read."""
     found: list[str] = []
     for name, parameter in module.named_parameters(path, recurse=False):
         if id(parameter) not in read:
