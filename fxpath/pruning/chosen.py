@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
-
 from torch import nn
 
 from fxpath.pruning.channels import Channels, Kept
+from fxpath.pruning.choices import Choice, listed, matches, shown
 from fxpath.pruning.surgery import places
 
-__all__ = ["Choice", "keep_others"]
-
-Choice = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+__all__ = ["keep_others"]
 
 
 def keep_others(model: nn.Module, found: Channels, include: Choice | None, exclude: Choice) -> None:
@@ -35,11 +31,11 @@ def keep_others(model: nn.Module, found: Channels, include: Choice | None, exclu
         if choice is None:
             continue
         chosen: set[str] = set()
-        for pattern in _listed(choice):
-            matched = {w for w, names in layers.items() if _matches(model, names, pattern)}
+        for pattern in listed(choice):
+            matched = {w for w, names in layers.items() if matches(model, names, pattern)}
             if not matched:
                 raise ValueError(
-                    f"{'exclude' if excluded else 'include'}: {pattern!r} matches no layer; "
+                    f"{'exclude' if excluded else 'include'}: {shown(pattern)} matches no layer; "
                     f"there are {', '.join(layers)}"
                 )
             chosen |= matched
@@ -47,23 +43,3 @@ def keep_others(model: nn.Module, found: Channels, include: Choice | None, exclu
         for weight in layers:
             if (weight in chosen) == excluded:
                 found.keep(found.outputs[weight], why)
-
-
-def _listed(choice: Choice) -> list[str | type[nn.Module]]:
-    listed = [choice] if isinstance(choice, (str, type)) else list(choice)
-    for pattern in listed:
-        if not isinstance(pattern, str) and not (
-            isinstance(pattern, type) and issubclass(pattern, nn.Module)
-        ):
-            raise TypeError(f"{pattern!r}: pass names with * and ?, or types of modules")
-    return listed
-
-
-def _matches(model: nn.Module, names: Sequence[str], pattern: str | type[nn.Module]) -> bool:
-    """Whether a pattern means a weight with these names, or a module around it."""
-    if isinstance(pattern, str):
-        parts = [name.split(".") for name in names]
-        around = (".".join(p[:count]) for p in parts for count in range(1, len(p) + 1))
-        return any(fnmatchcase(name, pattern) for name in around)
-    holders = (name.rpartition(".")[0] for name in names)
-    return any(isinstance(model.get_submodule(path), pattern) for path in holders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -11,16 +12,16 @@ from fxpath import criteria
 from fxpath.capture import Given
 from fxpath.pruning.eligible import Eligible
 
-__all__ = ["Criterion", "checked_scores", "name_of", "scores_of"]
+__all__ = ["Criterion", "Scores", "all_scores", "checked_scores", "name_of", "scores_of"]
 
 Scores = Mapping[str, Tensor]
-Criterion = str | Scores | Callable[[nn.Module], Scores]
+Criterion = str | Scores | Callable[..., Scores]
 
 #: Criteria that need nothing but a model.
-_BY_NAME: dict[str, Callable[[nn.Module, Given], Scores]] = {
-    "path_magnitude": lambda model, given: criteria.path_magnitude(model, **vars(given)),
-    "canonical_magnitude": lambda model, given: criteria.canonical_magnitude(model, **vars(given)),
-    "magnitude": lambda model, given: criteria.magnitude(model),
+_BY_NAME: dict[str, Callable[..., Scores]] = {
+    "path_magnitude": criteria.path_magnitude,
+    "canonical_magnitude": criteria.canonical_magnitude,
+    "magnitude": criteria.magnitude,
 }
 
 
@@ -48,17 +49,37 @@ def name_of(criterion: Criterion) -> str:
     return "custom"
 
 
+def all_scores(criterion: Criterion, model: nn.Module, given: Given) -> Scores:
+    """The scores that a criterion gives.
+
+    Args:
+        criterion: as for :func:`name_of`; a function is told of ``given`` what it has arguments
+            for.
+        model: the model.
+        given: what the caller says about inputs.
+
+    Raises:
+        TypeError: if a function returns no scores by name.
+        ValueError: as :func:`name_of`.
+    """
+    if isinstance(criterion, Mapping):
+        return criterion
+    name = name_of(criterion)
+    function = _BY_NAME[name] if isinstance(criterion, str) else criterion
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    told = {k: v for k, v in vars(given).items() if takes_all or k in parameters}
+    found = function(model, **told)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"the criterion returned a {type(found).__name__}, not scores by name")
+    return found
+
+
 def scores_of(
     criterion: Criterion, model: nn.Module, given: Given, chosen: Sequence[Eligible]
 ) -> dict[str, Tensor]:
     """Scores of the entries that may be pruned."""
-    if isinstance(criterion, str):
-        found = _BY_NAME[criterion](model, given)
-    elif isinstance(criterion, Mapping):
-        found = criterion
-    else:
-        found = criterion(model)
-    return checked_scores(found, chosen)
+    return checked_scores(all_scores(criterion, model, given), chosen)
 
 
 def checked_scores(found: Scores, chosen: Sequence[Eligible]) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import fx, nn
 from torch.nn.utils import prune as torch_prune
@@ -13,12 +12,10 @@ from torch.nn.utils import prune as torch_prune
 from fxpath import ops
 from fxpath.capture import Captured, named_tensors
 from fxpath.graphs import inputs_first
+from fxpath.pruning.choices import Choice, listed, matches, shown
 from fxpath.schema import arguments
 
-__all__ = ["Choice", "Eligible", "check_stored", "choose", "find_eligible"]
-
-#: A pattern of names (fnmatch), or a type of module.
-Choice = str | type[nn.Module]
+__all__ = ["Eligible", "check_stored", "choose", "find_eligible"]
 
 _WEIGHING = (ops.conv, ops.linear, ops.matmul, ops.einsum)
 _ADDING = (ops.shift, ops.constant)
@@ -55,44 +52,29 @@ class Eligible:
 def choose(
     model: nn.Module,
     found: Sequence[Eligible],
-    include: Sequence[Choice] | Choice | None,
-    exclude: Sequence[Choice] | Choice,
+    include: Choice | None,
+    exclude: Choice,
 ) -> list[Eligible]:
     """Those that ``include`` chooses (all by default) and ``exclude`` does not.
 
     Raises:
         ValueError: if a pattern or a type matches nothing, or if nothing is left.
     """
-    wanted = None if include is None else _listed(include)
-    spared = _listed(exclude)
+    wanted = None if include is None else listed(include)
+    spared = listed(exclude)
     for choice in (*(wanted or ()), *spared):
-        if not any(_matches(model, each, choice) for each in found):
+        if not any(matches(model, [each.name], choice) for each in found):
             known = ", ".join(each.name for each in found[:8]) + ", ..." * (len(found) > 8)
-            raise ValueError(f"{_written(choice)} matches no parameter that can be pruned: {known}")
+            raise ValueError(f"{shown(choice)} matches no parameter that can be pruned: {known}")
     chosen = [
         each
         for each in found
-        if (wanted is None or any(_matches(model, each, choice) for choice in wanted))
-        and not any(_matches(model, each, choice) for choice in spared)
+        if (wanted is None or any(matches(model, [each.name], choice) for choice in wanted))
+        and not any(matches(model, [each.name], choice) for choice in spared)
     ]
     if not chosen:
         raise ValueError("nothing is left to prune: include and exclude spare every parameter")
     return chosen
-
-
-def _listed(choices: Sequence[Choice] | Choice) -> tuple[Choice, ...]:
-    return (choices,) if isinstance(choices, (str, type)) else tuple(choices)
-
-
-def _written(choice: Choice) -> str:
-    return repr(choice) if isinstance(choice, str) else choice.__name__
-
-
-def _matches(model: nn.Module, each: Eligible, choice: Choice) -> bool:
-    if isinstance(choice, str):
-        return fnmatchcase(each.name, choice)
-    holder = dict(model.named_modules()).get(each.name.rpartition(".")[0])
-    return isinstance(holder, choice)
 
 
 def find_eligible(captured: Captured, lifted: fx.GraphModule, biases: bool) -> list[Eligible]:

@@ -2,76 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fxpath import criteria
-from fxpath.capture import Given
 from fxpath.pruning.channels import Channels
+from fxpath.pruning.criterion import Scores
 
-__all__ = ["Criterion", "Scores", "channel_importance", "scores_of"]
-
-Scores = Mapping[str, Tensor]
-Criterion = str | Scores | Callable[..., Scores]
-
-
-def scores_of(model: nn.Module, criterion: Criterion, given: Given) -> Scores:
-    """The scores that a criterion gives.
-
-    Args:
-        model: the model.
-        criterion: the name of a function of :mod:`fxpath.criteria`, a dict of scores, or a function
-            of a model and its input shape.
-        given: what the caller says about inputs; a function is told what it has arguments for.
-
-    Raises:
-        ValueError: for an unknown name, or a criterion that needs data.
-        TypeError: for something else.
-    """
-    if isinstance(criterion, Mapping):
-        return criterion
-    if isinstance(criterion, str):
-        if criterion not in criteria.__all__:
-            raise ValueError(
-                f"criterion={criterion!r}: there are {', '.join(map(repr, criteria.__all__))}"
-            )
-        function: Callable[..., Scores] = getattr(criteria, criterion)
-    elif callable(criterion):
-        function = criterion
-    else:
-        raise TypeError(
-            f"criterion is a {type(criterion).__name__}: pass a name, a dict of scores, or a "
-            "function of a model and its input shape"
-        )
-    parameters = inspect.signature(function).parameters
-    told = asdict(given) if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else {}
-    told = {name: value for name, value in told.items() if value is not None}
-    if isinstance(criterion, str):
-        needed = [
-            name
-            for name, parameter in parameters.items()
-            if parameter.default is parameter.empty
-            and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            and name != "model"
-        ]
-        if needed:
-            raise ValueError(
-                f"criterion={criterion!r} needs {', '.join(needed)}: pass its scores, "
-                f"criterion=fxpath.criteria.{criterion}(...)"
-            )
-        if "input_shape" not in parameters:
-            return function(model)
-        told.pop("input_shape", None)
-        return function(model, given.input_shape, **told)
-    found = function(model, given.input_shape)
-    if not isinstance(found, Mapping):
-        raise TypeError(f"the criterion returned a {type(found).__name__}, not a dict of scores")
-    return found
+__all__ = ["channel_importance"]
 
 
 def channel_importance(found: Channels, scores: Scores) -> Tensor:

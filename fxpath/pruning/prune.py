@@ -15,8 +15,9 @@ from fxpath.capture.given import Inputs, Outputs
 from fxpath.criteria import relative_to_layer
 from fxpath.modes import plain_mode
 from fxpath.pairs.erasure import Erasure
+from fxpath.pruning.choices import Choice
 from fxpath.pruning.criterion import Criterion, name_of
-from fxpath.pruning.eligible import Choice, Eligible, check_stored, choose, find_eligible
+from fxpath.pruning.eligible import Eligible, check_stored, choose, find_eligible
 from fxpath.pruning.goal import Goal, decided
 from fxpath.pruning.patterns import NM, refused
 from fxpath.pruning.pruned import Pruned, PrunedLayer
@@ -37,8 +38,8 @@ def prune(
     layer_adaptive: bool = False,
     pattern: NM | None = None,
     budget: float | None = None,
-    include: Sequence[Choice] | Choice | None = None,
-    exclude: Sequence[Choice] | Choice = (),
+    include: Choice | None = None,
+    exclude: Choice = (),
     steps: int = 1,
     max_layer_sparsity: float | None = None,
     biases: bool = False,
@@ -71,8 +72,9 @@ def prune(
             entries, as in ``torch.nn.utils.prune``.
         input_shape: as for :func:`fxpath.analyze`.
         criterion: ``"path_magnitude"``, ``"canonical_magnitude"`` or ``"magnitude"``; scores by
-            parameter name, higher = kept (all eligible ones); or a function that is given a model
-            and returns such scores.
+            parameter name, higher = kept (all eligible ones); or a function of the model that
+            returns such scores, and that is told ``input_shape`` and the like if it has arguments
+            of these names.
         scope: ``"global"`` ranks the entries of all layers together, ``"layer"`` cuts ``amount``
             in each parameter.
         layer_adaptive: rank by :func:`fxpath.criteria.relative_to_layer` of the scores.
@@ -81,8 +83,8 @@ def prune(
             are, with the reason in their row.
         budget: in place of ``amount``: the largest exact relative path-metric that may be lost
             (0.01 = 1 % of the path-norm); as many entries go as it allows.
-        include: names of parameters (with ``*`` as in ``fnmatch``) and types of modules to choose
-            from; all that are eligible by default.
+        include: names of parameters, or of modules with all that is in them (with ``*`` as in
+            ``fnmatch``), and types of modules, to choose from; all that is eligible by default.
         exclude: those to spare.
         steps: in how many steps the amount or the budget is reached, with scores of the network
             pruned so far at each.

@@ -23,7 +23,8 @@ from fxpath.passes.unsign import unsign
 from fxpath.program import build
 from fxpath.pruning.agreement import Fault, compare
 from fxpath.pruning.channels import Channels, Kept
-from fxpath.pruning.chosen import Choice, keep_others
+from fxpath.pruning.choices import Choice
+from fxpath.pruning.chosen import keep_others
 from fxpath.pruning.constraints import (
     Constraints,
     absolute,
@@ -31,6 +32,7 @@ from fxpath.pruning.constraints import (
     check_budget,
     unmet,
 )
+from fxpath.pruning.criterion import Criterion, Scores, all_scores
 from fxpath.pruning.cuts import (
     Cost,
     gone_mask,
@@ -39,7 +41,7 @@ from fxpath.pruning.cuts import (
     masked_tensors,
     parameter_count,
 )
-from fxpath.pruning.importance import Criterion, Scores, channel_importance, scores_of
+from fxpath.pruning.importance import channel_importance
 from fxpath.pruning.plan import Plan
 from fxpath.pruning.ranking import Ranking, last_that
 from fxpath.pruning.smaller import ChannelRow, KeptRow, PrunedChannels
@@ -148,7 +150,7 @@ def prune_channels(
     if criterion == "path_magnitude":
         scores: Scores = network.program.scores()
     else:
-        scores = scores_of(model, criterion, network.given)
+        scores = all_scores(criterion, model, network.given)
     importance = channel_importance(network.found, scores)
 
     def choose(least: int | None) -> _Choice:
