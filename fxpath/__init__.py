@@ -19,6 +19,7 @@ from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.program import PathProgram
+from fxpath.pruning.dead import remove_dead
 from fxpath.pruning.plan import Plan
 from fxpath.pruning.removal import prune_channels
 from fxpath.pruning.smaller import PrunedChannels, load_pruned
@@ -61,5 +62,6 @@ __all__ = [
     "path_norms",
     "prune_channels",
     "quantize",
+    "remove_dead",
     "rescale",
 ]

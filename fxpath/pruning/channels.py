@@ -156,6 +156,10 @@ class Channels(Labelling):
                         (made if each.meta.get("origin") is node else read).update(channels)
         return read, made
 
+    def of(self, node: fx.Node) -> Tensor:
+        """Channels at the entries of an activation of the lifted graph; length 1 where all alike."""
+        return self._channels(self.labels[node].ids)
+
     def shown(self, node: fx.Node) -> Tensor | None:
         """Channels at the entries of what an operation of the captured graph makes."""
         last = None
