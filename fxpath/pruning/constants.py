@@ -81,7 +81,7 @@ class Constants:
         kept = x * self.channels[self._read(name)].to(x.device)
         return kept if bool(kept.any()) else None
 
-    def folded(self, gone: Tensor, needless: Tensor) -> dict[str, Bias] | dict[int, Kept]:
+    def folded(self, gone: Tensor, needless: Tensor) -> tuple[dict[str, Bias], dict[int, Kept]]:
         """What biases take up when channels go.
 
         Args:
@@ -89,7 +89,7 @@ class Constants:
             needless: flags of channels whose values no output depends on.
 
         Returns:
-            For each tensor what is added to it; or else channels that have to stay, with reasons.
+            For each tensor what is added to it, and channels that have to stay, with reasons.
         """
         biases: dict[str, Bias] = {}
         kept: dict[int, Kept] = {}
@@ -109,7 +109,7 @@ class Constants:
             else:
                 left = (added / place.divisor)[~gone[outputs]]
                 biases[place.name] = Bias(tuple(left.tolist()), place.create)
-        return kept or biases
+        return biases, kept
 
     def _outputs(self, node: fx.Node) -> Tensor:
         """The channel of each output of a layer."""
@@ -236,4 +236,3 @@ def _axis(node: fx.Node) -> int:
         return 1
     rank = len(node.meta["val"].shape)
     return rank - 2 if node.target is ops.matmul and arguments(node)[2] else rank - 1
-

@@ -1,11 +1,10 @@
-"""The verb ``remove_dead``: channels whose removal changes nothing, and constants put into biases."""
+"""The verb ``remove_dead``: channels go that do nothing, and constants go into biases."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,17 +15,16 @@ from fxpath.capture import Captured, Given, Shapes, named_tensors
 from fxpath.capture.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pruning.agreement import Fault, compare
-from fxpath.pruning.channels import Channels, Kept
+from fxpath.pruning.channels import Kept
 from fxpath.pruning.constants import Constants
-from fxpath.pruning.cuts import gone_mask, layer_macs, make_plan, parameter_count
+from fxpath.pruning.cuts import gone_mask, make_plan
 from fxpath.pruning.plan import Bias, Plan
 from fxpath.pruning.ranking import Ranking
 from fxpath.pruning.reach import driven_channels, live_channels
-from fxpath.pruning.removal import Network, _blame, _layer_rows
-from fxpath.pruning.smaller import KeptRow, PrunedChannels
+from fxpath.pruning.removal import Chosen, Network, blame, finished
+from fxpath.pruning.smaller import PrunedChannels
 from fxpath.pruning.surgery import apply_plan, cut
-from fxpath.pruning.units import Unit, find_units
-from fxpath.symmetry.rescaling import unread_modules
+from fxpath.pruning.units import find_units
 
 __all__ = ["remove_dead"]
 
@@ -107,62 +105,33 @@ def remove_dead(
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     network = Network(_unmasked(model), given)
     dead = _Dead(network)
-    while True:
-        choice = dead.choose()
-        plan = replace(make_plan(network.model, network.found, choice.channels), biases=choice.biases)
-        smaller = apply_plan(network.model, plan)
-        outcome = _compared(network, choice, plan, smaller)
-        if not isinstance(outcome, Fault):
-            break
-        _blame(network.found, outcome, choice.channels)
-    _, lifted = outcome
-    unread = unread_modules(network.model, network.captured) if choice.channels else []
-    if unread and network.given.until is None and network.given.outputs is None:
-        warnings.warn(
-            f"{', '.join(unread)}: not reached in eval mode, and left as they are; channels that "
-            "they read in training (an auxiliary head reads some inside the network) may be gone",
-            UserWarning,
-            stacklevel=3,  # past the decorator
-        )
-    rows = _layer_rows(network.found, choice.channels)
-    before = network.cost.before
-    return PrunedChannels(
-        model=smaller,
-        plan=plan,
-        certificate=network.metric(choice.without_paths),
-        layers=rows,
-        kept=_kept_rows(network.found, choice.kept),
-        channels=(sum(row["before"] - row["after"] for row in rows), dead.count),
-        parameters=(before["parameters"], parameter_count(smaller)),
-        macs=(before["macs"], sum(layer_macs(lifted).values())),
-    )
+    decision = dead.choose()
+    plan, smaller, outcome = _tried(network, decision)
+    while isinstance(outcome, Fault):
+        if not blame(network.found, outcome, decision.choice):
+            raise ValueError(f"{outcome.source_line}: {outcome.reason}")
+        decision = dead.choose()
+        plan, smaller, outcome = _tried(network, decision)
+    certificate = network.metric(decision.without_paths)
+    return finished(network, decision.choice, plan, smaller, outcome[1], certificate)
 
 
-class _Choice:
-    """Channels that go, those of them without paths, what biases take up, and who stays."""
+@dataclass(frozen=True)
+class _Decision:
+    """Channels that go, those of them in units that no path runs through, what biases take up."""
 
-    def __init__(
-        self, units: Sequence[Unit], dead: Tensor, biases: Mapping[str, Bias], kept: dict[int, Kept]
-    ) -> None:
-        self.channels = [channel for unit in units for channel in unit.channels]
-        self.without_paths = [
-            channel
-            for unit in units
-            if bool(dead[list(unit.channels)].all())
-            for channel in unit.channels
-        ]
-        self.biases, self.kept = biases, kept
+    choice: Chosen
+    without_paths: Sequence[int]
+    biases: Mapping[str, Bias]
 
 
 class _Dead:
-    """Channels of a network that do nothing.
-
-    Attributes:
-        count: how many output channels of layers do nothing.
-    """
+    """Channels of a network that do nothing."""
 
     def __init__(self, network: Network) -> None:
         found, live = network.found, network.captured.live()
+        # What the model's code adds is one of the constants here.
+        found.kept = {c: why for c, why in found.kept.items() if c not in found.loaded}
         self._found = found
         self._without_paths = ~live_channels(network.lifted, live, found)
         constant = ~driven_channels(network.lifted, live, found) & ~self._without_paths
@@ -173,44 +142,54 @@ class _Dead:
         self._constants = Constants(
             network.model, network.captured, network.program.signed, network.lifted, found, constant
         )
-        self.count = sum(int(self._idle[made].sum()) for made in found.outputs.values())
 
-    def choose(self) -> _Choice:
-        """All that can go; what is found to stay is noted among the channels' reasons."""
-        found, idle = self._found, self._idle
+    def choose(self) -> _Decision:
+        """All that can go; reasons to stay are noted with the channels."""
+        found, idle = self._found, self._idle.tolist()
         importance = torch.zeros(found.count, dtype=torch.float64)
-        used = [c for c in range(1, found.count) if not idle[c]]
+        used = dict.fromkeys([c for c in range(1, found.count) if not idle[c]], _USED)
         while True:
-            units, kept = find_units(found, importance, dict.fromkeys(used, _USED) | found.kept)
+            units, kept = find_units(found, importance, used | found.kept)
             ranking = Ranking(found, units, 1, 1)
-            gone = gone_mask(found, ranking.first(len(ranking.units)))
-            folded = self._constants.folded(gone, self._without_paths)
-            stay = {key: why for key, why in folded.items() if isinstance(why, Kept)}
+            channels = ranking.first(len(ranking.units))
+            gone = gone_mask(found, channels)
+            biases, stay = self._constants.folded(gone, self._without_paths)
             if not stay:
                 break
             for channel, why in stay.items():
-                found.keep(torch.tensor([int(channel)]), why)
-        biases = {str(name): bias for name, bias in folded.items() if isinstance(bias, Bias)}
-        reasons = {**kept, **ranking.kept}
+                found.keep(torch.tensor([channel]), why)
+        reasons = kept | ranking.kept
         left = {c: reasons.get(c, _LAST) for c in range(1, found.count) if idle[c] and not gone[c]}
-        return _Choice(ranking.units, self._without_paths, biases, left)
+        count = sum(int(self._idle[made].sum()) for made in found.outputs.values())
+        without_paths = [
+            channel
+            for unit in ranking.units
+            if bool(self._without_paths[list(unit.channels)].all())
+            for channel in unit.channels
+        ]
+        return _Decision(Chosen(channels, count, left), without_paths, biases)
 
 
-def _compared(
-    network: Network, choice: _Choice, plan: Plan, smaller: nn.Module
-) -> tuple[Captured, fx.GraphModule] | Fault:
-    """Compare with the model as it is, before the rounding of biases."""
+def _tried(
+    network: Network, decision: _Decision
+) -> tuple[Plan, nn.Module, tuple[Captured, fx.GraphModule] | Fault]:
+    """The plan for a choice, the smaller model, and whether it agrees with the model as it is."""
+    channels, biases = decision.choice.channels, decision.biases
+    plan = replace(make_plan(network.model, network.found, channels), biases=biases)
+    smaller = apply_plan(network.model, plan)
+    # Compared before the rounding of biases.
     exact: dict[str, Tensor] = {}
     named, made = named_tensors(network.model), named_tensors(smaller)
-    for name, bias in plan.biases.items():
+    for name, bias in biases.items():
         added = torch.tensor(bias.add, dtype=torch.float64, device=made[name].device)
         exact[name] = added.reshape(made[name].shape)
         if not bias.create:
             held = named[name].detach()
             left = cut(held, plan.tensors[name]) if name in plan.tensors else held
             exact[name] = exact[name] + left.double()
-    gone = gone_mask(network.found, choice.channels)
-    return compare(network.captured, network.found, gone, {}, smaller, network.given, exact)
+    gone = gone_mask(network.found, channels)
+    outcome = compare(network.captured, network.found, gone, {}, smaller, network.given, exact)
+    return plan, smaller, outcome
 
 
 @torch.no_grad()
@@ -231,23 +210,3 @@ def _unmasked(model: nn.Module) -> nn.Module:
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
     return copied
-
-
-def _kept_rows(found: Channels, kept: Mapping[int, Kept]) -> list[KeptRow]:
-    """Output channels of layers that do nothing and stay."""
-    rows = []
-    for weight, made in found.outputs.items():
-        counts: dict[Kept, int] = {}
-        for channel in made.tolist():
-            if channel in kept:
-                counts[kept[channel]] = counts.get(kept[channel], 0) + 1
-        rows += [
-            KeptRow(
-                name=weight.removesuffix(".weight"),
-                channels=count,
-                reason=why.reason,
-                source_line=why.source_line,
-            )
-            for why, count in counts.items()
-        ]
-    return rows
