@@ -254,6 +254,34 @@ def test_flatten_folds_at_every_position() -> None:
     assert any("one channel" in row["reason"] for row in result.kept)
 
 
+class Coded(nn.Module):
+    """Constants and a size in the code."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.conv, self.mid, self.last = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 4, 1), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardtanh(self.conv(x) + 0.1, -0.5, 2.0).clamp(min=0.25)
+        x = self.mid(F.max_pool2d(x, 3, stride=2, padding=1))
+        x = F.leaky_relu(x)
+        x = x.view(len(x), self.size)
+        return self.last(x)
+
+
+def test_constants_in_the_code_fold_and_sizes_in_it_keep_channels() -> None:
+    for size in (-1, 16):
+        model = made(Coded(size))
+        zero(model.conv.weight, [0, 1])
+        zero(model.conv.bias, [0])
+        zero(model.mid.weight, [3])
+        zero(model.last.weight, range(4), axis=1)
+        result = check(model, (2, 6, 6), 4 if size == -1 else 2)
+        lines = [row["source_line"] for row in result.kept]
+        assert ["view" in line for line in lines] == [True] * (size == 16)
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

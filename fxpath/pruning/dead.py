@@ -69,8 +69,8 @@ def remove_dead(
         example_inputs: as for :func:`fxpath.analyze`.
         example_kwargs: as for :func:`fxpath.analyze`.
         batch_dim: as for :func:`fxpath.analyze`.
-        until: as for :func:`fxpath.analyze`.
-        outputs: as for :func:`fxpath.analyze`.
+        until: as for :func:`fxpath.analyze`; what only reaches other outputs counts as dead.
+        outputs: as for :func:`fxpath.analyze`, likewise.
 
     Returns:
         A :class:`~fxpath.PrunedChannels`.  Its ``certificate`` is the path-metric between the model
@@ -109,7 +109,7 @@ def remove_dead(
     plan, smaller, outcome = _tried(network, decision)
     while isinstance(outcome, Fault):
         if not blame(network.found, outcome, decision.choice):
-            raise ValueError(f"{outcome.source_line}: {outcome.reason}")
+            raise ValueError(f"{outcome.source_line}: {outcome.reason}; {_remedy(given)}")
         decision = dead.choose()
         plan, smaller, outcome = _tried(network, decision)
     certificate = network.metric(decision.without_paths)
@@ -190,6 +190,12 @@ def _tried(
     gone = gone_mask(network.found, channels)
     outcome = compare(network.captured, network.found, gone, {}, smaller, network.given, exact)
     return plan, smaller, outcome
+
+
+def _remedy(given: Given) -> str:
+    if given.until is None and given.outputs is None:
+        return "take sizes from the tensors themselves (x.flatten(1), x.shape)"
+    return "until= and outputs= leave out what still reads these channels: ask for all outputs"
 
 
 @torch.no_grad()
