@@ -19,6 +19,7 @@ from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.program import PathProgram
+from fxpath.pruning.dead import remove_dead
 from fxpath.pruning.masks import Masks, apply_masks, load_masks
 from fxpath.pruning.patterns import NM, PatternReport, PatternRow, verify_pattern
 from fxpath.pruning.plan import Plan
@@ -74,6 +75,7 @@ __all__ = [
     "prune",
     "prune_channels",
     "quantize",
+    "remove_dead",
     "rescale",
     "verify_pattern",
 ]

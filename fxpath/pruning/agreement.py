@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def compare(
     masked: Mapping[str, Tensor],
     smaller: nn.Module,
     given: Given,
+    exact: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Captured, fx.GraphModule] | Fault:
     """Capture the smaller model, and run it beside the masked one on random inputs, in float64.
 
@@ -53,6 +55,8 @@ def compare(
         masked: tensors of the original model by name, where they are masked.
         smaller: the smaller model.
         given: its inputs.
+        exact: tensors of the smaller model by name, as they were before they were rounded to the
+            model's number format.
 
     Returns:
         The smaller model as :func:`fxpath.front.take_in` gives it, or what is wrong with it.
@@ -68,7 +72,8 @@ def compare(
     live = {captured.tensors[key]: key for key in captured.tensors}
     tensors = captured.live() | {live[name]: each for name, each in masked.items() if name in live}
     ours = _Double(captured, tensors)
-    theirs = _Double(other, other.live())
+    rounded = {key: exact[name] for key, name in other.tensors.items() if name in exact}
+    theirs = _Double(other, other.live() | rounded)
     pairs = zip(ours.outputs(), theirs.outputs(), strict=True)
     if all(_agree(a, b) for a, b in pairs):
         return other, signed

@@ -94,6 +94,7 @@ class Channels(Labelling):
             they come from.
         clamped: which channels a clamp reads, whose bounds are neurons of their own.
         kept: channel -> why it cannot be removed.
+        loaded: channels of these that stay for nothing but a constant in the model's code.
         count: of the numbers that channels have.
     """
 
@@ -119,8 +120,6 @@ class Channels(Labelling):
         self.kept: dict[int, Kept] = {}
         self.axes: list[Axis] = []
         self.grouped: dict[str, list[Group]] = {}
-        for labels, why in self._kept:
-            self.keep(self._channels(labels), why)
         for before, dim, after, node in self._picked:
             if self._varies(before.ids, dim) or self._varies(after.ids, dim):
                 why = Kept(
@@ -138,6 +137,10 @@ class Channels(Labelling):
         ]
         self.outputs = {name: self._made(name, *made) for name, made in self._weights.items()}
         self._keep_foreign(captured)
+        others = set(self.kept)
+        for labels, why in self._kept:
+            self.keep(self._channels(labels), why)
+        self.loaded = self.kept.keys() - others
 
     def keep(self, channels: Tensor, why: Kept) -> None:
         """Note why channels stay, unless a reason is known."""
@@ -155,6 +158,10 @@ class Channels(Labelling):
                         channels = self._channels(self.labels[each].ids).unique().tolist()
                         (made if each.meta.get("origin") is node else read).update(channels)
         return read, made
+
+    def of(self, node: fx.Node) -> Tensor:
+        """Channels at the entries of a activation; length 1 along axes where all are alike."""
+        return self._channels(self.labels[node].ids)
 
     def shown(self, node: fx.Node) -> Tensor | None:
         """Channels at the entries of what an operation of the captured graph makes."""

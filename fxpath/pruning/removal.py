@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ from fxpath.pruning.surgery import apply_plan
 from fxpath.pruning.units import ENDS, find_units
 from fxpath.symmetry.rescaling import unread_modules
 
-__all__ = ["Network", "prune_channels"]
+__all__ = ["Chosen", "Network", "blame", "finished", "prune_channels"]
 
 
 @plain_mode()
@@ -153,7 +153,7 @@ def prune_channels(
         scores = all_scores(criterion, model, network.given)
     importance = channel_importance(network.found, scores)
 
-    def choose(least: int | None) -> _Choice:
+    def choose(least: int | None) -> Chosen:
         """What goes; all but ``least`` channels of each layer if that is a number."""
         units, kept = find_units(network.found, importance, network.found.kept)
         ranking = Ranking(network.found, units, multiple_of, least or min_channels)
@@ -170,16 +170,20 @@ def prune_channels(
         else:
             assert budget is not None
             count = _within_budget(network, ranking, budget)
-        return _Choice(ranking.first(count), ranking.removable, {**kept, **ranking.kept})
+        ends = dict.fromkeys((0, -1), ENDS)
+        return Chosen(ranking.first(count), ranking.removable, {**ends, **kept, **ranking.kept})
 
-    return _removed(network, choose)
+    choice, plan, smaller, lifted = _removed(network, choose)
+    return finished(network, choice, plan, smaller, lifted, network.metric(choice.channels))
 
 
-class _Choice:
-    """Channels that go, how many could, and those that stay."""
+@dataclass(frozen=True)
+class Chosen:
+    """Channels that go, how many could, and those that are reported to stay."""
 
-    def __init__(self, channels: Sequence[int], removable: int, kept: Mapping[int, Kept]) -> None:
-        self.channels, self.removable, self.kept = channels, removable, kept
+    channels: Sequence[int]
+    removable: int
+    kept: Mapping[int, Kept]
 
 
 class Network:
@@ -269,7 +273,9 @@ def _until_met(ranking: Ranking, cost: Cost, limits: Mapping[str, float]) -> int
     return exceeding + 1
 
 
-def _removed(network: Network, choose: Callable[[int | None], _Choice]) -> PrunedChannels:
+def _removed(
+    network: Network, choose: Callable[[int | None], Chosen]
+) -> tuple[Chosen, Plan, nn.Module, fx.GraphModule]:
     """Remove what is chosen, where the model's code does not hold on to it.
 
     That is found out by removing all there is first, up to two channels in each layer (a single
@@ -277,19 +283,39 @@ def _removed(network: Network, choose: Callable[[int | None], _Choice]) -> Prune
     """
     found = network.found
     probe = choose(2)
-    while isinstance(fault := _tried(network, probe)[2], Fault) and _blame(found, fault, probe):
+    while isinstance(fault := _tried(network, probe)[2], Fault) and blame(found, fault, probe):
         probe = choose(2)
     choice = choose(None)
     plan, smaller, outcome = _tried(network, choice)
     while isinstance(outcome, Fault):
-        if not _blame(found, outcome, choice):
+        if not blame(found, outcome, choice):
             raise ValueError(
                 f"{outcome.source_line}: {outcome.reason}; exclude=(...) the layers that it "
                 "depends on"
             )
         choice = choose(None)
         plan, smaller, outcome = _tried(network, choice)
-    _, lifted = outcome
+    return choice, plan, smaller, outcome[1]
+
+
+def finished(
+    network: Network,
+    choice: Chosen,
+    plan: Plan,
+    smaller: nn.Module,
+    lifted: fx.GraphModule,
+    certificate: PathMetric,
+) -> PrunedChannels:
+    """What a verb returns; warns of modules that were not looked at.
+
+    Args:
+        network: the model before.
+        choice: the channels that are gone.
+        plan: what was removed.
+        smaller: the model that is left.
+        lifted: its lifted or signed graph.
+        certificate: the path-metric between the two.
+    """
     unread = unread_modules(network.model, network.captured) if choice.channels else []
     if unread and network.given.until is None and network.given.outputs is None:
         warnings.warn(
@@ -298,13 +324,13 @@ def _removed(network: Network, choose: Callable[[int | None], _Choice]) -> Prune
             UserWarning,
             stacklevel=4,  # past the decorator of the verb
         )
-    before, rows = network.cost.before, _layer_rows(found, choice.channels)
+    before, rows = network.cost.before, _layer_rows(network.found, choice.channels)
     return PrunedChannels(
         model=smaller,
         plan=plan,
-        certificate=network.metric(choice.channels),
+        certificate=certificate,
         layers=rows,
-        kept=_kept_rows(found, choice.kept),
+        kept=_kept_rows(network.found, choice.kept),
         channels=(sum(row["before"] - row["after"] for row in rows), choice.removable),
         parameters=(before["parameters"], parameter_count(smaller)),
         macs=(before["macs"], sum(layer_macs(lifted).values())),
@@ -312,7 +338,7 @@ def _removed(network: Network, choose: Callable[[int | None], _Choice]) -> Prune
 
 
 def _tried(
-    network: Network, choice: _Choice
+    network: Network, choice: Chosen
 ) -> tuple[Plan, nn.Module, tuple[Captured, fx.GraphModule] | Fault]:
     """The plan for a choice, the smaller model, and whether it agrees with the masked one."""
     plan = make_plan(network.model, network.found, choice.channels)
@@ -322,7 +348,7 @@ def _tried(
     return plan, smaller, outcome
 
 
-def _blame(found: Channels, fault: Fault, choice: _Choice) -> bool:
+def blame(found: Channels, fault: Fault, choice: Chosen) -> bool:
     """Keep the channels that a line holds on to; false if none of them would go."""
     gone = set(choice.channels)
     for node in fault.nodes:
@@ -350,9 +376,8 @@ def _kept_rows(found: Channels, kept: Mapping[int, Kept]) -> list[KeptRow]:
     for weight, made in found.outputs.items():
         counts: dict[Kept, int] = {}
         for channel in made.tolist():
-            why = kept.get(channel) if channel > 0 else ENDS
-            if why is not None:
-                counts[why] = counts.get(why, 0) + 1
+            if channel in kept:
+                counts[kept[channel]] = counts.get(kept[channel], 0) + 1
         rows += [
             KeptRow(
                 name=weight.removesuffix(".weight"),
