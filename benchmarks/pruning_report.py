@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,39 +40,36 @@ def tables(rows: Sequence[Row], titles: Titles) -> str:
         head = f"{titles[task]}, {optimizer}: dense {_spread(list(dense.values()), 1)} %"
         parts.append(f"{head}, {len(dense)} seeds")
         for key, (title, decimals) in COLUMNS.items():
-            if all(row[key] is not None for row in own):
+            if all(key in row for row in own):
                 parts.append(f"{title}\n{_table(own, titles, key, decimals)}")
     note = f"{SAME} with and without the random rescaling: the masks are the same"
     return "\n\n".join([*parts, note]) + "\n"
 
 
 def _table(rows: Sequence[Row], titles: Titles, key: str, decimals: int) -> str:
-    amounts = sorted({row["amount"] for row in rows})
-    lines = []
-    for (method, rescaled), own in _grouped(rows, "method", "rescaled"):
-        if _reused(own):
-            continue
-        same = any(_reused(other) for other in _others(rows, method))
-        suffix = f" {SAME}" if same else ", rescaled" if rescaled else ""
-        line = [titles[method] + suffix]
-        for amount in amounts:
-            values = [row[key] for row in own if row["amount"] == amount]
-            if key == "lost":
-                values = [100 * value for value in values]
-            line.append(_spread(values, decimals))
-        lines.append(line)
+    scale = 100 if key == "lost" else 1
+    lines = [
+        [title, *(_spread([scale * v for v in values], decimals) for values in _columns(own, key))]
+        for title, own in _titled(rows, titles)
+    ]
+    amounts = rows[0]["amounts"]
     headers = ["pruned", *(f"{amount:.0%}" for amount in amounts)]
     align = ("left", *("right",) * len(amounts))
     return tabulate(lines, headers=headers, colalign=align, disable_numparse=True)
 
 
-def _reused(rows: Sequence[Row]) -> bool:
-    """Whether these are copies of those without rescaling."""
-    return all(row["reused"] for row in rows)
+def _titled(rows: Sequence[Row], titles: Titles) -> list[tuple[str, list[Row]]]:
+    """Rows by method and network, by what they are called."""
+    suffixes = {"original": "", "rescaled": ", rescaled", "both": f" {SAME}"}
+    return [
+        (titles[method] + suffixes[network], own)
+        for (method, network), own in _grouped(rows, "method", "network")
+    ]
 
 
-def _others(rows: Sequence[Row], method: str) -> Iterator[list[Row]]:
-    return (own for (name, _), own in _grouped(rows, "method", "rescaled") if name == method)
+def _columns(rows: Sequence[Row], key: str) -> list[tuple[float, ...]]:
+    """For each amount, the values of all seeds."""
+    return list(zip(*(row[key] for row in rows), strict=True))
 
 
 def _spread(values: Sequence[float], decimals: int) -> str:
@@ -114,24 +111,21 @@ def plot(rows: Sequence[Row], titles: Titles, path: Path) -> None:
 
 def _draw(axes: Axes, rows: Sequence[Row], titles: Titles) -> None:
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    for (method, rescaled), own in _grouped(rows, "method", "rescaled"):
-        if _reused(own):
-            continue
-        amounts = sorted({row["amount"] for row in own})
-        values = [[row["accuracy"] for row in own if row["amount"] == a] for a in amounts]
+    kept = [100 * (1 - amount) for amount in rows[0]["amounts"]]
+    for title, own in _titled(rows, titles):
+        columns = _columns(own, "accuracy")
         axes.errorbar(
-            # Towards 1 every weight counts: what is kept, on a logarithmic axis.
-            [100 * (1 - amount) for amount in amounts],
-            [statistics.fmean(v) for v in values],
-            [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values],
-            color=f"C{methods.index(method)}",
-            linestyle=":" if rescaled else "-",
+            kept,
+            [statistics.fmean(values) for values in columns],
+            [statistics.stdev(values) if len(values) > 1 else 0.0 for values in columns],
+            color=f"C{methods.index(own[0]['method'])}",
+            linestyle=":" if own[0]["network"] == "rescaled" else "-",
             marker="o",
             markersize=3,
             capsize=2,
-            label=titles[method] + (", rescaled" if rescaled else ""),
+            label=title,
         )
-    kept = sorted({100 * (1 - row["amount"]) for row in rows})
+    # Differences lie where little is kept.
     axes.set_xscale("log")
     axes.invert_xaxis()
     axes.set_xticks(kept, labels=[f"{value:.0f}" for value in kept])

@@ -151,7 +151,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(TASKS, "tiny", task)
     for name in set(cells.METHODS) - set(METHODS):
         monkeypatch.delitem(cells.METHODS, name)
-    monkeypatch.setattr(experiment, "AMOUNTS", (0.5,))
+    monkeypatch.setattr(experiment, "AMOUNTS", (0.2, 0.5))
     cells.prepare.cache_clear()
     return tmp_path / "out.json"
 
@@ -169,14 +169,17 @@ def test_the_sweep_goes_on_after_a_kill(
     out, err = capsys.readouterr()
     assert "canonical magnitude / layer (*)" in out and "magnitude, rescaled" in out
     assert f"{2 * len(METHODS)}/{2 * len(METHODS)} cells" in err
-    assert len(rows) == 2 * len(METHODS) * 2
+    # Of two seeds, two methods that rescaling changes and two that it does not.
+    assert len(rows) == 2 * (2 * 2 + 2)
     eligible = 4 * 9 + 5 * 16 + 3 * 5
     for row in rows:
-        assert row["kept"] == eligible - round(row["amount"] * eligible)
-        assert 0 < row["lost"] <= 1 and row["ties"] == 0
-        assert all(0 <= row[key] <= 100 for key in ("accuracy", "pruned", "recalibrated", "dense"))
-        method = cells.METHODS[row["method"]]
-        assert row["reused"] == (row["rescaled"] and method.invariant)
+        assert row["amounts"] == [0.2, 0.5]
+        assert row["kept"] == [eligible - round(a * eligible) for a in row["amounts"]]
+        assert all(0 < lost <= 1 for lost in row["lost"])
+        for key in ("accuracy", "pruned", "recalibrated"):
+            assert all(0 <= value <= 100 for value in row[key]) and len(row[key]) == 2
+        assert (row["network"] == "both") == cells.METHODS[row["method"]].invariant
+        assert row.get("ties", [0, 0]) == [0, 0]
 
     measure, calls = experiment.measure, 0
 
@@ -192,7 +195,7 @@ def test_the_sweep_goes_on_after_a_kill(
     cells.prepare.cache_clear()
     with pytest.raises(KeyboardInterrupt):
         sweep(tiny)
-    assert json.loads(tiny.read_text())["rows"] == rows[: 5 * 2]
+    assert json.loads(tiny.read_text())["rows"] == rows[: 4 + 2 + 2]
     cells.prepare.cache_clear()
     assert sweep(tiny) == rows and calls == 6 + 3
     assert sorted(path.name for path in tiny.parent.iterdir()) == [
@@ -213,7 +216,7 @@ def test_other_settings_are_another_file(
         sweep(tiny)
     assert "has other amounts: name another file" in capsys.readouterr().err
     assert json.loads(tiny.read_text())["rows"] == before
-    assert {row["amount"] for row in sweep(tiny, "--fresh")} == {0.3}
+    assert all(row["amounts"] == [0.3] for row in sweep(tiny, "--fresh"))
 
 
 def test_a_mask_that_rescaling_changes_is_an_error(tiny: Path) -> None:
@@ -240,10 +243,10 @@ def test_a_mask_that_rescaling_changes_is_an_error(tiny: Path) -> None:
 # The report
 
 
-def row(method: str, seed: int, amount: float, accuracy: float, **more: Any) -> dict[str, Any]:
-    place = {"task": "t", "optimizer": "sgd", "seed": seed, "method": method, "amount": amount}
-    plain = {"rescaled": False, "reused": False, "dense": 90.0 + seed, "lost": 0.125}
-    return {**place, **plain, "accuracy": accuracy, "pruned": 50.0, "recalibrated": None, **more}
+def row(method: str, seed: int, network: str, accuracy: float, **more: Any) -> dict[str, Any]:
+    place = {"task": "t", "optimizer": "sgd", "seed": seed, "method": method, "network": network}
+    columns = {"accuracy": [99.0, accuracy], "pruned": [50.0, 50.0], "lost": [0.125, 1.0]}
+    return {**place, "amounts": [0.4, 0.8], "dense": 90.0 + seed, **columns, **more}
 
 
 def test_tables_are_made_from_the_file_alone(
@@ -251,10 +254,9 @@ def test_tables_are_made_from_the_file_alone(
 ) -> None:
     rows = []
     for seed in (0, 1):
-        rows += [row("magnitude", seed, a, 80.0 + 4 * seed) for a in (0.4, 0.8)]
-        rows += [row("magnitude", seed, a, 10.0, rescaled=True) for a in (0.4, 0.8)]
-        rows += [row("path-mag", seed, a, 70.0) for a in (0.4, 0.8)]
-        rows += [row("path-mag", seed, a, 70.0, rescaled=True, reused=True) for a in (0.4, 0.8)]
+        rows.append(row("magnitude", seed, "original", 80.0 + 4 * seed))
+        rows.append(row("magnitude", seed, "rescaled", 10.0))
+        rows.append(row("path-mag", seed, "both", 70.0))
     path = tmp_path / "out.json"
     path.write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(experiment, "titles", lambda: {"t": "T", **{m: m for m in cells.METHODS}})
@@ -265,10 +267,10 @@ def test_tables_are_made_from_the_file_alone(
     found = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert ["T, sgd: dense 90.5 ± 0.7 %, 2 seeds"] in found
     assert ["pruned", "40%", "80%"] in found
-    assert ["magnitude", "82.0 ± 2.8", "82.0 ± 2.8"] in found
-    assert ["magnitude, rescaled", "10.0 ± 0.0", "10.0 ± 0.0"] in found
-    assert ["path-mag (*)", "70.0 ± 0.0", "70.0 ± 0.0"] in found
-    assert ["path-mag (*)", "12.50 ± 0.00", "12.50 ± 0.00"] in found
+    assert ["magnitude", "99.0 ± 0.0", "82.0 ± 2.8"] in found
+    assert ["magnitude, rescaled", "99.0 ± 0.0", "10.0 ± 0.0"] in found
+    assert ["path-mag (*)", "99.0 ± 0.0", "70.0 ± 0.0"] in found
+    assert ["path-mag (*)", "12.50 ± 0.00", "100.00 ± 0.00"] in found
     assert not any("recalibrated" in cell for line in found for cell in line)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
