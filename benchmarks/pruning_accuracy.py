@@ -26,15 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pruning_report as report
-from benchmarks.pruning_cells import METHODS, REWIND, measure, prepare
+from benchmarks.pruning_cells import REWIND, Row, measure, prepare
+from benchmarks.pruning_masks import METHODS
 from benchmarks.tasks import TASKS
 from benchmarks.timing import RESULTS, environment, explained, options, positive
 from benchmarks.training import OPTIMIZERS
 from fxpath.loading import UsageError
 
 __all__ = ["Results", "main", "titles"]
-
-Row = dict[str, Any]
 
 AMOUNTS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 QUICK_AMOUNTS = (0.4, 0.8, 0.95)

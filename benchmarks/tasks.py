@@ -167,7 +167,7 @@ TASKS: dict[str, Task] = {
         digits,
         lambda: residual_network(True),
         {"sgd": 0.1, "adamw": 0.01},
-        8,
+        7,
         True,
     ),
     "digits-plain": Task(
@@ -175,7 +175,7 @@ TASKS: dict[str, Task] = {
         digits,
         lambda: residual_network(False),
         {"sgd": 0.05, "adamw": 0.01},
-        8,
+        7,
         False,
     ),
     "signals": Task(
@@ -183,7 +183,7 @@ TASKS: dict[str, Task] = {
         signals,
         signal_network,
         {"sgd": 0.1, "adamw": 0.01},
-        8,
+        7,
         True,
     ),
 }

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import fxpath
 from benchmarks import pruning_accuracy as experiment
 from benchmarks import pruning_cells as cells
+from benchmarks import pruning_masks as masks
 from benchmarks import pruning_report as report
 from benchmarks import training
 from benchmarks.tasks import TASKS, Data, Task
@@ -141,6 +143,7 @@ def tiny_network() -> nn.Module:
     )
 
 
+ALL = dict(masks.METHODS)
 METHODS = ("magnitude", "path-mag-steps", "canonical-layer", "obd")
 
 
@@ -149,8 +152,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A sweep of seconds; the file that its results go to."""
     task = Task("tiny", tiny_data, tiny_network, {"sgd": 0.1, "adamw": 0.01}, 3, True)
     monkeypatch.setitem(TASKS, "tiny", task)
-    for name in set(cells.METHODS) - set(METHODS):
-        monkeypatch.delitem(cells.METHODS, name)
+    for name in set(masks.METHODS) - set(METHODS):
+        monkeypatch.delitem(masks.METHODS, name)
     monkeypatch.setattr(experiment, "AMOUNTS", (0.2, 0.5))
     cells.prepare.cache_clear()
     return tmp_path / "out.json"
@@ -178,7 +181,7 @@ def test_the_sweep_goes_on_after_a_kill(
         assert all(0 < lost <= 1 for lost in row["lost"])
         for key in ("accuracy", "pruned", "recalibrated"):
             assert all(0 <= value <= 100 for value in row[key]) and len(row[key]) == 2
-        assert (row["network"] == "both") == cells.METHODS[row["method"]].invariant
+        assert (row["network"] == "both") == masks.METHODS[row["method"]].invariant
         assert row.get("ties", [0, 0]) == [0, 0]
 
     measure, calls = experiment.measure, 0
@@ -209,7 +212,7 @@ def test_other_settings_are_another_file(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in set(METHODS) - {"magnitude"}:
-        monkeypatch.delitem(cells.METHODS, name)
+        monkeypatch.delitem(masks.METHODS, name)
     before = sweep(tiny)
     monkeypatch.setattr(experiment, "AMOUNTS", (0.3,))
     with pytest.raises(SystemExit):
@@ -219,25 +222,45 @@ def test_other_settings_are_another_file(
     assert all(row["amounts"] == [0.3] for row in sweep(tiny, "--fresh"))
 
 
-def test_a_mask_that_rescaling_changes_is_an_error(tiny: Path) -> None:
-    trained = cells.prepare("tiny", "sgd", 0)
-    method = cells.Method("Path-Mag", "path_magnitude")
-    scores = cells._scores(trained, trained.network, method)
-    name = "3.weight"
-    order = scores[name].flatten().argsort()
-    before = {name: torch.ones(80, dtype=torch.bool)}
-    before[name][order[:40]] = False
-    before = {name: before[name].view(5, 4, 2, 2)}
-    assert cells._ties(trained, method, before, before) == 0
-    after = copy.deepcopy(before)
-    # The one at the threshold, and one far from it.
-    after[name].view(-1)[order[39]] = True
-    assert cells._ties(trained, method, before, after) == 1
-    after[name].view(-1)[order[0]] = True
-    with pytest.raises(RuntimeError, match=r"3\.weight: rescaling changes the mask of Path-Mag"):
-        cells._ties(trained, method, before, after)
-    with pytest.raises(RuntimeError, match="10 steps in 2 entries"):
-        cells._ties(trained, cells.METHODS["path-mag-steps"], before, after)
+def test_a_mask_that_changes_is_an_error(tiny: Path) -> None:
+    pruner, _ = cells.prepare("tiny", "sgd", 0).pruners
+    method = masks.Method("Path-Mag", "path_magnitude")
+    flat = torch.cat([s.flatten() for s in pruner.scores(method).values()]).sort().values
+    (before,) = pruner.masks(method, [0.4])
+    assert pruner.differing(method, before, before, "fault") == 0
+    scores = pruner.scores(method)
+    after = {name: kept.clone() for name, kept in before.items()}
+    for name, kept in after.items():
+        # The one at the threshold is swapped in.
+        kept |= scores[name] == flat[round(0.4 * len(flat)) - 1]
+    assert pruner.differing(method, before, after, "fault") == 1
+    # A step's scores are not known.
+    steps = masks.Method("in steps", "path_magnitude", steps=2)
+    with pytest.raises(RuntimeError, match="fault: in steps differs in 1 entries"):
+        pruner.differing(steps, before, after, "fault")
+    for name, kept in after.items():
+        kept |= scores[name] == flat[0]
+    with pytest.raises(RuntimeError, match="fault: Path-Mag differs in 2 entries"):
+        pruner.differing(method, before, after, "fault")
+
+
+@pytest.mark.parametrize("name", masks.METHODS)
+def test_masks_are_those_of_fxpath(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner, _ = cells.prepare("tiny", "sgd", 0).pruners
+    method = ALL[name]
+    (mask,) = pruner.masks(method, [0.3])
+    assert sum(int((~kept).sum()) for kept in mask.values()) == round(0.3 * (36 + 80 + 15))
+    assert pruner.compare(method, 0.3) == "same"
+    assert pruner.compare(method, 1.0) == "refused"
+    ((lost,), expected) = pruner.lost([mask]), copy.deepcopy(pruner.network)
+    for parameter, kept in mask.items():
+        expected.get_parameter(parameter).data *= kept
+    metric = fxpath.path_metric(pruner.network, expected, (1, 4, 4))
+    assert lost == pytest.approx(metric.relative, rel=1e-5)
+    other = {n: ~kept for n, kept in mask.items()}
+    monkeypatch.setattr(pruner, "masks", lambda *_: [other])
+    with pytest.raises(RuntimeError, match=r"fxpath\.prune chooses otherwise"):
+        pruner.compare(method, 0.3)
 
 
 # The report
@@ -259,7 +282,7 @@ def test_tables_are_made_from_the_file_alone(
         rows.append(row("path-mag", seed, "both", 70.0))
     path = tmp_path / "out.json"
     path.write_text(json.dumps({"rows": rows}))
-    monkeypatch.setattr(experiment, "titles", lambda: {"t": "T", **{m: m for m in cells.METHODS}})
+    monkeypatch.setattr(experiment, "titles", lambda: {"t": "T", **{m: m for m in masks.METHODS}})
     monkeypatch.delattr(experiment, "measure")
     monkeypatch.delattr(experiment, "prepare")
     assert experiment.main(["--table-only", "--json", str(path)]) == 0
