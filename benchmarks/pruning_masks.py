@@ -101,15 +101,17 @@ class Pruner:
         """What is kept at each amount: True = kept."""
         if method.steps == 1:
             scores = self.scores(method)
-            return [self._lowest(scores, amount) for amount in amounts]
+            return [self._lowest(scores, self._count(amount)) for amount in amounts]
         found = []
         for amount in amounts:
+            count = self._count(amount)
             kept: Masks = {n: torch.ones_like(s, dtype=torch.bool) for n, s in self.sizes.items()}
-            for step in range(method.steps):
+            for step in range(1, method.steps + 1):
                 self._zero(kept)
-                scores = _ranked(method, {n: self._program.scores()[n] for n in self._names})
+                shares = self._program.scores()
+                scores = _ranked(method, {name: shares[name] for name in self._names})
                 scores = {n: s.masked_fill(~kept[n], -math.inf) for n, s in scores.items()}
-                kept = self._lowest(scores, amount * (step + 1) / method.steps)
+                kept = self._lowest(scores, round(count * (step / method.steps)))
             found.append(kept)
         return found
 
@@ -147,11 +149,14 @@ class Pruner:
         ]
         return {n: torch.stack([e[n] for e in estimates]).mean(0).abs() for n in self._names}
 
-    def _lowest(self, scores: Mapping[str, Tensor], amount: float) -> Masks:
-        """All but the lowest scores; ties by name, then place."""
+    def _count(self, amount: float) -> int:
+        return round(amount * sum(size.numel() for size in self.sizes.values()))
+
+    def _lowest(self, scores: Mapping[str, Tensor], count: int) -> Masks:
+        """All but so many of the lowest scores; ties by name, then place."""
         flat = torch.cat([scores[name].flatten().double() for name in self._names])
         kept = torch.ones(len(flat), dtype=torch.bool)
-        kept[flat.argsort(stable=True)[: round(amount * len(flat))]] = False
+        kept[flat.argsort(stable=True)[:count]] = False
         parts = kept.split([scores[name].numel() for name in self._names])
         return {n: p.view_as(scores[n]) for n, p in zip(self._names, parts, strict=True)}
 
