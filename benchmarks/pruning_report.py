@@ -103,7 +103,8 @@ def plot(rows: Sequence[Row], titles: Titles, path: Path) -> None:
         axes = panels[down.index(task), across.index(optimizer)]
         axes.set_title(f"{titles[task]}, {optimizer}")
         _draw(axes, own, titles)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2 * len(across))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=110)
     print(f"plotted to {path}")

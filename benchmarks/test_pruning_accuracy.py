@@ -144,7 +144,7 @@ def tiny_network() -> nn.Module:
 
 
 ALL = dict(masks.METHODS)
-METHODS = ("magnitude", "path-mag-steps", "canonical-layer", "obd")
+METHODS = ("magnitude", "canonical-layer", "obd")
 
 
 @pytest.fixture
@@ -172,8 +172,8 @@ def test_the_sweep_goes_on_after_a_kill(
     out, err = capsys.readouterr()
     assert "canonical magnitude / layer (*)" in out and "magnitude, rescaled" in out
     assert f"{2 * len(METHODS)}/{2 * len(METHODS)} cells" in err
-    # Of two seeds, two methods that rescaling changes and two that it does not.
-    assert len(rows) == 2 * (2 * 2 + 2)
+    # Of two seeds, two methods that rescaling changes and one that it does not.
+    assert len(rows) == 2 * (2 * 2 + 1)
     eligible = 4 * 9 + 5 * 16 + 3 * 5
     for row in rows:
         assert row["amounts"] == [0.2, 0.5]
@@ -189,7 +189,7 @@ def test_the_sweep_goes_on_after_a_kill(
     def killed(*arguments: Any) -> list[cells.Row]:
         nonlocal calls
         calls += 1
-        if calls == 6:
+        if calls == 5:
             raise KeyboardInterrupt
         return measure(*arguments)
 
@@ -198,14 +198,14 @@ def test_the_sweep_goes_on_after_a_kill(
     cells.prepare.cache_clear()
     with pytest.raises(KeyboardInterrupt):
         sweep(tiny)
-    assert json.loads(tiny.read_text())["rows"] == rows[: 4 + 2 + 2]
+    assert json.loads(tiny.read_text())["rows"] == rows[: 5 + 2]
     cells.prepare.cache_clear()
-    assert sweep(tiny) == rows and calls == 6 + 3
+    assert sweep(tiny) == rows and calls == 5 + 2
     assert sorted(path.name for path in tiny.parent.iterdir()) == [
         *("out.json", "out.png", "whole.json", "whole.png")
     ]
     # Nothing is left to do.
-    assert sweep(tiny) == rows and calls == 9
+    assert sweep(tiny) == rows and calls == 7
 
 
 def test_other_settings_are_another_file(
