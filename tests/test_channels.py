@@ -415,8 +415,8 @@ def test_criteria() -> None:
         ({"2.weight": torch.ones(2, 6)}, "no scores for 0.weight"),
         ({"0.weight": torch.ones(2, 6)}, "not the parameter's shape"),
         ({"0.weight": torch.full((6, 3), torch.nan)}, "not all finite"),
-        ("nope", "there are .*'path_magnitude'"),
-        ("obd", "needs loss, batch"),
+        ("nope", "there are path_magnitude"),
+        ("obd", "needs data"),
     ):
         with pytest.raises(ValueError, match=message):
             fxpath.prune_channels(model, 0.5, criterion=criterion)

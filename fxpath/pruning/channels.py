@@ -201,6 +201,9 @@ class Channels(Labelling):
             if into is not None:
                 self._sides.append((name, shape, into, axes[1], False))
 
+    def _enter(self, weight: Coordinates, out: Tensor, into: Tensor | None) -> None:
+        """Nor do uses of one array of coordinates."""
+
     def conv(self, x: Labels, weight: Any, *spec: Any) -> Labels:
         y = super().conv(x, weight, *spec)
         groups, transposed = int(spec[5]), bool(spec[3])
