@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_unreached_channels_are_gone_in_chains() -> None:
     assert result.plan.biases == {}
 
 
-def test_constants_go_into_the_next_bias_in_chains() -> None:
+def test_constants_go_into_the_next_bias_in_chains(tmp_path: Path) -> None:
     model = made(
         nn.Sequential(
             nn.Linear(4, 8),
@@ -115,6 +116,9 @@ def test_constants_go_into_the_next_bias_in_chains() -> None:
     assert set(result.plan.biases) == {"2.bias", "4.bias"}
     weight, bias = model[2].weight.data, result.model[2].bias
     torch.testing.assert_close(bias.data, (weight[:, 0] + 2 * weight[:, 2])[2:])
+    result.save(tmp_path / "small.safetensors")
+    loaded = fxpath.load_pruned(tmp_path / "small.safetensors", model)
+    assert torch.equal(run(loaded, (4,)), run(result.model, (4,)))
 
 
 def test_constants_that_are_zero_behind_the_activation_need_no_bias() -> None:

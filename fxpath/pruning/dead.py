@@ -77,8 +77,8 @@ def remove_dead(
         and the model in which all weights of the channels of share 0 are zero: 0.  Constants are no
         part of it: the function is the same without them, but paths that began at their biases now
         begin at those behind them, so that the path-norm changes.  ``kept`` has the channels that
-        do nothing and stay, with the reason; ``channels`` those that are gone, and those that could
-        be.
+        do nothing and stay, with the reason; ``channels`` are those that are gone, and all that do
+        nothing.
 
     Warns:
         UserWarning: as :func:`fxpath.prune_channels`.
