@@ -266,7 +266,9 @@ class PathProgram:
         return {
             name
             for name, theta in coordinates(self.lifted, live, low)
-            if bool((_below(shares[name], tiny) & (theta != 0)).any())
+            # Where theta is 0 the share is: more are small than that if any is.
+            if int(_below(shares[name], tiny).count_nonzero())
+            > theta.numel() - int(theta.count_nonzero())
         }
 
     def _buffers(

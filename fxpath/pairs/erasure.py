@@ -5,6 +5,7 @@ All such pairs share one capture, and (7) holds for each of them: no path gains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor, fx
 
 from fxpath import ops
 from fxpath.capture import Given, Model
+from fxpath.evaluate import evaluate
 from fxpath.front import take_in
+from fxpath.interpret import PathNorm
 from fxpath.pairs.difference import Difference, Excess, Rows
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
@@ -23,7 +26,7 @@ from fxpath.passes.reduce import reduce
 from fxpath.program import PathProgram, format_of
 from fxpath.schema import arguments
 
-__all__ = ["Erasure"]
+__all__ = ["Erasure", "estimated_loss"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,17 @@ class Erasure:
         return Pair(
             self.program.lifted, self.side, replace(self.side, tensors=tensors), erased=True
         )
+
+
+def estimated_loss(
+    program: PathProgram, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> float:
+    """The relative path-metric of an erasure but for what cancels, and much faster."""
+    logs = []
+    for tensors in (ours, theirs):
+        run = evaluate(PathNorm(program.graph_module, torch.float64), tensors, None)
+        logs.append(float(run.total.log()))
+    return -math.expm1(logs[1] - logs[0]) if math.isfinite(logs[0]) else 0.0
 
 
 class _Reach(Difference):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["most_within"]
+__all__ = ["last_that", "most_within"]
 
 
 def most_within(budget: float, entries: int, lost: Callable[[int], float]) -> int:
@@ -43,4 +43,32 @@ def most_within(budget: float, entries: int, lost: Callable[[int], float]) -> in
             high, above = count, excess
             below = below / 2 if last > 0 else below
             last = 1
+    return low
+
+
+def last_that(holds: Callable[[int], bool], count: int, guess: int | None = None) -> int:
+    """The largest number up to ``count`` for which something holds, which does for 0 and ends once.
+
+    Bisection; where a good guess is known, two questions are enough.
+
+    Example:
+        >>> last_that(lambda n: n * n <= 10, 100), last_that(lambda n: n * n <= 10, 100, guess=3)
+        (3, 3)
+    """
+    low, high = 0, count
+    if guess is not None and 0 < guess:
+        step = 1
+        if holds(guess):
+            low = guess
+            while low < high and holds(min(high, low + step)):
+                low, step = min(high, low + step), 2 * step
+            high = min(high, low + step - 1)
+        else:
+            high = guess - 1
+            while low < high and not holds(max(low, high - step)):
+                high, step = max(low, high - step) - 1, 2 * step
+            low = max(low, high - step)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
     return low

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxpath.pruning.budget import most_within
+from fxpath.pruning.budget import last_that, most_within
 from fxpath.pruning.patterns import NM, kept_by_pattern
 from fxpath.pruning.selection import count_of, cut, cut_capped
 
@@ -78,6 +78,7 @@ def decided(
     scores: Mapping[str, Tensor],
     inputs: Mapping[str, int | None],
     lost: Callable[[Masks], float],
+    estimated: Callable[[Masks], float],
 ) -> Masks:
     """Masks that go a part of the way.
 
@@ -87,6 +88,7 @@ def decided(
         scores: of all entries that may go.
         inputs: axis of each parameter's input channels.
         lost: the relative path-metric to the dense network that masks cost.
+        estimated: the same up to rounding, to look for where a budget ends.
 
     Raises:
         ValueError: if there are not as many entries as asked for.
@@ -104,10 +106,9 @@ def decided(
             masks |= _lowest({name: score}, count, caps)
         return masks
     if goal.budget is not None:
-        room = sum(caps.values())
-        count = most_within(
-            goal.budget * part, room, lambda count: lost(_lowest(scores, count, caps))
-        )
+        budget, room = goal.budget * part, sum(caps.values())
+        guess = most_within(budget, room, lambda n: estimated(_lowest(scores, n, caps)))
+        count = last_that(lambda n: lost(_lowest(scores, n, caps)) <= budget, room, guess)
     else:
         assert goal.amount is not None
         count = round(count_of(goal.amount, sum(s.numel() for s in scores.values())) * part)

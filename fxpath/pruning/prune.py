@@ -154,7 +154,7 @@ def prune(
             name: score.masked_fill(~masks[name].to(score.device), -math.inf) if masks else score
             for name, score in ranked.items()
         }
-        masks = decided(goal, step, ranked, inputs, source.lost)
+        masks = decided(goal, step, ranked, inputs, source.lost, source.estimated)
     share = source.path_magnitude_share(masks, named == "path_magnitude" and steps == 1)
     tensors = source.erased(masks)
     rows = [_row(each, goal, masks, tensors, notes[each.name]) for each in chosen]

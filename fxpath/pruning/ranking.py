@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -10,7 +10,7 @@ from fxpath.pruning.channels import Channels, Kept
 from fxpath.pruning.units import Unit
 from fxpath.symmetry.labels import Forest
 
-__all__ = ["Ranking", "last_that"]
+__all__ = ["Ranking"]
 
 
 _WHOLE = Kept("all channels of a layer go together, and none would be left")
@@ -113,31 +113,3 @@ class Ranking:
                 break
             count += 1
         return count
-
-
-def last_that(holds: Callable[[int], bool], count: int, guess: int | None = None) -> int:
-    """The largest number up to ``count`` for which something holds, which does for 0 and ends once.
-
-    Bisection; where a good guess is known, two questions are enough.
-
-    Example:
-        >>> last_that(lambda n: n * n <= 10, 100), last_that(lambda n: n * n <= 10, 100, guess=3)
-        (3, 3)
-    """
-    low, high = 0, count
-    if guess is not None and 0 < guess:
-        step = 1
-        if holds(guess):
-            low = guess
-            while low < high and holds(min(high, low + step)):
-                low, step = min(high, low + step), 2 * step
-            high = min(high, low + step - 1)
-        else:
-            high = guess - 1
-            while low < high and not holds(max(low, high - step)):
-                high, step = max(low, high - step) - 1, 2 * step
-            low = max(low, high - step)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low

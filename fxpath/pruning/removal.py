@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,15 +12,15 @@ from torch import Tensor, fx, nn
 
 from fxpath.capture import Captured, Given, Shapes
 from fxpath.capture.given import Inputs, Outputs
-from fxpath.evaluate import evaluate
-from fxpath.interpret import PathNorm
 from fxpath.modes import plain_mode
+from fxpath.pairs.erasure import estimated_loss
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import Pair
 from fxpath.passes.unsign import unsign
 from fxpath.program import build
 from fxpath.pruning.agreement import Fault, compare
+from fxpath.pruning.budget import last_that
 from fxpath.pruning.channels import Channels, Kept
 from fxpath.pruning.choices import Choice
 from fxpath.pruning.chosen import keep_others
@@ -43,7 +42,7 @@ from fxpath.pruning.cuts import (
 )
 from fxpath.pruning.importance import channel_importance
 from fxpath.pruning.plan import Plan
-from fxpath.pruning.ranking import Ranking, last_that
+from fxpath.pruning.ranking import Ranking
 from fxpath.pruning.smaller import ChannelRow, KeptRow, PrunedChannels
 from fxpath.pruning.surgery import apply_plan
 from fxpath.pruning.units import ENDS, find_units
@@ -224,11 +223,7 @@ class Network:
 
     def lost(self, channels: Sequence[int]) -> float:
         """What :meth:`metric` is relative to the path-norm, but for what cancels; much faster."""
-        module, logs = self.program.graph_module, []
-        for tensors in (self._side.tensors, self._without(channels)):
-            run = evaluate(PathNorm(module, torch.float64), tensors, None)
-            logs.append(float(run.total.log()))
-        return -math.expm1(logs[1] - logs[0]) if math.isfinite(logs[0]) else 0.0
+        return estimated_loss(self.program, self._side.tensors, self._without(channels))
 
     def metric(self, channels: Sequence[int]) -> PathMetric:
         """The path-metric between the model and the same without these channels."""

@@ -165,16 +165,15 @@ def _keys(scores: Tensor, wide: bool) -> Iterator[Tensor]:
     for block in scores.detach().reshape(-1).split(_BLOCK):
         bits = block.to(dtype).view(integer)
         if bool(bits.amin() < 0):
-            # Adding 0 makes one number of 0 and -0; of negative numbers the larger bits are lower.
-            bits = (block.to(dtype) + 0.0).view(integer)
-            bits = bits ^ ((bits >> sign) & ((1 << sign) - 1))
+            # Of negative numbers the larger bits are lower; 0 and -0 are one number.
+            bits = torch.where(bits < 0, -(1 << sign) - bits, bits)
         yield bits
 
 
 def _number(key: int, wide: bool) -> float:
     """The score whose key it is."""
     dtype, integer, sign = _format(wide)
-    bits = key ^ ((key >> sign) & ((1 << sign) - 1))
+    bits = -(1 << sign) - key if key < 0 else key
     return torch.tensor(bits, dtype=integer).view(dtype).item()
 
 

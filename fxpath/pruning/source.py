@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpath.capture import Given, named_tensors
-from fxpath.pairs.erasure import Erasure
+from fxpath.pairs.erasure import Erasure, estimated_loss
 from fxpath.pruning.criterion import Criterion, checked_scores, scores_of
 from fxpath.pruning.eligible import Eligible
 from fxpath.pruning.pruned import with_state
@@ -68,6 +68,11 @@ class Source:
             )
             tensors[each.key] = self._memory[each.key]
         return tensors
+
+    def estimated(self, masks: Mapping[str, Tensor]) -> float:
+        """About what :meth:`lost` says, in a tenth of the time."""
+        erasure = self.erasure
+        return estimated_loss(erasure.program, erasure.side.tensors, self.erased(masks))
 
     def lost(self, masks: Mapping[str, Tensor]) -> float:
         """The relative path-metric to the dense network, never less than it is."""
