@@ -21,7 +21,7 @@ from fxpath.interpret import PathNorm
 from fxpath.pairs.difference import Difference, Excess, Rows
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
-from fxpath.pairs.pair import Pair, Side, Weights
+from fxpath.pairs.pair import BLOCK, Pair, Side, Weights
 from fxpath.passes.reduce import reduce
 from fxpath.program import PathProgram, format_of
 from fxpath.schema import arguments
@@ -131,9 +131,18 @@ class _Reach(Difference):
             return Weights.equal(first)
         return Weights(first, self._there(self.pair.theirs, leaf), first)
 
-    def _compared(self, first: Tensor, second: Tensor) -> Weights:
-        here = (first != 0).to(self.dtype)
-        return Weights(here, here if first is second else (second != 0).to(self.dtype), here)
+    def linear(self, x: Excess, weight: Weights | Rows) -> Excess:
+        if isinstance(weight, Weights):
+            return super().linear(x, weight)
+        sides = (x.first, self.pair.ours), (x.second, self.pair.theirs)
+        return Excess(*(self._by_rows(h, side, weight.leaf) for h, side in sides))
+
+    def _by_rows(self, h: Tensor, side: Side, leaf: int) -> Tensor:
+        """The neurons that a large matrix reaches, a few rows at a time."""
+        weight = side.stored(leaf)
+        rows = weight.split(max(1, BLOCK * len(weight) // weight.numel()))
+        found = [ops.linear(h, (block != 0).to(self.dtype)) > 0 for block in rows]
+        return torch.cat(found, -1).to(self.dtype)
 
     def _there(self, side: Side, leaf: int) -> Tensor:
         """Where an effective parameter is not zero, without a product that could underflow."""

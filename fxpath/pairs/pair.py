@@ -303,7 +303,7 @@ class Pair:
         for a, b in zip(whole[0].split(step), whole[1].split(step), strict=True):
             first = self.ours.checked(leaf, a)
             if self.erased:
-                yield first, first.masked_fill(b == 0, 0.0)
+                yield first, b.to(torch.float64)
                 continue
             alike = torch.equal(a, b.to(a.dtype)) and a.dtype == b.dtype
             yield first, first if alike else self.theirs.checked(leaf, b)
