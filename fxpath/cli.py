@@ -1,4 +1,4 @@
-"""The command line: `fxpath analyze`, `fxpath graph`, `fxpath check` and `fxpath bench`.
+"""The command line: `fxpath analyze`, `prune`, `graph`, `check` and `bench`.
 
 A MODEL is the name of a torchvision model (with random weights unless `--weights` or `--checkpoint`
 says otherwise), `package.module:callable`, or a `.pt2` file; `fxpath.loading` has the details.
@@ -19,11 +19,15 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tabulate import tabulate
+from torch import nn
 
 import fxpath
 from fxpath.loading import Model, UsageError, load_model, one_line
@@ -50,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["analyze", "--checkpoint", "a.pt", "alexnet", "vgg16"])
         2
     """
-    parser = make_parser({"analyze": _analyze, "graph": _graph, "check": _check, "bench": _bench})
+    commands = {"analyze": _analyze, "prune": _prune, "graph": _graph}
+    parser = make_parser({**commands, "check": _check, "bench": _bench})
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command is not _bench:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -120,6 +125,43 @@ def _analyze_one(name: str, arguments: argparse.Namespace) -> tuple[list[str], d
     norm = _number(analysis.path_norm, analysis.log10_path_norm)
     row = [name, f"{_count_parameters(model):,}", norm, f"{seconds:.2f}"]
     return row, {"name": name, **analysis.to_dict()}
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    """Prints what pruning does, and writes the weights that it leaves."""
+    if arguments.plan is not None and not arguments.channels:
+        raise UsageError("--plan goes with --channels: it says which channels went")
+    for option, path in (("--output", arguments.output), ("--plan", arguments.plan)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{option} {path}: no such directory")
+    verb = fxpath.prune_channels if arguments.channels else fxpath.prune
+    with _explained(arguments.model, arguments):
+        model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"{arguments.model}: pass a module (package.module:callable) to prune")
+        options = model_options(arguments)
+        with _without_print_outs(arguments), warnings.catch_warnings():
+            # What is cut altogether stands in the table.
+            warnings.simplefilter("ignore", UserWarning)
+            pruned = verb(
+                model,
+                arguments.amount,
+                budget=arguments.budget,
+                criterion=arguments.criterion,
+                **options,
+            )
+    print(f"{arguments.model} ({_origin(arguments.model, arguments)})\n{pruned}\n")
+    try:
+        if isinstance(pruned, fxpath.PrunedChannels):
+            pruned.save(arguments.output)
+            if arguments.plan is not None:
+                arguments.plan.write_text(pruned.plan.to_json() + "\n", encoding="utf-8")
+        else:
+            save_file(pruned.state_dict, arguments.output, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"--output {arguments.output}: {one_line(error)}") from error
+    print(f"written to {arguments.output}")
+    return 0
 
 
 def _sizes_table(rows: Sequence[SizeRow]) -> str:

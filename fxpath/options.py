@@ -93,6 +93,13 @@ def _parse_exponent(text: str) -> float:
     return int(q) if q.is_integer() else q
 
 
+def _parse_amount(text: str) -> float | int:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a share as in 0.4, or a number") from None
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is a `--help` away."""
 
@@ -170,6 +177,45 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     check = added.add_parser("check", parents=[common], help="print the support report")
     check.add_argument("model", metavar="MODEL", help=KINDS)
     check.set_defaults(command=commands["check"])
+
+    prune = added.add_parser(
+        "prune", parents=[common], help="set weights to zero, or remove channels"
+    )
+    prune.add_argument("model", metavar="MODEL", help=KINDS)
+    how_much = prune.add_mutually_exclusive_group(required=True)
+    how_much.add_argument(
+        "--amount",
+        type=_parse_amount,
+        metavar="0.4",
+        help="share (with a point) or number of the entries, or of the channels, that go",
+    )
+    how_much.add_argument(
+        "--budget",
+        type=float,
+        metavar="0.01",
+        help="the largest part of the path-norm that may be lost, by the exact path-metric",
+    )
+    prune.add_argument(
+        "--criterion",
+        default="path_magnitude",
+        metavar="NAME",
+        help="path_magnitude (default), canonical_magnitude or magnitude",
+    )
+    prune.add_argument(
+        "--channels", action="store_true", help="remove whole channels: a smaller network"
+    )
+    prune.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where the weights go, as .safetensors",
+    )
+    prune.add_argument(
+        "--plan", type=Path, metavar="FILE", help="write which channels went, as JSON"
+    )
+    prune.set_defaults(command=commands["prune"])
 
     # Its options are the benchmark's own.
     bench = added.add_parser(

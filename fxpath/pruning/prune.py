@@ -201,9 +201,13 @@ def _check_reached(lost: Sequence[str], empty: Sequence[str]) -> None:
     """Refuse masks that leave an output without a path from an input."""
     if not lost:
         return
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    because = f"; {', '.join(empty)} would be cut altogether" if empty else ""
+    because = f"; {_first(empty)} would be cut altogether" if empty else ""
     raise ValueError(
-        f"no path from an input would reach {', '.join(lost[:3])}{more}{because}: prune less, or "
+        f"no path from an input would reach {_first(lost)}{because}: prune less, or "
         'pass max_layer_sparsity or scope="layer"'
     )
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ class Pruned:
             f"{metric.relative:.3%} of the path-norm\n"
             f"sum of Path-Mag over what is cut, no less (13): {self.path_magnitude_share:.3%}"
         )
-        return f"{table}\n\n{lost}\n\n{RUNTIMES}"
+        return f"{table}\n\n{lost}\n\n{textwrap.fill(RUNTIMES, 100)}"
 
     def __str__(self) -> str:
         return self.table()
