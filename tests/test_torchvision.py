@@ -139,7 +139,24 @@ def assert_refused(model: nn.Module, shape: tuple[int, ...]) -> fxpath.SupportRe
     return report
 
 
-@pytest.mark.parametrize("name", refused())
+#: Models that are built of the same modules as another one, only more often; tracing them takes as
+#: long as all others together.
+DEEPER = {
+    **dict.fromkeys(("swin_s", "swin_b"), "swin_t"),
+    **dict.fromkeys(("swin_v2_s", "swin_v2_b"), "swin_v2_t"),
+    **dict.fromkeys(("efficientnet_b5", "efficientnet_b6", "efficientnet_b7"), "efficientnet_b4"),
+    **dict.fromkeys(("efficientnet_v2_m", "efficientnet_v2_l"), "efficientnet_v2_s"),
+    "vit_h_14": "vit_l_16",
+}
+
+
+@pytest.mark.parametrize("name", DEEPER)
+def test_deeper_models_have_no_other_modules(name: str) -> None:
+    deeper, model = build_hollow(name), build_hollow(DEEPER[name])
+    assert {type(m) for m in deeper.modules()} == {type(m) for m in model.modules()}
+
+
+@pytest.mark.parametrize("name", [name for name in refused() if name not in DEEPER])
 def test_is_refused_with_every_obstacle(name: str) -> None:
     model = build_hollow(name)
     report = assert_refused(model, (3, 224, 224))

@@ -92,8 +92,7 @@ def prune_channels(
         constraints: instead of ``amount``: ``{"parameters": "60%", "macs": 2e9}``, the most
             parameters, and multiply-adds of one sample in the model's own layers, that may be left;
             units go until all constraints are met.
-        criterion: name of a function of :mod:`fxpath.criteria`, a dict of scores by parameter name
-            that has every layer, or a function ``(model, input_shape) -> scores``.
+        criterion: as for :func:`fxpath.prune`; scores that are given must have every layer.
         include: layers whose output channels may go: fnmatch patterns on names of parameters or of
             modules (with all that is in them), or types of modules; ``None`` for all.  A channel
             that several layers make together goes only if it may go in all of them.
