@@ -197,16 +197,13 @@ def _check_result(smaller: nn.Module, plan: Plan) -> None:
     for path, module in smaller.named_modules():
         if path in touched or path in plan.attributes:
             prefix = f"{path}." if path else ""
-            own = [
-                leaf for leaf in (*module._parameters, *module._buffers) if prefix + leaf in named
-            ]
-            shapes = {leaf: tuple(named[prefix + leaf].shape) for leaf in own}
+            own = [*module._parameters, *module._buffers]
+            shapes = {n: tuple(named[prefix + n].shape) for n in own if prefix + n in named}
             groups = module.groups if isinstance(module, _ConvNd) else None
             for attribute, size in attributes_of(module, shapes, groups).items():
-                if getattr(module, attribute) != size:
-                    wrong.append(
-                        f"{prefix}{attribute} would be {getattr(module, attribute)} of {size}"
-                    )
+                said = getattr(module, attribute)
+                if said != size:
+                    wrong.append(f"{prefix}{attribute} would be {said} where there are {size}")
     if wrong:
         raise ValueError(f"the plan does not agree with itself: {'; '.join(wrong)}")
 
