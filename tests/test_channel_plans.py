@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def test_file_holds_plan_and_tensors(result: fxpath.PrunedChannels, tmp_path: Pa
         fxpath.load_pruned(path, Net())
 
 
+def test_certificate_is_complete_and_can_be_stored(result: fxpath.PrunedChannels) -> None:
+    certificate = result.certificate
+    assert min(certificate.bounds.values()) >= certificate.lower > 0
+    # Two of the removed channels may lie on one path, which counts for both.
+    assert (certificate.path_magnitude_sum or 0) >= certificate.value * (1 - 1e-9)
+    stored = pickle.loads(pickle.dumps(result))
+    assert stored.certificate.to_dict() == certificate.to_dict()
+    assert stored.plan == result.plan == copy.deepcopy(result).plan
+
+
 def changed(plan: fxpath.Plan, *keys: Any, to: Any) -> dict[str, Any]:
     data: Any = copy.deepcopy(plan.to_dict())
     inner = data
@@ -98,6 +109,7 @@ def changed(plan: fxpath.Plan, *keys: Any, to: Any) -> dict[str, Any]:
         (("tensors", "conv.weight", "shape"), [6, 3, "3"], "not a list of integers"),
         (("tensors", "conv.weight", "shape"), [6, -3, 3, 3], "negative"),
         (("tensors", "conv.weight", "remove"), {"4": [0]}, "no axis '4'"),
+        (("tensors", "conv.weight", "remove"), {"0": [0], "00": [1]}, "no axis '00'"),
         (("tensors", "conv.weight", "remove"), {"0": [0, 0]}, "not distinct"),
         (("tensors", "conv.weight", "remove"), {"0": [2, 1]}, "not ascending"),
         (("tensors", "conv.weight", "remove"), {"0": [6]}, "outside of 0 ... 5"),
@@ -109,6 +121,7 @@ def changed(plan: fxpath.Plan, *keys: Any, to: Any) -> dict[str, Any]:
         (("attributes", "conv", "out_channels"), [6, 9], "a smaller one after"),
         (("attributes", "conv", "out_channels"), [6], "a number before"),
         (("biases",), {"head.bias": {"add": [float("nan")], "create": False}}, "finite"),
+        (("biases",), {"head.bias": {"add": [10**400], "create": False}}, "finite"),
     ],
 )
 def test_plans_are_not_trusted(
@@ -136,6 +149,25 @@ def test_plans_must_fit(
     plan = fxpath.Plan.from_dict(changed(result.plan, *keys, to=to))
     with pytest.raises(ValueError, match=f"another model: .*{message}"):
         fxpath.apply_plan(Net(), plan)
+
+
+def test_plans_made_by_hand_are_checked() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3))
+    model.add_module("3", nn.Linear(3, 3))
+    model[3].weight = model[2].weight
+    for tensors, message in (
+        ({"0.bias": Cut((3,), {0: (-1,)})}, "outside of 0 ... 2"),
+        ({"0.bias": Cut((3,), {1: (0,)})}, "no axis '1'"),
+        ({"0.weight": Cut((3, 2), {0: (0,)})}, "0.out_features would be 3 where there are 2"),
+        (
+            {"2.weight": Cut((3, 3), {0: (0,)}), "3.weight": Cut((3, 3), {0: (1,)})},
+            "3.weight is 2.weight, and loses something else",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fxpath.apply_plan(model, fxpath.Plan(tensors))
+    with pytest.raises(TypeError, match="the plan is a dict"):
+        fxpath.apply_plan(model, fxpath.Plan().to_dict())  # type: ignore[arg-type]
 
 
 def test_text_that_is_no_plan() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -403,6 +404,35 @@ def test_a_bias_that_is_shared_takes_nothing_up() -> None:
     assert "shared.bias with other layers" in result.kept[0]["reason"]
 
 
+class Frozen(nn.Module):
+    """A batch norm of nothing but buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 1, bias=False), nn.Conv2d(4, 2, 1)
+        for name in ("weight", "bias", "mean", "var"):
+            self.register_buffer(name, torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (buffer[:, None, None] for buffer in self.buffers())
+        scale = weight * (var + 1e-5).rsqrt()
+        return self.head(F.relu(self.conv(x) * scale + (bias - mean * scale)))  # frozen
+
+
+def test_norms_of_buffers_are_cut_with_their_channels() -> None:
+    model = made(Frozen())
+    zero(model.head.weight, [1], axis=1)
+    zero(model.conv.weight, [2])
+    result = check(model, (2, 3, 3), 2)
+    assert result.model.get_buffer("var").shape == (2,)
+    # Without weights those channels are not zero, which is said.
+    (row, _) = fxpath.prune_channels(model, 0.5, (2, 3, 3)).kept
+    assert row["channels"] == 4 and "# frozen" in row["source_line"]
+    assert re.findall(r"\b(?:weight|bias|mean|var)(?=[,:])", row["reason"]) == [
+        "bias", "mean", "weight", "var",
+    ]  # fmt: skip
+
+
 def test_masks_of_torch_count_and_are_made_permanent() -> None:
     model = made(mlp())
     mask = torch.ones(8, 8)
@@ -471,7 +501,7 @@ def test_random_masks_on_an_mlp(seed: int) -> None:
     check(model, (4,), brute_force(model))
 
 
-@pytest.mark.parametrize("build", [Residual, lambda: Depthwise(1), lambda: Cat(1), lambda: Cat(3)])
+@pytest.mark.parametrize("build", [Residual, lambda: Depthwise(1), lambda: Cat(3)])
 def test_random_masks_leave_nothing_to_a_second_run(build: Callable[[], nn.Module]) -> None:
     model = made(build())
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -65,7 +66,7 @@ def compare(
         other, signed = take_in(smaller, given)
     except UnsupportedModelError as error:
         problem = error.report.problems[0]
-        nodes = _blamed(captured, problem.module_path, problem.source_line)
+        nodes = _blamed(captured, problem.module_path, [problem.source_line, *_calls(error)])
         line = source_line(nodes[0]) if nodes else problem.source_line
         said = problem.reason.removeprefix("torch.export cannot trace the model: ")
         return Fault(f"sizes are written into the code: with fewer channels {said}", line, nodes)
@@ -88,14 +89,29 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= TOLERANCE * torch.maximum(a.abs(), b.abs()).max())
 
 
-def _blamed(captured: Captured, path: str, line: str) -> tuple[fx.Node, ...]:
-    """Operations of a module that a line of code calls; of either, if none is of both."""
+def _calls(error: BaseException) -> list[str]:
+    """``file:line`` of the calls that led to the error behind an error, the innermost first."""
+    trace = None if error.__cause__ is None else error.__cause__.__traceback__
+    frames = traceback.extract_tb(trace)
+    return [f"{frame.filename}:{frame.lineno}" for frame in reversed(frames)]
+
+
+def _blamed(captured: Captured, path: str, lines: Sequence[str]) -> tuple[fx.Node, ...]:
+    """Operations of a module that a line of code calls; of either, if none is of both.
+
+    The first line that any is on counts: a graph knows the lines of ``forward`` methods, and not
+    those of functions that they call.
+    """
     nodes = [n for n in captured.graph_module.graph.nodes if n.op == "call_function"]
-    # A problem may name the line without its code.
-    on_line = [n for n in nodes if source_line(n).startswith(f"{line}:") or source_line(n) == line]
     inside = [n for n in nodes if module_path(n) == path]
-    both = [n for n in on_line if n in set(inside)]
-    return tuple(both or (inside if path else []) or on_line)
+    # A problem may name the line without its code.
+    by_line = [
+        [n for n in nodes if source_line(n) == line or source_line(n).startswith(f"{line}:")]
+        for line in lines
+    ]
+    both = ([n for n in each if n in set(inside)] for each in by_line)
+    found = next(filter(None, both), []) or (inside if path else [])
+    return tuple(found or next(filter(None, by_line), []))
 
 
 class _Double(fx.Interpreter):

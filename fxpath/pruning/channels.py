@@ -1,32 +1,22 @@
 """Where a model's channels lie: every tensor entry that goes with a channel, and what ties it.
 
-:class:`Channels` reads the lifted graph as :mod:`fxpath.symmetry.labelling` does for rescaling, and
-notes more: what is multiplied with a channel without having a scale of its own (slopes, gains,
-fixed filters), where the model's code picks channels by their position, and grouped convolutions.
+:class:`Channels` draws the conclusions of what :class:`fxpath.pruning.walk.Walk` notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath import ops
 from fxpath.capture import Captured
 from fxpath.errors import source_line
-from fxpath.naming import RELABELLING
-from fxpath.schema import arguments
-from fxpath.symmetry.labelling import Labelling
-from fxpath.symmetry.labels import Coordinates, Labels, compressed
+from fxpath.pruning.walk import Walk
+from fxpath.symmetry.labels import compressed
 
 __all__ = ["Axis", "Channels", "Group", "Kept"]
-
-aten = torch.ops.aten
-
-_NUMBERS = {ops.coordinate, ops.coefficient}
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ class Group:
         return min(self.inputs.shape[1], self.outputs.shape[1]) > 1
 
 
-class Channels(Labelling):
+class Channels(Walk):
     """Runs the lifted graph on labels, and finds the axes along which channels lie.
 
     A channel is a number >= 1; 0 stands for inputs and outputs, -1 for entries that nothing reads.
@@ -99,17 +89,6 @@ class Channels(Labelling):
     """
 
     def __init__(self, captured: Captured, lifted: fx.GraphModule) -> None:
-        self._beside: list[tuple[str, Tensor]] = []
-        self._picked: list[tuple[Labels, int, Labels, fx.Node]] = []
-        self._sides: list[tuple[str, tuple[int, ...], Tensor, int, bool]] = []
-        self._groups: dict[str, tuple[int, bool]] = {}
-        self._scored: list[tuple[str, Tensor, Tensor | None]] = []
-        self._weights: dict[str, tuple[Tensor, int]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self.uses: list[tuple[str, fx.Node]] = []
-        self._kept: list[tuple[Tensor, Kept]] = []
-        self._clamped: list[Tensor] = []
-        self._placeholders = captured.tensors
         super().__init__(captured, lifted)
         roots = self.forest.roots()
         self.count = len(roots)
@@ -138,8 +117,8 @@ class Channels(Labelling):
         self.outputs = {name: self._made(name, *made) for name, made in self._weights.items()}
         self._keep_foreign(captured)
         others = set(self.kept)
-        for labels, why in self._kept:
-            self.keep(self._channels(labels), why)
+        for labels, node, names in self._loads:
+            self.keep(self._channels(labels), _loaded(node, names))
         self.loaded = self.kept.keys() - others
 
     def keep(self, channels: Tensor, why: Kept) -> None:
@@ -170,121 +149,6 @@ class Channels(Labelling):
             if lifted.meta.get("origin") is node and lifted in self.labels:
                 last = lifted
         return None if last is None else self._channels(self.labels[last].ids)
-
-    # -- what the walk notes ----------------------------------------------------------------------
-
-    def _carry(
-        self, weight: Any, out: Tensor, into: Tensor, axes: tuple[int, int], channels: Tensor
-    ) -> None:
-        if isinstance(weight, Coordinates) and weight.views:
-            axes = _stored_axis(weight, out, axes[0]), _stored_axis(weight, into, axes[1])
-        super()._carry(weight, out, into, axes, channels)
-        if isinstance(weight, Coordinates) and weight.own is not None:
-            stored = weight.stored(out), weight.stored(into)
-            self._scored.append((_base(weight.name), *stored))
-            if self.node.target is not ops.scale:
-                self.uses.append((weight.own, self.node))
-                self._weights.setdefault(weight.own, (stored[0], axes[0]))
-                self._shapes[weight.own] = weight.shape
-
-    def _record(
-        self,
-        name: str | None,
-        shape: tuple[int, ...],
-        out: Tensor,
-        into: Tensor | None,
-        axes: tuple[int, int],
-    ) -> None:
-        """Uses of one tensor need no common factor here: they are tied by their positions."""
-        if name is not None:
-            self._sides.append((name, shape, out, axes[0], True))
-            if into is not None:
-                self._sides.append((name, shape, into, axes[1], False))
-
-    def _enter(self, weight: Coordinates, out: Tensor, into: Tensor | None) -> None:
-        """Nor do uses of one array of coordinates."""
-
-    def conv(self, x: Labels, weight: Any, *spec: Any) -> Labels:
-        y = super().conv(x, weight, *spec)
-        groups, transposed = int(spec[5]), bool(spec[3])
-        if not isinstance(weight, Coordinates):
-            first = x.ids if transposed else y.ids
-            rows = self._tied(Labels(first, (x if transposed else y).shape), 1)
-            self._note(self.node.args[1], rows.reshape(-1, *[1] * (len(x.shape) - 1)))
-        elif groups > 1 and weight.own is not None and not weight.views:
-            self._groups[weight.own] = groups, transposed
-        return y
-
-    def shift(self, x: Labels, bias: Any) -> Labels:
-        y = super().shift(x, bias)
-        if isinstance(bias, Tensor):
-            self._note_at(self.node.args[-1], y)
-            ids, there = torch.broadcast_tensors(y.ids, bias != 0)
-            self._keep_loaded(ids[there])
-        elif isinstance(bias, Coordinates) and (bias.own or bias.beta or bias.norm):
-            seen = bias.seen()
-            ids = y.ids.reshape(y.ids.shape[-seen.dim() :] if seen.dim() else ())
-            self._scored.append((_base(bias.name), bias.stored(ids), None))
-        return y
-
-    def scale(self, x: Any, weight: Any) -> Any:
-        y = super().scale(x, weight)
-        if isinstance(x, Labels):
-            if isinstance(weight, Coordinates) and weight.norm is not None:
-                sides = y.ids.flatten(), self._tied(x, 1)
-                self._scored.append((_base(weight.name), *sides))
-            else:
-                self._note_at(self.node.args[1], y)
-        return y
-
-    def clamp(self, x: Labels, lo: float | None, hi: float | None) -> Labels:
-        self._clamped.append(x.ids.flatten())
-        if (lo or 0) > 0 or (hi or 0) < 0:
-            self._keep_loaded(x.ids)
-        return super().clamp(x, lo, hi)
-
-    def _keep_loaded(self, labels: Tensor) -> None:
-        """Channels that are not zero where all that leads into them is."""
-        line = source_line(self.node.meta["origin"]) if self.node.meta.get("origin") else ""
-        self._kept.append((labels, Kept("the model's code adds a constant to them", line)))
-
-    def slope(self, x: Labels, a: Any) -> Labels:
-        y = super().slope(x, a)
-        self._note_at(self.node.args[1], y)
-        return y
-
-    def move(self, target: Callable[..., Tensor], *args: Any) -> Any:
-        y = super().move(target, *args)
-        if target is aten.slice.Tensor and isinstance(args[0], Labels):
-            self._picked.append((args[0], args[1], y, self.node))
-        return y
-
-    def along(self, x: Labels, dim: int, index: Tensor, weight: Tensor) -> Labels:
-        y = super().along(x, dim, index, weight)
-        self._picked.append((x, dim, y, self.node))
-        return y
-
-    def _note_at(self, operand: Any, y: Labels) -> None:
-        """A tensor that meets an activation entry by entry, with broadcasting."""
-        if isinstance(operand, fx.Node):
-            shape = tuple(operand.meta["val"].shape)
-            ids = y.ids
-            for axis in range(-ids.dim(), 0):
-                # One entry for the whole axis: it is no channel's own.
-                if axis < -len(shape) or shape[axis] == 1:
-                    ids = ids.narrow(axis, 0, 1)
-            self._note(operand, ids.reshape(ids.shape[-len(shape) :] if shape else ()))
-
-    def _note(self, operand: Any, labels: Tensor) -> None:
-        """The tensor of the model behind an operand goes with these labels."""
-        found = _behind(operand)
-        if found is not None and found[1].numel() > 1:
-            name, seen = self._placeholders[str(found[0].target)], found[1]
-            stored = torch.full((found[2].numel(),), -1)
-            stored[seen.reshape(-1)] = labels.expand(seen.shape).reshape(-1)
-            self._beside.append((name, stored.reshape(found[2])))
-
-    # -- what follows from it ---------------------------------------------------------------------
 
     def _channels(self, labels: Tensor) -> Tensor:
         return self._roots[labels]
@@ -385,43 +249,12 @@ class Channels(Labelling):
                 self.keep(axis.channels, Kept(f"a {kind} has them, which is not made smaller"))
 
 
-def _stored_axis(weight: Coordinates, side: Tensor, axis: int) -> int:
-    """The axis of a tensor along which a side of a weight lies that is read through views."""
-    places = compressed(weight.stored(torch.arange(side.numel()).reshape(side.shape)))
-    varying = [axis for axis, size in enumerate(places.shape) if size > 1]
-    return varying[0] if len(varying) == 1 else axis
-
-
-def _base(name: str) -> str:
-    """The name under which scores of several uses of one weight add up."""
-    return name.split(":", 1)[0]
-
-
-def _behind(operand: Any) -> tuple[fx.Node, Tensor, torch.Size] | None:
-    """The tensor that an operand shows: placeholder, its entries as they are read, its shape.
-
-    ``None`` for numbers and for what is computed from several tensors.
-    """
-    views: list[fx.Node] = []
-    node = operand
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        inputs = node.all_input_nodes
-        if not inputs:
-            return None
-        if node.target in RELABELLING:
-            if len(inputs) > 1:
-                return None
-            views.append(node)
-        elif node.target not in _NUMBERS and (
-            len(inputs) > 1 or inputs[0].meta["val"].shape != node.meta["val"].shape
-        ):
-            return None
-        node = inputs[0]
-    if not isinstance(node, fx.Node) or node.op != "placeholder":
-        return None
-    shape = node.meta["val"].shape
-    seen = torch.arange(shape.numel()).reshape(shape)
-    for view in reversed(views):
-        rest: Sequence[Any] = arguments(view)[1:]
-        seen = view.target(seen, *rest, **view.kwargs)  # type: ignore[operator]
-    return node, seen, shape
+def _loaded(node: fx.Node, names: Sequence[str]) -> Kept:
+    """Why channels stay that are not zero where all that leads into them is."""
+    reason = "the model's code adds a constant to them"
+    if names:
+        reason = (
+            f"the model's code adds a constant to them, made from {', '.join(names)}: register "
+            "what is a bias as a parameter, and what is a batch norm as one of torch.nn"
+        )
+    return Kept(reason, source_line(node.meta["origin"]) if node.meta.get("origin") else "")

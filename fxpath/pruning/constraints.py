@@ -87,7 +87,7 @@ def _limit(key: str, value: float | int | str, before: int) -> float:
 def unmet(limits: Mapping[str, float], sizes: Mapping[str, int]) -> list[str]:
     """Which limits are exceeded, in words."""
     return [
-        f"{key} {sizes[key]:,} of at most {limit:,.0f}"
+        f"{key} {sizes[key]:,} of at most {limit:,.10g}"
         for key, limit in limits.items()
         if sizes[key] > limit
     ]

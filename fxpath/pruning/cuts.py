@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from fxpath.capture import named_tensors
@@ -66,8 +65,6 @@ def _attributes(
             leaf: cuts[prefix + leaf][1].after if prefix + leaf in cuts else shape
             for leaf, shape in shapes.items()
         }
-        if isinstance(module, _NormBase):
-            shapes, left = ({k: s for k, s in each.items() if s} for each in (shapes, left))
         if left == shapes:
             continue
         groups = module.groups if isinstance(module, _ConvNd) else None
@@ -77,9 +74,10 @@ def _attributes(
             uses = found.grouped.get(name, [])
             if uses and not uses[0].balanced:
                 after = groups - int(gone[uses[0].outputs[:, 0]].sum())
-        known = attributes_of(module, shapes, groups)
         now = attributes_of(module, left, after)
-        changed = {key: (known[key], now[key]) for key in known if known[key] != now[key]}
+        # A module whose tensors were exchanged by hand may say something else about them.
+        said = {key: getattr(module, key) for key in now}
+        changed = {key: (said[key], now[key]) for key in now if said[key] != now[key]}
         if changed:
             changes[path] = changed
     return changes

@@ -29,7 +29,7 @@ from fxpath.pruning.units import find_units
 __all__ = ["remove_dead"]
 
 _USED = Kept("they go together with channels that are in use")
-_LAST = Kept("a layer keeps one channel")
+_LAST = Kept("a layer keeps one channel, or one in each group")
 
 
 @plain_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,7 +191,7 @@ def _cut(data: Any, name: str) -> Cut:
         raise ValueError(f"shape of {name} of a plan: a negative length")
     remove = {}
     for key, gone in _items(data["remove"], name):
-        if not key.isdecimal() or int(key) >= len(shape):
+        if key not in map(str, range(len(shape))):
             raise ValueError(f"{name} of a plan has no axis {key!r}")
         remove[int(key)] = _positions(gone, shape[int(key)], f"axis {key} of {name}")
     parts = data.get("within", ())
@@ -220,7 +220,7 @@ def _bias(data: Any, name: str) -> Bias:
     numbers = data["add"]
     if (
         not isinstance(numbers, Sequence)
-        or any(type(n) not in (int, float) or not math.isfinite(n) for n in numbers)
+        or any(type(n) not in (int, float) or not abs(n) <= sys.float_info.max for n in numbers)
         or type(data["create"]) is not bool
     ):
         raise ValueError(f"{name} of a plan: not a list of finite numbers")

@@ -227,7 +227,7 @@ class Network:
     def metric(self, channels: Sequence[int]) -> PathMetric:
         """The path-metric between the model and the same without these channels."""
         theirs = replace(self._side, tensors=self._without(channels))
-        return PathMetric(Pair(self.lifted, self._side, theirs))
+        return PathMetric(Pair(self.lifted, self._side, theirs).remember())
 
     def _without(self, channels: Sequence[int]) -> dict[str, Tensor]:
         masked, names = self.masked(channels), self.captured.tensors

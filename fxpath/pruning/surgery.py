@@ -29,7 +29,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         number formats, devices, memory formats and ``requires_grad`` stay what they are.
 
     Raises:
-        ValueError: if names, shapes or attributes do not fit, naming them.
+        ValueError: if names, shapes or attributes do not fit, naming them; for cuts of one tensor
+            that differ under its names, and modules that would say something else than their
+            tensors are; for positions that are not ascending or outside of a tensor.
+        TypeError: for something that is no plan.
 
     Example:
         >>> import fxpath
@@ -38,6 +41,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         >>> apply_plan(make(), plan)[0].weight.shape
         torch.Size([2, 2])
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"the plan is a {type(plan).__name__}: Plan.from_dict makes one from data")
+    # One that was made by hand is trusted no more than one from a file.
+    plan = Plan.from_dict(plan.to_dict())
     _check(model, plan)
     copied = copy.deepcopy(model)
     named, ties = named_tensors(copied), places(copied)
@@ -47,6 +54,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     for path, changes in plan.attributes.items():
         for attribute, (_, after) in changes.items():
             setattr(modules[path], attribute, after)
+    _check_result(copied, plan)
     for name, bias in plan.biases.items():
         _add(copied, name, bias)
     return copied
@@ -147,7 +155,8 @@ def attributes_of(
     if isinstance(module, nn.PReLU):
         return {"num_parameters": weight[0]}
     if isinstance(module, _NormBase):
-        return {"num_features": next(iter(shapes.values()))[0]}
+        sizes = [shape[0] for shape in shapes.values() if shape]
+        return {"num_features": sizes[0]} if sizes else {}
     return {}
 
 
@@ -155,13 +164,19 @@ def attributes_of(
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
-    named = named_tensors(model)
+    named, ties = named_tensors(model), places(model)
     wrong = []
     for name, each in plan.tensors.items():
         if name not in named:
             wrong.append(f"{name} is missing")
         elif tuple(named[name].shape) != each.shape:
             wrong.append(f"{name} has shape {tuple(named[name].shape)}, in the plan {each.shape}")
+        else:
+            wrong += [
+                f"{other} is {name}, and loses something else in the plan"
+                for other in ties[name]
+                if plan.tensors.get(other, each) != each
+            ]
     modules = dict(model.named_modules())
     for path, changes in plan.attributes.items():
         for attribute, (before, _) in changes.items():
@@ -172,6 +187,25 @@ def _check(model: nn.Module, plan: Plan) -> None:
         wrong += _wrong_bias(model, plan, name, bias)
     if wrong:
         raise ValueError(f"the plan is for another model: {'; '.join(wrong)}")
+
+
+def _check_result(smaller: nn.Module, plan: Plan) -> None:
+    """Whether modules say what their tensors are."""
+    named, ties = named_tensors(smaller), places(smaller)
+    touched = {place.rpartition(".")[0] for name in plan.tensors for place in ties[name]}
+    wrong = []
+    for path, module in smaller.named_modules():
+        if path in touched or path in plan.attributes:
+            prefix = f"{path}." if path else ""
+            own = [*module._parameters, *module._buffers]
+            shapes = {n: tuple(named[prefix + n].shape) for n in own if prefix + n in named}
+            groups = module.groups if isinstance(module, _ConvNd) else None
+            for attribute, size in attributes_of(module, shapes, groups).items():
+                said = getattr(module, attribute)
+                if said != size:
+                    wrong.append(f"{prefix}{attribute} would be {said} where there are {size}")
+    if wrong:
+        raise ValueError(f"the plan does not agree with itself: {'; '.join(wrong)}")
 
 
 _KNOWN = {
