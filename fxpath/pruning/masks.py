@@ -51,7 +51,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
     Example:
         >>> fingerprint({"weight": torch.zeros(2)})[:12]
-        'd9a6ffdf5b35'
+        '0b15b00b4b5f'
     """
     found = hashlib.sha256()
     for name in sorted(name for name, value in state.items() if isinstance(value, Tensor)):
