@@ -6,7 +6,7 @@ All such pairs share one capture, and (7) holds for each of them: no path gains.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,15 +79,33 @@ class Erasure:
         for key, node in zip(self.program.captured.outputs, arguments(total)[0], strict=True):
             reached = reach.reached[node]
             lost = (reached.first > 0) & (reached.second == 0)
-            for place in lost.nonzero().tolist():
-                # Positions behind the channel are classes of positions.
-                found[f"channel {place[1]} of output {key!r}" if place[1:] else f"{key!r}"] = None
+            found |= dict.fromkeys(_named(lost, tuple(node.meta["val"].shape), f"output {key!r}"))
         return list(found)
 
     def _pair(self, tensors: Mapping[str, Tensor]) -> Pair:
         return Pair(
             self.program.lifted, self.side, replace(self.side, tensors=tensors), erased=True
         )
+
+
+def _named(lost: Tensor, shape: Sequence[int], output: str) -> list[str]:
+    """Names for entries of an output: by the one axis that they are all of along, if there is one.
+
+    Args:
+        lost: which ones; positions along axes shorter than in ``shape`` are classes of positions.
+        shape: of the output, the axis of the batch with one entry.
+        output: its name.
+    """
+    if not bool(lost.any()):
+        return []
+    axes = [axis for axis in (1, *range(lost.dim() - 1, -1, -1)) if axis < lost.dim()]
+    for axis in axes:
+        along = lost.movedim(axis, 0).reshape(lost.shape[axis], -1)
+        whole = bool((along.all(1) == along.any(1)).all())
+        if whole and lost.shape[axis] == shape[axis] > 1:
+            kind = "channel {}" if axis == 1 else f"position {{}} along axis {axis}"
+            return [f"{kind.format(i)} of {output}" for i in along.all(1).nonzero()[:, 0].tolist()]
+    return [f"{'' if bool(lost.all()) else 'a part of '}{output}"]
 
 
 def estimated_loss(
@@ -121,6 +139,19 @@ class _Reach(Difference):
             if full in self.kept:
                 self.reached[full] = found
         return found
+
+    def coefficient(self, value: Tensor) -> Weights:
+        # 1e-60 is a path as well.
+        return Weights.equal((value != 0).to(self.dtype))
+
+    def along(self, x: Excess, dim: int, index: Tensor, weight: Tensor) -> Excess:
+        return super().along(x, dim, index, (weight != 0).to(self.dtype))
+
+    def mix(self, x: Excess | Weights, dim: int, matrix: Tensor) -> Excess | Weights:
+        return super().mix(x, dim, (matrix != 0).to(self.dtype))
+
+    def add(self, x: Excess, y: Excess) -> Excess:
+        return super().add(x, y).map(lambda value: (value > 0).to(self.dtype))
 
     def coordinate(self, value: Tensor, name: str) -> Weights | Rows:
         leaf = self.node.meta["leaf"]

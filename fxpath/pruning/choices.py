@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -19,6 +19,8 @@ def listed(choice: Choice) -> list[One]:
     Raises:
         TypeError: for what is neither.
     """
+    if not isinstance(choice, (str, type)) and not isinstance(choice, Iterable):
+        raise TypeError(f"{choice!r}: pass names with * and ?, types of modules, or a list of them")
     found = [choice] if isinstance(choice, (str, type)) else list(choice)
     for one in found:
         if not isinstance(one, str) and not (isinstance(one, type) and issubclass(one, nn.Module)):

@@ -12,7 +12,9 @@ from torch.nn.utils import prune as torch_prune
 from fxpath import ops
 from fxpath.capture import Captured, named_tensors
 from fxpath.graphs import inputs_first
+from fxpath.pairs.pair import LEAVES, Side
 from fxpath.pruning.choices import Choice, listed, matches, shown
+from fxpath.pruning.surgery import places
 from fxpath.schema import arguments
 
 __all__ = ["Eligible", "check_stored", "choose", "find_eligible"]
@@ -62,15 +64,18 @@ def choose(
     """
     wanted = None if include is None else listed(include)
     spared = listed(exclude)
+    ties = places(model)
+    # A tied parameter is meant by each of its names.
+    names = {each.name: [each.name, *ties.get(each.parameter, ())] for each in found}
     for choice in (*(wanted or ()), *spared):
-        if not any(matches(model, [each.name], choice) for each in found):
+        if not any(matches(model, names[each.name], choice) for each in found):
             known = ", ".join(each.name for each in found[:8]) + ", ..." * (len(found) > 8)
             raise ValueError(f"{shown(choice)} matches no parameter that can be pruned: {known}")
     chosen = [
         each
         for each in found
-        if (wanted is None or any(matches(model, [each.name], choice) for choice in wanted))
-        and not any(matches(model, [each.name], choice) for choice in spared)
+        if (wanted is None or any(matches(model, names[each.name], choice) for choice in wanted))
+        and not any(matches(model, names[each.name], choice) for choice in spared)
     ]
     if not chosen:
         raise ValueError("nothing is left to prune: include and exclude spare every parameter")
@@ -108,7 +113,7 @@ def find_eligible(captured: Captured, lifted: fx.GraphModule, biases: bool) -> l
     return list(found.values())
 
 
-def check_stored(model: nn.Module, chosen: Sequence[Eligible]) -> None:
+def check_stored(model: nn.Module, side: Side, chosen: Sequence[Eligible]) -> None:
     """Refuse entries that are not zero where entries of a registered parameter are.
 
     Raises:
@@ -119,7 +124,7 @@ def check_stored(model: nn.Module, chosen: Sequence[Eligible]) -> None:
         raise ValueError(
             f"{', '.join(computed)}: computed from other parameters, so no entry can be set to "
             "zero; make them parameters first (torch.nn.utils.parametrize."
-            "remove_parametrizations), or spare them with exclude"
+            "remove_parametrizations, torch.nn.utils.prune.remove), or spare them with exclude"
         )
     registered = named_tensors(model)
     loose = [each.parameter for each in chosen if each.parameter not in registered]
@@ -128,6 +133,46 @@ def check_stored(model: nn.Module, chosen: Sequence[Eligible]) -> None:
             f"{', '.join(loose)}: no registered parameter, so no state dict holds its zeros; "
             "register it (nn.Parameter as an attribute, nn.ParameterList), or spare it with exclude"
         )
+    state = model.state_dict()
+    renamed = [each.parameter for each in chosen if each.parameter not in state]
+    if renamed:
+        raise ValueError(
+            f"{', '.join(renamed)}: not in the model's state dict under that name, which a hook on "
+            "state_dict() changes, so that it cannot hold the zeros; prune the module inside"
+        )
+    _check_weights_only(side, chosen)
+
+
+def _check_weights_only(side: Side, chosen: Sequence[Eligible]) -> None:
+    """Refuse parameters that are read as something else, too, which other numbers come from."""
+    names = {each.key: each.name for each in chosen}
+    masked = {each.name for each in chosen if each.name != each.parameter}
+    captured = side.captured
+    for each in chosen:
+        if each.parameter in captured.baked:
+            raise ValueError(
+                f"{each.name}: the model also makes a mask, a position or a Python number of it, "
+                "which pruning would change; spare it with exclude"
+            )
+    for leaf in side.nodes:
+        read = arguments(leaf)[0] if leaf.target in LEAVES else leaf
+        own, factor = arguments(read)[:2] if read.target is ops.folded_weight else (read, None)
+        if leaf.target is ops.coordinate and (
+            own.op == "placeholder" or arguments(leaf)[1] in masked
+        ):
+            others = [factor] if isinstance(factor, fx.Node) else []
+        else:
+            others = [read]
+        inputs = {str(n.target) for other in others for n in inputs_first(other, ())}
+        for key in inputs & names.keys():
+            by = "a slope or a fixed number"
+            if leaf.target is ops.coordinate:
+                folded = read.target in (ops.folded_weight, ops.folded_bias)
+                by = f"{arguments(leaf)[1]}{' with its batch normalization' if folded else ''}"
+            raise ValueError(
+                f"{names[key]}: {by} is computed from it, too, and would not become zero with it, "
+                "but another number; spare it with exclude"
+            )
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:

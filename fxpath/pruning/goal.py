@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Real
 
 from torch import Tensor
 
@@ -32,8 +34,13 @@ class Goal:
         """Refuse what is out of range, or does not go together.
 
         Raises:
+            TypeError: for what is no number or no pattern, saying which argument.
             ValueError: saying which argument.
         """
+        numbers: dict[str, object] = {"budget": self.budget, "max_layer_sparsity": self.cap}
+        for name, value in numbers.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise TypeError(f"{name}={value!r}: a number")
         given = [self.amount, self.budget, self.pattern]
         if sum(value is not None for value in given) != 1:
             raise ValueError("pass exactly one of amount, budget and pattern")
@@ -69,7 +76,8 @@ class Goal:
         if self.cap is None:
             return entries
         # Rounded up, so that a cap that is the amount leaves room for it.
-        return max(0, min(math.ceil(self.cap * entries), entries - 1))
+        # As a decimal, as it was written: 0.07 of 100 are 7, and not 7.000000000000001.
+        return max(0, min(math.ceil(Fraction(str(self.cap)) * entries), entries - 1))
 
 
 def decided(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from torch.nn.utils import prune as torch_prune
 
 from fxpath.capture import named_tensors
 
-__all__ = ["FORMAT", "Masks", "apply_masks", "fingerprint", "load_masks", "write_masks"]
+__all__ = [
+    "FORMAT",
+    "Masks",
+    "apply_masks",
+    "fingerprint",
+    "held_masks",
+    "load_masks",
+    "refresh",
+    "write_masks",
+]
 
 #: What a file of masks says that it is.
 FORMAT = "fxpath.masks/1"
@@ -38,12 +47,14 @@ class Masks(dict[str, Tensor]):
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, formats, shapes and entries of a state dict, in the order of the names.
 
+    Tensors count; what modules store beside them (``get_extra_state``) does not.
+
     Example:
         >>> fingerprint({"weight": torch.zeros(2)})[:12]
-        'd9a6ffdf5b35'
+        '0b15b00b4b5f'
     """
     found = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(name for name, value in state.items() if isinstance(value, Tensor)):
         tensor = state[name].detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -101,8 +112,10 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     The model is changed, as by torch's own functions: each masked parameter ``weight`` becomes
     ``weight_orig`` and a buffer ``weight_mask``, and their product is what the layer reads, at
-    every call.  Both are in the state dict.  Unlike there, the model can be deep-copied after a
-    backward pass.  ``torch.nn.utils.prune.remove`` makes the zeros final.
+    every call.  Both are in the state dict.  Unlike there, a weight is also masked and trained
+    where its layer is not called but read (``F.linear(x, self.encoder.weight.t())``), and the model
+    can be deep-copied after a backward pass; both where the module that was passed here is called,
+    and not a part of it.  ``torch.nn.utils.prune.remove`` makes the zeros final.
 
     Args:
         model: the module that was pruned, or another one with the same parameters (rewound
@@ -127,32 +140,50 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     places = [place for name, mask in masks.items() for place in _places(model, name, mask)]
     for module, attribute, mask in places:
         torch_prune.custom_from_mask(module, attribute, mask)
-        settle = _Settle(attribute)
-        settle(module, (), None)
-        if settle not in module._forward_hooks.values():
-            module.register_forward_hook(settle)
+    if places and _settle not in model._forward_hooks.values():
+        model.register_forward_pre_hook(_refresh)
+        model.register_forward_hook(_settle)
     return model
 
 
-class _Settle:
-    """A forward hook: what was computed for a call is kept without the call's graph.
+def refresh(model: nn.Module) -> None:
+    """Compute masked weights anew, which ``torch.nn.utils.prune`` does when a layer is called."""
+    for module, method in _methods(model):
+        setattr(module, method._tensor_name, method.apply_mask(module))
 
-    ``torch.nn.utils.prune`` leaves it in the module, where ``copy.deepcopy`` fails on it.
+
+def held_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Masks that ``torch.nn.utils.prune`` holds in a model, by the names of the weights read."""
+    paths = {module: path for path, module in model.named_modules()}
+    found = {}
+    for module, method in _methods(model):
+        name = f"{paths[module]}.{method._tensor_name}".removeprefix(".")
+        found[name] = getattr(module, f"{method._tensor_name}_mask")
+    return found
+
+
+def _refresh(model: nn.Module, args: Any) -> None:
+    """Before a call: masked weights, those too that are read without their layer being called."""
+    refresh(model)
+
+
+def _settle(model: nn.Module, args: Any, output: Any) -> None:
+    """After a call of the whole model: what was computed is kept without the call's graph.
+
+    ``copy.deepcopy`` fails on that.  A layer alone cannot tell whether another one, a decoder that
+    reads the encoder's weight, is yet to come.
     """
-
-    def __init__(self, attribute: str) -> None:
-        self.attribute = attribute
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        value = vars(module).get(self.attribute)
+    for module, method in _methods(model):
+        value = vars(module).get(method._tensor_name)
         if isinstance(value, Tensor):
-            setattr(module, self.attribute, value.detach())
+            setattr(module, method._tensor_name, value.detach())
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Settle) and other.attribute == self.attribute
 
-    def __hash__(self) -> int:
-        return hash(self.attribute)
+def _methods(model: nn.Module) -> Iterator[tuple[nn.Module, torch_prune.BasePruningMethod]]:
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, torch_prune.BasePruningMethod):
+                yield module, hook
 
 
 def _places(model: nn.Module, name: str, mask: Tensor) -> list[tuple[nn.Module, str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from fxpath.pruning.eligible import Eligible
@@ -42,6 +43,8 @@ class NM:
     of: int
 
     def __post_init__(self) -> None:
+        if any(type(n) is not int for n in (self.keep, self.of)):
+            raise TypeError(f"NM(keep={self.keep!r}, of={self.of!r}): two numbers (int)")
         if not 0 < self.keep < self.of:
             raise ValueError(f"NM(keep={self.keep}, of={self.of}): 0 < keep < of")
 
@@ -146,7 +149,7 @@ def _rows(model: nn.Module, pattern: NM) -> Iterator[PatternRow]:
         if axis is None:
             continue
         name = f"{path}.weight" if path else "weight"
-        weight: Tensor = getattr(module, "weight")  # noqa: B009  (for mypy any attribute is a module)
+        weight = _as_read(module)
         together = weight.shape[axis] // (getattr(module, "groups", 1) if axis == 0 else 1)
         each = Eligible(name, "", name, tuple(weight.shape), True, axis, together)
         reason, rows, broken = refused(each, pattern), 0, 0
@@ -155,6 +158,16 @@ def _rows(model: nn.Module, pattern: NM) -> Iterator[PatternRow]:
             rows, broken = len(kept), int((kept > pattern.keep).sum())
         taken = "not 2:4" if reason or broken else _semi_structured(weight, pattern)
         yield PatternRow(name, tuple(weight.shape), rows, broken, reason, taken)
+
+
+def _as_read(module: nn.Module) -> Tensor:
+    """A layer's weight at its next call; a pruned one in the module is that of the last call."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == "weight":
+            pruned: Tensor = hook.apply_mask(module)
+            return pruned
+    weight: Tensor = getattr(module, "weight")  # noqa: B009  (for mypy any attribute is a module)
+    return weight
 
 
 def _semi_structured(weight: Tensor, pattern: NM) -> str:

@@ -19,6 +19,7 @@ from fxpath.pruning.choices import Choice
 from fxpath.pruning.criterion import Criterion, name_of
 from fxpath.pruning.eligible import Eligible, check_stored, choose, find_eligible
 from fxpath.pruning.goal import Goal, decided
+from fxpath.pruning.masks import held_masks
 from fxpath.pruning.patterns import NM, refused
 from fxpath.pruning.pruned import Pruned, PrunedLayer
 from fxpath.pruning.source import Source
@@ -108,8 +109,9 @@ def prune(
         TypeError: for a model, an amount or a criterion of another kind.
         ValueError: unless exactly one of ``amount``, ``budget`` and ``pattern`` is given; for an
             argument that is out of range, unknown, or does not go with another one; for scores that
-            are missing, by name; for weights that are computed (parametrized), by name; for outputs
-            that no path from an input would reach, by name.
+            are missing, by name; for weights that are computed (parametrized), or that the model
+            computes other numbers from, by name; for outputs that no path from an input would
+            reach, by name.
         FloatingPointError: if a neuron's path-norm is not within 1e-270 ... 1e300.
 
     Example:
@@ -134,7 +136,7 @@ def prune(
     erasure = Erasure.of(model, given)
     eligible = find_eligible(erasure.program.captured, erasure.program.lifted, biases)
     chosen = choose(model, eligible, include, exclude)
-    check_stored(model, chosen)
+    check_stored(model, erasure.side, chosen)
     notes = {each.name: refused(each, pattern) if pattern else "" for each in chosen}
     fitting = [each for each in chosen if not notes[each.name]]
     if not fitting:
@@ -148,6 +150,9 @@ def prune(
     masks: dict[str, Tensor] = {}
     for step in range(1, steps + 1):
         scores = source.scores(criterion, masks)
+        if layer_adaptive and masks:
+            # What a criterion says of entries that are cut is no part of what remains.
+            scores = {n: s.masked_fill(~masks[n].to(s.device), 0.0) for n, s in scores.items()}
         ranked = relative_to_layer(scores) if layer_adaptive else scores
         # Entries that are cut stay cut, also where others have come to nothing.
         ranked = {
@@ -157,7 +162,8 @@ def prune(
         masks = decided(goal, step, ranked, inputs, source.lost, source.estimated)
     share = source.path_magnitude_share(masks, named == "path_magnitude" and steps == 1)
     tensors = source.erased(masks)
-    rows = [_row(each, goal, masks, tensors, notes[each.name]) for each in chosen]
+    held = held_masks(model)
+    rows = [_row(each, goal, masks, tensors, held, notes[each.name]) for each in chosen]
     empty = [row.name for row in rows if row.empty]
     _check_reached(erasure.cut_off(tensors), empty)
     if empty:
@@ -184,15 +190,18 @@ def _row(
     goal: Goal,
     masks: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
+    held: Mapping[str, Tensor],
     note: str,
 ) -> PrunedLayer:
-    mask = masks.get(each.name)
+    mask, left = masks.get(each.name), tensors[each.key]
+    if each.name in held:
+        left = left * held[each.name]
     return PrunedLayer(
         name=each.name,
         shape=each.shape,
         requested=None if note else goal.share_of(each.entries),
         pruned=0 if mask is None else each.entries - int(mask.count_nonzero()),
-        sparsity=1 - int(torch.count_nonzero(tensors[each.key])) / max(1, each.entries),
+        sparsity=(each.entries - int(torch.count_nonzero(left))) / max(1, each.entries),
         note=note,
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxpath.capture import named_tensors
 from fxpath.pairs.metric import PathMetric
-from fxpath.pruning.masks import fingerprint, write_masks
+from fxpath.pruning.masks import fingerprint, refresh, write_masks
 
 __all__ = ["Pruned", "PrunedLayer", "with_state"]
 
@@ -166,4 +166,5 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     for name, tensor in named_tensors(copied).items():
         if name in state:
             tensor.data.copy_(state[name])
+    refresh(copied)
     return copied

@@ -162,7 +162,8 @@ def _nearest(scores: Tensor, threshold: float) -> float:
 def _keys(scores: Tensor, wide: bool) -> Iterator[Tensor]:
     """Integers in the order of the scores, block by block; equal for equal scores."""
     dtype, integer, sign = _format(wide)
-    for block in scores.detach().reshape(-1).split(_BLOCK):
+    blocks = scores.detach().reshape(-1).split(_BLOCK) if scores.numel() else ()
+    for block in blocks:
         bits = block.to(dtype).view(integer)
         if bool(bits.amin() < 0):
             # Of negative numbers the larger bits are lower; 0 and -0 are one number.

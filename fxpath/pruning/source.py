@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +100,15 @@ class Source:
             # A tied parameter is one tensor under several names; each name gets one of its own.
             own = id(named.get(name))
             held = zeroed.get(own, value)
-            state[name] = held if own in zeroed and own not in taken else held.detach().clone()
+            fresh = own in zeroed and own not in taken
+            # A module may store more than tensors (get_extra_state).
+            state[name] = held if fresh else copy.deepcopy(_detached(held))
             taken.add(own)
         return state
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _sum_without(mask: Tensor, values: Tensor) -> float:
