@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from fxpath.pruning.agreement import Fault, compare
 from fxpath.pruning.channels import Kept
 from fxpath.pruning.constants import Constants
 from fxpath.pruning.cuts import gone_mask, make_plan
+from fxpath.pruning.masks import deep_copy
 from fxpath.pruning.plan import Bias, Plan
 from fxpath.pruning.ranking import Ranking
 from fxpath.pruning.reach import driven_channels, live_channels
@@ -203,14 +203,7 @@ def _unmasked(model: nn.Module) -> nn.Module:
     """The model; a copy without them if it has masks of ``torch.nn.utils.prune``."""
     if not isinstance(model, nn.Module) or not prune.is_pruned(model):
         return model
-    # What was computed in the last forward pass does not copy by itself.
-    memo: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    copied = copy.deepcopy(model, memo)
+    copied = deep_copy(model)
     for module in copied.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = [
     "FORMAT",
     "Masks",
     "apply_masks",
+    "deep_copy",
     "fingerprint",
     "held_masks",
     "load_masks",
@@ -59,6 +61,17 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a module in which a forward pass left what masks make of weights."""
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, memo)
 
 
 def write_masks(path: str | Path, masks: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from fxpath.capture import named_tensors
 from fxpath.pairs.metric import PathMetric
-from fxpath.pruning.masks import fingerprint, refresh, write_masks
+from fxpath.pruning.masks import deep_copy, fingerprint, refresh, write_masks
 
 __all__ = ["Pruned", "PrunedLayer", "with_state"]
 
@@ -155,14 +153,7 @@ class Pruned:
 @torch.no_grad()
 def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of a model with the entries of a state dict."""
-    # What torch.nn.utils.prune computed in the last forward pass does not copy by itself.
-    memo: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    copied = copy.deepcopy(model, memo)
+    copied = deep_copy(model)
     for name, tensor in named_tensors(copied).items():
         if name in state:
             tensor.data.copy_(state[name])
