@@ -71,7 +71,14 @@ RIGID = {"mobilenet_v2": 16264 - 712}
 @pytest.mark.parametrize("name", REAL)
 def test_real_models_keep_their_function(name: str) -> None:
     shape = REAL[name]
-    model = build(name).double().eval()
+    model = build(name)
+    if name in ("vgg11_bn", "alexnet"):
+        # Narrower behind the flattening: gigabytes in float64 say nothing more.
+        (first, *_) = (m for m in model.classifier if isinstance(m, nn.Linear))
+        model.classifier = nn.Sequential(
+            nn.Linear(first.in_features, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
+    model = model.double().eval()
     before = copy.deepcopy(model.state_dict())
     groups = fxpath.channel_groups(model, shape)
     assert sum(not group.rescalable for group in groups.groups) == RIGID.get(name, 0)
