@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, interpolate
 import fxpath
 from benchmarks.timing import options, write_json
 from fxpath import criteria
-from fxpath.capture import Given
+from fxpath.model import Given
 from fxpath.pairs.matching import make_pair
 from fxpath.pairs.rivals import find_layered, largest_difference
 

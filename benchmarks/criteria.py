@@ -20,7 +20,7 @@ from benchmarks.recipe import recipe
 from benchmarks.timing import explained, fresh_process, interleave, load_module, options, write_json
 from fxpath import criteria
 from fxpath.capture.shapes import infer_input_shape
-from fxpath.program import build
+from fxpath.program.program import build
 
 __all__ = ["break_even", "main", "measure", "table"]
 

@@ -16,10 +16,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxpath.capture import Given, capture
+from fxpath.capture import capture
+from fxpath.model import Given
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
-from fxpath.program import PathProgram
+from fxpath.program.program import PathProgram
 
 __all__ = ["CASES", "main", "rows"]
 

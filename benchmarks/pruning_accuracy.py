@@ -31,7 +31,7 @@ from benchmarks.pruning_masks import METHODS
 from benchmarks.tasks import TASKS
 from benchmarks.timing import RESULTS, environment, explained, options, positive
 from benchmarks.training import OPTIMIZERS
-from fxpath.loading import UsageError
+from fxpath.capture.loading import UsageError
 
 __all__ = ["Results", "main", "titles"]
 

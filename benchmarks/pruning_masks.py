@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import fxpath
 from fxpath import criteria
-from fxpath.program import PathProgram, build
+from fxpath.program.program import PathProgram, build
 
 __all__ = ["METHODS", "Masks", "Method", "Pruner"]
 

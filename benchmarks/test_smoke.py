@@ -17,7 +17,7 @@ import fxpath
 from benchmarks import channels, criteria, growth, memory, timing
 from benchmarks.recipe import SumPool2d, recipe
 from fxpath import cli
-from fxpath.loading import UsageError
+from fxpath.capture.loading import UsageError
 
 KEYS = {
     *("model", "params", "forward_ms", "magnitude_ms", "magnitude_out_ms"),

@@ -13,12 +13,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import fx, nn
 
 from benchmarks.timing import load_module
-from fxpath.capture import Captured, Given, capture
+from fxpath.capture import capture
+from fxpath.model import Captured, Given
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
 from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
-from fxpath.program import build
+from fxpath.program.program import build
 
 SHAPE = (3, 224, 224)
 ROUNDS = 7

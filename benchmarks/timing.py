@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import fxpath
-from fxpath.loading import UsageError, load_model
+from fxpath.capture.loading import UsageError, load_model
 
 __all__ = [
     "RESULTS",

@@ -11,14 +11,14 @@ definitions and equations in docstrings are the paper's.
 """
 
 from fxpath import criteria
-from fxpath.analysis import Analysis, LayerRow
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
-from fxpath.lifting.paths import Path, PathLifting, path_lifting
 from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.pairs.quantization import Quantized, quantize
-from fxpath.program import PathProgram
+from fxpath.paths.paths import Path, PathLifting, path_lifting
+from fxpath.program.analysis import Analysis, LayerRow
+from fxpath.program.program import PathProgram
 from fxpath.pruning.dead import remove_dead
 from fxpath.pruning.masks import Masks, apply_masks, load_masks
 from fxpath.pruning.patterns import NM, PatternReport, PatternRow, verify_pattern

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxpath.analysis import Analysis
-from fxpath.capture import Given, Model, Shapes
-from fxpath.capture.given import Inputs, Outputs
 from fxpath.errors import SupportReport, UnsupportedModelError
-from fxpath.front import take_in
+from fxpath.model import Given, Model, Shapes
+from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
-from fxpath.program import PathProgram, build
+from fxpath.passes.front import take_in
+from fxpath.program.analysis import Analysis
+from fxpath.program.program import PathProgram, build
 
 __all__ = ["analyze", "check", "compile", "path_magnitude", "path_norm", "path_norms"]
 

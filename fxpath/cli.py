@@ -1,7 +1,8 @@
 """The command line: `fxpath analyze`, `prune`, `graph`, `check` and `bench`.
 
 A MODEL is the name of a torchvision model (with random weights unless `--weights` or `--checkpoint`
-says otherwise), `package.module:callable`, or a `.pt2` file; `fxpath.loading` has the details.
+says otherwise), `package.module:callable`, or a `.pt2` file; `fxpath.capture.loading` has the
+details.
 
 What the user can put right is one line on standard error and exit code 2; so is a model that has no
 exact result, but for its table of offending operations.
@@ -30,9 +31,9 @@ from tabulate import tabulate
 from torch import nn
 
 import fxpath
-from fxpath.loading import Model, UsageError, load_model, one_line
+from fxpath.capture.loading import Model, UsageError, load_model, one_line
 from fxpath.options import in_options, make_parser, model_options
-from fxpath.sizes import SizeRow
+from fxpath.program.sizes import SizeRow
 
 __all__ = ["main"]
 

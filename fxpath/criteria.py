@@ -24,9 +24,9 @@ from torch.func import functional_call, grad, jvp
 from torch.nn.utils import parametrize, prune
 
 from fxpath.api import analyze
-from fxpath.canonical import canonical_magnitude, relative_to_layer
-from fxpath.capture import Model, Shapes, skeleton
-from fxpath.capture.state import untouched
+from fxpath.model import Model, Shapes, skeleton
+from fxpath.model.state import untouched
+from fxpath.symmetry.canonical import canonical_magnitude, relative_to_layer
 
 __all__ = ["canonical_magnitude", "magnitude", "obd", "path_magnitude", "relative_to_layer"]
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import operator
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch.fx
 from tabulate import tabulate
 
-if TYPE_CHECKING:
-    from fxpath.capture.model import Sample
+from fxpath.sample import Sample
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 

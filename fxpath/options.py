@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fxpath.loading import KINDS, UsageError
+from fxpath.capture.loading import KINDS, UsageError
 
 __all__ = ["Command", "in_options", "make_parser", "model_options"]
 

@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from fxpath.program import build as program
+from fxpath.program.program import build as program
 from tests.reference import reference
 from tests.zoo import INPUTS, build
 

@@ -15,8 +15,8 @@ from torch import nn
 
 import fxpath
 from fxpath import cli
-from fxpath.loading import UsageError
-from fxpath.loading.archives import load_program
+from fxpath.capture.loading import UsageError
+from fxpath.capture.loading.archives import load_program
 
 
 class Bomb:

@@ -374,7 +374,7 @@ def test_table_has_the_bounds_of_fully_connected_networks() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("radius", [0.1, 5.0])
 def test_bounds_of_fully_connected_networks_hold(how: str, bias: bool, radius: float) -> None:
-    from fxpath.capture import Given
+    from fxpath.model import Given
     from fxpath.pairs.matching import make_pair
     from fxpath.pairs.rivals import find_layered
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fxpath
 from fxpath.criteria import canonical_magnitude, path_magnitude
-from fxpath.evaluate import coordinates
-from fxpath.program import build
+from fxpath.program.evaluate import coordinates
+from fxpath.program.program import build
 from fxpath.symmetry import least_norm
 from tests.reference import randomize
 from tests.test_symmetry import UNUSUAL, Residual, apply, changed, outputs, unusual

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fxpath
-from fxpath.capture import Given
+from fxpath.model import Given
 from fxpath.pruning.choices import Choice
 from fxpath.pruning.chosen import keep_others
 from fxpath.pruning.importance import channel_importance

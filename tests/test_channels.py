@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxpath
-from fxpath.capture import Given
+from fxpath.model import Given
 from fxpath.pruning.importance import channel_importance
 from fxpath.pruning.removal import Network
 from fxpath.pruning.units import find_units

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 import fxpath
 from fxpath import cli
-from fxpath.loading import UsageError, fit_state_dict, load_model
+from fxpath.capture.loading import UsageError, fit_state_dict, load_model
 
 State = dict[str, torch.Tensor]
 

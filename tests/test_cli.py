@@ -18,7 +18,7 @@ from torch import nn
 import fxpath
 import fxpath_main
 from fxpath import cli
-from fxpath.loading import load_model
+from fxpath.capture.loading import load_model
 
 models = pytest.importorskip("torchvision.models")
 
@@ -380,7 +380,7 @@ def test_traceback_on_request(nets: Path) -> None:
 def test_graph(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["graph", "some_nets:mlp"]) == 0
     out = capsys.readouterr().out
-    assert out.count("placeholder") >= 4 and "fxpath.ops" in out and "return" in out
+    assert out.count("placeholder") >= 4 and "fxpath.graph.ops" in out and "return" in out
 
 
 def test_check(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fxpath
-from fxpath.kernels import generated
+from fxpath.program.kernels import generated
 
 
 class Residual(nn.Module):

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import fxpath
 from benchmarks.growth import CASES
-from fxpath.capture import Given, capture
-from fxpath.evaluate import coordinates
+from fxpath.capture import capture
+from fxpath.model import Given
 from fxpath.passes.fold import fold_batch_norm
 from fxpath.passes.lift import lift
-from fxpath.program import PathProgram, build
+from fxpath.program.evaluate import coordinates
+from fxpath.program.program import PathProgram, build
 
 
 def calls(run: Callable[[], Any]) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fxpath
-from fxpath.capture import Given, capture
+from fxpath.capture import capture
+from fxpath.model import Given
 
 
 class Policy(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxpath
-from fxpath.capture import Given, capture
+from fxpath.capture import capture
+from fxpath.model import Given
 from tests.test_capture import Net, norm, refused
 
 Between = Callable[[Any, Tensor], Tensor]

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fxpath
-from fxpath.capture import Given
-from fxpath.evaluate import evaluate, score_shapes
-from fxpath.interpret import PathNorm
+from fxpath.graph.links import mark_static
+from fxpath.model import Given
 from fxpath.passes.bases import cheapest, edges
 from fxpath.passes.classes import Classes, find_classes
-from fxpath.passes.links import mark_static
 from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
-from fxpath.program import PathProgram, build
+from fxpath.program.evaluate import evaluate, score_shapes
+from fxpath.program.path_norm import PathNorm
+from fxpath.program.program import PathProgram, build
 from tests import zoo
 
 Choose = Callable[[Classes], dict[fx.Node, bool]]

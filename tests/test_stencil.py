@@ -17,15 +17,15 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxpath
-from fxpath import ops, stencil
-from fxpath.capture import Given
-from fxpath.exact import Coefficient, Rows, exact_sums, numbered
+from fxpath.graph import ops, stencil
+from fxpath.graph.costs import multiply_adds
+from fxpath.graph.exact import Coefficient, Rows, exact_sums, numbered
+from fxpath.graph.links import Kernel, extents, links, mark_static, row_power, static
+from fxpath.graph.schema import arguments
+from fxpath.graph.stencil import Stencil
+from fxpath.model import Given
 from fxpath.passes.classes import find_classes
-from fxpath.passes.links import Kernel, extents, links, mark_static, row_power, static
-from fxpath.program import build
-from fxpath.schema import arguments
-from fxpath.sizes import multiply_adds
-from fxpath.stencil import Stencil
+from fxpath.program.program import build
 from tests.test_reduction import Dag
 
 VALUES: list[Coefficient] = [

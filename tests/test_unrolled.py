@@ -12,7 +12,7 @@ from test_theory import randomized
 from torch import Tensor, nn
 
 import fxpath
-from fxpath.capture import Given
+from fxpath.model import Given
 from fxpath.pairs.difference import Difference
 from fxpath.pairs.domination import find_domination
 from fxpath.pairs.matching import make_pair

@@ -11,12 +11,13 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from fxpath.capture import formats
-from fxpath.capture.form import attached, form_of, place
 from fxpath.capture.functional import functionalize
-from fxpath.capture.given import Outputs
-from fxpath.capture.model import Captured, Model, Sample, named_tensors
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
-from fxpath.graphs import drop_dead
+from fxpath.graph.edit import drop_dead
+from fxpath.model.captured import Captured, Model, named_tensors
+from fxpath.model.form import attached, form_of, place
+from fxpath.model.given import Outputs
+from fxpath.sample import Sample
 
 __all__ = ["adopt"]
 

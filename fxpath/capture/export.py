@@ -21,14 +21,14 @@ from torch.export import ExportedProgram
 
 from fxpath.capture import formats
 from fxpath.capture.adopt import adopt
-from fxpath.capture.given import Given
 from fxpath.capture.inputs import Call, batch_size, first_sample, from_shapes, from_values
-from fxpath.capture.model import Captured, Model
 from fxpath.capture.programs import from_program
 from fxpath.capture.rows import rows_meet, same_row
 from fxpath.capture.shapes import guess_input_shape
 from fxpath.capture.trace import run, trace
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.model.captured import Captured, Model
+from fxpath.model.given import Given
 from fxpath.modes import TRACING
 
 __all__ = ["capture"]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from torch import fx
 from torch.autograd import Function
 
-from fxpath.capture.model import Captured
 from fxpath.errors import Problem, problem
+from fxpath.model.captured import Captured
 
 __all__ = ["own_gradients"]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
-from fxpath.capture.given import Given
-from fxpath.capture.model import Shape
+from fxpath.model.captured import Shape
+from fxpath.model.given import Given
 
 __all__ = ["Call", "batch_size", "first_sample", "from_shapes", "from_values"]
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxpath.capture.form import held
+from fxpath.model.form import held
 
 __all__ = ["Numbers", "Overwritten", "ParameterRead"]
 

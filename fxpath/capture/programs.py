@@ -12,12 +12,12 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from fxpath.capture.adopt import adopt
-from fxpath.capture.given import Given
 from fxpath.capture.inputs import Call, batch_size, first_sample, from_shapes, from_values
-from fxpath.capture.model import Captured
 from fxpath.capture.rows import rows_meet, same_row
 from fxpath.capture.trace import run, trace
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.model.captured import Captured
+from fxpath.model.given import Given
 
 __all__ = ["from_program"]
 

@@ -31,8 +31,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxpath.capture.copies import skeleton
-from fxpath.capture.state import untouched
+from fxpath.model.copies import skeleton
+from fxpath.model.state import untouched
 
 Shape = tuple[int, ...]
 

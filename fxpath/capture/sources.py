@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from fxpath.capture.model import Captured
 from fxpath.errors import Problem, problem
+from fxpath.model.captured import Captured
 
 __all__ = ["unreliable"]
 

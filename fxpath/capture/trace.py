@@ -19,12 +19,12 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map_only
 
 from fxpath.capture import generators
-from fxpath.capture.copies import HOOKS, duplicate, locate
 from fxpath.capture.inline import CHOICE
 from fxpath.capture.inputs import Call
 from fxpath.capture.numbers import Numbers, Overwritten, ParameterRead
-from fxpath.capture.state import Reachable, untouched
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.model.copies import HOOKS, duplicate, locate
+from fxpath.model.state import Reachable, untouched
 from fxpath.modes import TRACING
 
 __all__ = ["Traced", "run", "trace"]

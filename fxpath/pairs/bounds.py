@@ -12,20 +12,14 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxpath.capture import Given, Model, Shapes
-from fxpath.capture.given import Inputs, Outputs
+from fxpath.model import Given, Model, Shapes
+from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.difference import Difference
 from fxpath.pairs.inequalities import INEQUALITIES, all_bounds, inputs_of
 from fxpath.pairs.matching import Other, make_pair
 from fxpath.pairs.pair import Pair
-from fxpath.pairs.rivals import (
-    Layered,
-    Progress,
-    find_layered,
-    largest_difference,
-    realization,
-)
+from fxpath.pairs.rivals import Layered, Progress, find_layered, largest_difference, realization
 from fxpath.pairs.rounding import Doubt, doubt, relative
 from fxpath.pairs.snapshot import Snapshot
 from fxpath.passes.reduce import reduce

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
+from fxpath.graph import ops
 from fxpath.pairs.pair import ROWS, Pair, PairInterpretation, Weights
 
 __all__ = ["Difference", "Excess", "check_range"]

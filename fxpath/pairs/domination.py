@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
+from fxpath.graph import ops
 from fxpath.pairs.pair import Pair
 from fxpath.pairs.rounding import UNIT
 from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed, Values

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxpath.passes.links import Kernel
+from fxpath.graph.links import Kernel
 
 __all__ = [
     "Block",

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.capture import Given, Model
-from fxpath.evaluate import evaluate
-from fxpath.front import take_in
-from fxpath.interpret import PathNorm
+from fxpath.graph import ops
+from fxpath.graph.schema import arguments
+from fxpath.model import Given, Model
 from fxpath.pairs.difference import Difference, Excess, Rows
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import BLOCK, Pair, Side, Weights
+from fxpath.passes.front import take_in
 from fxpath.passes.reduce import reduce
-from fxpath.program import PathProgram, format_of
-from fxpath.schema import arguments
+from fxpath.program.evaluate import evaluate
+from fxpath.program.path_norm import PathNorm
+from fxpath.program.program import PathProgram, format_of
 
 __all__ = ["Erasure", "estimated_loss"]
 

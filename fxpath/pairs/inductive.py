@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from fxpath.graph.schema import arguments
 from fxpath.pairs.difference import Difference, Excess
 from fxpath.pairs.pair import Pair, Weights
-from fxpath.schema import arguments
 
 __all__ = ["Inductive"]
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxpath import ops
+from fxpath.graph import ops
+from fxpath.graph.costs import multiply_adds
+from fxpath.graph.links import static
 from fxpath.pairs.difference import Difference, Excess
 from fxpath.pairs.domination import find_domination
 from fxpath.pairs.inductive import Inductive
@@ -16,8 +18,6 @@ from fxpath.pairs.normalized import Distance, Normalized
 from fxpath.pairs.pair import Pair
 from fxpath.pairs.rounding import UNIT, Doubt, doubt, relative
 from fxpath.pairs.unrolled import Network, Part
-from fxpath.passes.links import static
-from fxpath.sizes import multiply_adds
 
 __all__ = ["INEQUALITIES", "all_bounds", "inputs_of"]
 

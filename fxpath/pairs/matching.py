@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fxpath import ops
-from fxpath.capture import Captured, Given, Model, check_finite, named_tensors, skeleton
+from fxpath.capture.loading.states import fit_state_dict
 from fxpath.errors import module_path
-from fxpath.loading.states import fit_state_dict
+from fxpath.graph import ops
+from fxpath.graph.links import mark_static, static
+from fxpath.graph.schema import arguments
+from fxpath.model import Captured, Given, Model, check_finite, named_tensors, skeleton
 from fxpath.pairs.pair import LEAVES, Pair, Side, same_entries
 from fxpath.passes.fold import CASTS
-from fxpath.passes.links import mark_static, static
 from fxpath.passes.unsign import unsign
-from fxpath.program import build
-from fxpath.schema import arguments
+from fxpath.program.program import build
 
 __all__ = ["Other", "make_pair", "side_of"]
 

@@ -11,9 +11,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx
 
-from fxpath.analysis import Analysis
-from fxpath.capture import Given, Model, Shapes
-from fxpath.capture.given import Inputs, Outputs
+from fxpath.model import Given, Model, Shapes
+from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.difference import Difference
 from fxpath.pairs.domination import Dominated, find_domination
@@ -24,7 +23,8 @@ from fxpath.pairs.rounding import UNIT, Doubt, doubt, erased_doubt, relative
 from fxpath.pairs.snapshot import Snapshot
 from fxpath.pairs.unrolled import Network, Part
 from fxpath.passes.reduce import reduce
-from fxpath.program import PathProgram
+from fxpath.program.analysis import Analysis
+from fxpath.program.program import PathProgram
 
 __all__ = ["PathMetric", "path_metric"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxpath import ops
+from fxpath.graph import ops
 from fxpath.pairs.difference import check_range
 from fxpath.pairs.edges import Unrolled
 from fxpath.pairs.pair import Pair, agreement

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.capture import Captured
 from fxpath.errors import module_path
-from fxpath.graphs import inputs_first
-from fxpath.interpret import Interpretation
-from fxpath.schema import arguments, target
+from fxpath.graph import ops
+from fxpath.graph.edit import inputs_first
+from fxpath.graph.interpret import Interpretation
+from fxpath.graph.schema import arguments, target
+from fxpath.model import Captured
 
 __all__ = [
     "LEAVES",
@@ -347,7 +347,7 @@ class PairInterpretation(Interpretation):
     """An interpretation of a lifted graph (or of its reduction) for a pair of networks."""
 
     def __init__(self, module: fx.GraphModule, pair: Pair) -> None:
-        """See :class:`~fxpath.interpret.Interpretation`; numbers are float64."""
+        """See :class:`~fxpath.graph.interpret.Interpretation`; numbers are float64."""
         super().__init__(module, torch.float64)
         self.pair = pair
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath import ops
-from fxpath.capture import Captured, Given, Shapes, check_finite, named_tensors
-from fxpath.capture.given import Inputs, Outputs
-from fxpath.front import take_in
+from fxpath.graph import ops
+from fxpath.graph.schema import arguments, target
+from fxpath.model import Captured, Given, Shapes, check_finite, named_tensors
+from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
+from fxpath.passes.front import take_in
 from fxpath.passes.unsign import unsign
-from fxpath.schema import arguments, target
 
 __all__ = ["Quantized", "quantize"]
 

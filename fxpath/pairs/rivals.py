@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.capture import Captured
-from fxpath.naming import SAME
+from fxpath.graph import ops
+from fxpath.graph.links import static
+from fxpath.graph.naming import SAME
+from fxpath.graph.schema import arguments
+from fxpath.model import Captured
 from fxpath.pairs.pair import Pair, Side, agreement
 from fxpath.passes.fold import CASTS, DROPOUTS
-from fxpath.passes.links import static
-from fxpath.schema import arguments
 
 __all__ = ["Layered", "Progress", "find_layered", "largest_difference", "realization"]
 

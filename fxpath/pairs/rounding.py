@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
+from fxpath.graph import ops
+from fxpath.graph.links import mark_static, static
+from fxpath.graph.schema import arguments
 from fxpath.pairs.difference import Difference, Excess
 from fxpath.pairs.pair import Pair, Side, Weights
-from fxpath.passes.links import mark_static, static
-from fxpath.schema import arguments
 
 __all__ = ["UNIT", "Doubt", "doubt", "erased_doubt", "relative"]
 

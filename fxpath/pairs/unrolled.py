@@ -14,13 +14,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
+from fxpath.graph import ops
+from fxpath.graph.schema import arguments
 from fxpath.pairs import edges
 from fxpath.pairs.edges import Unrolled
 from fxpath.pairs.pair import Pair, PairInterpretation
 from fxpath.passes.classes import Classes
 from fxpath.passes.reduce import reduce
-from fxpath.schema import arguments
 
 __all__ = ["Network", "Neurons", "Part", "Pending", "Signed", "Values"]
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 import networkx
 from torch import fx
 
-from fxpath import ops
+from fxpath.graph import ops
+from fxpath.graph.costs import multiply_adds
 from fxpath.passes.classes import Classes, Partition
-from fxpath.sizes import multiply_adds
 
 __all__ = ["Choose", "cheapest", "cost", "edges"]
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.exact import Rows, exact_sums, numbered
-from fxpath.passes.links import Link, Taps, extents, links, static
-from fxpath.schema import arguments
-from fxpath.stencil import Stencil
+from fxpath.graph import ops
+from fxpath.graph.exact import Rows, exact_sums, numbered
+from fxpath.graph.links import Link, Taps, extents, links, static
+from fxpath.graph.schema import arguments
+from fxpath.graph.stencil import Stencil
 
 __all__ = ["Classes", "Partition", "find_classes"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath.capture import Captured
-from fxpath.graphs import inputs_first
-from fxpath.made import MADE_FROM_SHAPE, fill_of, read_by
-from fxpath.schema import target
+from fxpath.graph.edit import inputs_first
+from fxpath.graph.made import MADE_FROM_SHAPE, fill_of, read_by
+from fxpath.graph.schema import target
+from fxpath.model import Captured
 
 __all__ = ["Constants"]
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpath import ops
-from fxpath.capture import Captured
-from fxpath.graphs import drop_dead
-from fxpath.naming import SAME, coordinate_name, name_without_parameter
-from fxpath.schema import arguments, bind
+from fxpath.graph import ops
+from fxpath.graph.edit import drop_dead
+from fxpath.graph.naming import SAME, coordinate_name, name_without_parameter
+from fxpath.graph.schema import arguments, bind
+from fxpath.model import Captured
 
 __all__ = ["fold_batch_norm", "frozen"]
 

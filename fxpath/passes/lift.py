@@ -1,4 +1,4 @@
-"""Pass: ATen graph -> lifted graph in the vocabulary of :mod:`fxpath.ops`.
+"""Pass: ATen graph -> lifted graph in the vocabulary of :mod:`fxpath.graph.ops`.
 
 Requires a functional ATen graph with static shapes.  Ensures that every operation between the
 inputs and the outputs was claimed by a rule (or is listed in the report), that every intermediate
@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.capture import Captured
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
-from fxpath.graphs import Forms, drop_dead, form, inputs_first, written
-from fxpath.made import MADE_FROM_SHAPE, fill_of, read_by
-from fxpath.naming import (
+from fxpath.graph import ops
+from fxpath.graph.edit import Forms, drop_dead, form, inputs_first, written
+from fxpath.graph.made import MADE_FROM_SHAPE, fill_of, read_by
+from fxpath.graph.naming import (
     PICKING,
     RELABELLING,
     SAME,
@@ -29,6 +28,9 @@ from fxpath.naming import (
     coordinate_name,
     depends_on_parameter,
 )
+from fxpath.graph.schema import arguments, bind, target
+from fxpath.graph.stencil import Stencil
+from fxpath.model import Captured
 from fxpath.passes.constants import Constants
 from fxpath.passes.values import (
     BY_VALUE,
@@ -43,8 +45,6 @@ from fxpath.passes.values import (
 )
 from fxpath.rules import RULES, Refusal, refusal
 from fxpath.rules.refused import INFINITE, ORDER, RANDOM
-from fxpath.schema import arguments, bind, target
-from fxpath.stencil import Stencil
 
 __all__ = ["Lift", "lift"]
 

@@ -2,8 +2,8 @@
 
 Requires a lifted graph, reduced or not.  Ensures the same polynomial in |theta|, such that
 
-- a convolution with few output positions is one matrix product (:func:`fxpath.ops.window`), in
-  which the maps between bases before it are merged with its taps: a convolution's derivatives at
+- a convolution with few output positions is one matrix product (``ops.window``), in which the maps
+  between bases before it are merged with its taps: a convolution's derivatives at
   3 x 3 positions take four times as long;
 - maps along several axes are one map over all positions, where that is cheap: fewer steps;
 - a folded batch norm multiplies a layer's outputs and not its weights, which are read where they
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.graphs import Forms, drop_dead, form, written
-from fxpath.passes.links import Kernel, extents
-from fxpath.schema import arguments
-from fxpath.sizes import multiply_adds
+from fxpath.graph import ops
+from fxpath.graph.costs import multiply_adds
+from fxpath.graph.edit import Forms, drop_dead, form, written
+from fxpath.graph.links import Kernel, extents
+from fxpath.graph.schema import arguments
 
 __all__ = ["lower"]
 
@@ -46,7 +46,7 @@ def lower(module: fx.GraphModule) -> fx.GraphModule:
     """Lower a graph; ``module`` itself is not changed.
 
     Returns:
-        A graph module with the same placeholders, in the vocabulary of ``fxpath.ops``.
+        A graph module with the same placeholders, in the vocabulary of ``fxpath.graph.ops``.
     """
     return _Lowering(module).run()
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.exact import exact_sums
-from fxpath.graphs import Forms, drop_dead, form, written
+from fxpath.graph import ops
+from fxpath.graph.costs import multiply_adds
+from fxpath.graph.edit import Forms, drop_dead, form, written
+from fxpath.graph.exact import exact_sums
+from fxpath.graph.links import Link, extents, identity, mark_static, static
+from fxpath.graph.schema import arguments
+from fxpath.graph.stencil import Stencil, floats
 from fxpath.passes.bases import Choice, Choose, cheapest, partitions
 from fxpath.passes.classes import Classes, Partition, find_classes
-from fxpath.passes.links import Link, extents, identity, mark_static, static
-from fxpath.schema import arguments
-from fxpath.sizes import multiply_adds
-from fxpath.stencil import Stencil, floats
 
 __all__ = ["reduce"]
 
@@ -38,8 +38,8 @@ def reduce(module: fx.GraphModule, q: float = 1.0, choose: Choose = cheapest) ->
         choose: picks the activations that are kept in sums.
 
     Returns:
-        A lifted graph module with the same placeholders, in the vocabulary of ``fxpath.ops`` with
-        ``ops.mix`` for fixed maps.
+        A lifted graph module with the same placeholders, in the vocabulary of
+        ``fxpath.graph.ops`` with ``ops.mix`` for fixed maps.
     """
     mark_static(module.graph)
     classes = find_classes(module.graph, q)

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from fxpath import ops
-from fxpath.graphs import written
-from fxpath.schema import arguments
+from fxpath.graph import ops
+from fxpath.graph.edit import written
+from fxpath.graph.schema import arguments
 
 __all__ = ["unsign"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from fxpath.graph.stencil import Stencil
 from fxpath.rules.refused import READ_OUT
 from fxpath.rules.registry import Refusal
-from fxpath.stencil import Stencil
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath.capture import Captured
 from fxpath.errors import source_line
+from fxpath.model import Captured
 from fxpath.pruning.walk import Walk
 from fxpath.symmetry.labels import compressed
 

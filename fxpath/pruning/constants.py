@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fxpath import ops
-from fxpath.capture import Captured
 from fxpath.errors import source_line
-from fxpath.layers import coordinate_of
+from fxpath.graph import ops
+from fxpath.graph.schema import arguments
+from fxpath.model import Captured
+from fxpath.program.layers import coordinate_of
 from fxpath.pruning.channels import Channels, Kept
 from fxpath.pruning.plan import Bias
 from fxpath.pruning.surgery import places
 from fxpath.pruning.values import Reading, read_values
-from fxpath.schema import arguments
 
 __all__ = ["Constants"]
 

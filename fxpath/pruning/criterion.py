@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpath import criteria
-from fxpath.capture import Given
+from fxpath.model import Given
 from fxpath.pruning.eligible import Eligible
 
 __all__ = ["Criterion", "Scores", "all_scores", "checked_scores", "name_of", "scores_of"]

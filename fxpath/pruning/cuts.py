@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fxpath.capture import named_tensors
-from fxpath.layers import WEIGHING, coordinate_of
+from fxpath.graph.costs import multiply_adds
+from fxpath.graph.schema import arguments
+from fxpath.model import named_tensors
+from fxpath.program.layers import WEIGHING, coordinate_of
 from fxpath.pruning.channels import Axis, Channels
 from fxpath.pruning.plan import Attribute, Cut, Plan
 from fxpath.pruning.surgery import attributes_of, places
-from fxpath.schema import arguments
-from fxpath.sizes import multiply_adds
 
 __all__ = ["Cost", "gone_mask", "layer_macs", "make_plan", "masked_tensors", "parameter_count"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
-from fxpath.capture import Captured, Given, Shapes, named_tensors
-from fxpath.capture.given import Inputs, Outputs
+from fxpath.model import Captured, Given, Shapes, named_tensors
+from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pruning.agreement import Fault, compare
 from fxpath.pruning.channels import Kept

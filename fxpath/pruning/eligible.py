@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.nn.utils import prune as torch_prune
 
-from fxpath import ops
-from fxpath.capture import Captured, named_tensors
-from fxpath.graphs import inputs_first
+from fxpath.graph import ops
+from fxpath.graph.edit import inputs_first
+from fxpath.graph.schema import arguments
+from fxpath.model import Captured, named_tensors
 from fxpath.pairs.pair import LEAVES, Side
 from fxpath.pruning.choices import Choice, listed, matches, shown
 from fxpath.pruning.surgery import places
-from fxpath.schema import arguments
 
 __all__ = ["Eligible", "check_stored", "choose", "find_eligible"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
-from fxpath.capture import named_tensors
+from fxpath.model import named_tensors
 
 __all__ = [
     "FORMAT",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxpath.capture import Given, Shapes
-from fxpath.capture.given import Inputs, Outputs
 from fxpath.criteria import relative_to_layer
+from fxpath.model import Given, Shapes
+from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.erasure import Erasure
 from fxpath.pruning.choices import Choice

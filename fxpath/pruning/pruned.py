@@ -12,7 +12,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxpath.capture import named_tensors
+from fxpath.model import named_tensors
 from fxpath.pairs.metric import PathMetric
 from fxpath.pruning.masks import deep_copy, fingerprint, refresh, write_masks
 

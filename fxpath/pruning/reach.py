@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fxpath import ops
-from fxpath.interpret import Interpretation
+from fxpath.graph import ops
+from fxpath.graph.interpret import Interpretation
 from fxpath.pruning.channels import Channels
 
 __all__ = ["driven_channels", "live_channels"]

@@ -10,27 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath.capture import Captured, Given, Shapes
-from fxpath.capture.given import Inputs, Outputs
+from fxpath.model import Captured, Given, Shapes
+from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.erasure import estimated_loss
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import Pair
 from fxpath.passes.unsign import unsign
-from fxpath.program import build
+from fxpath.program.program import build
 from fxpath.pruning.agreement import Fault, compare
 from fxpath.pruning.budget import last_that
 from fxpath.pruning.channels import Channels, Kept
 from fxpath.pruning.choices import Choice
 from fxpath.pruning.chosen import keep_others
-from fxpath.pruning.constraints import (
-    Constraints,
-    absolute,
-    check_amount,
-    check_budget,
-    unmet,
-)
+from fxpath.pruning.constraints import Constraints, absolute, check_amount, check_budget, unmet
 from fxpath.pruning.criterion import Criterion, Scores, all_scores
 from fxpath.pruning.cuts import (
     Cost,

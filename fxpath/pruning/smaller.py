@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxpath.capture import named_tensors
+from fxpath.model import named_tensors
 from fxpath.pairs.metric import PathMetric
 from fxpath.pruning.plan import Plan
 from fxpath.pruning.surgery import apply_plan

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxpath.capture import Given, named_tensors
+from fxpath.model import Given, named_tensors
 from fxpath.pairs.erasure import Erasure, estimated_loss
 from fxpath.pruning.criterion import Criterion, checked_scores, scores_of
 from fxpath.pruning.eligible import Eligible

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from fxpath.capture import named_tensors
+from fxpath.model import named_tensors
 from fxpath.pruning.plan import Bias, Cut, Plan
 
 __all__ = ["apply_plan", "cut", "places"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.interpret import Interpretation
+from fxpath.graph import ops
+from fxpath.graph.interpret import Interpretation
 
 __all__ = ["Reading", "read_values"]
 

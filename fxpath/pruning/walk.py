@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.capture import Captured
-from fxpath.graphs import inputs_first
-from fxpath.naming import RELABELLING
-from fxpath.schema import arguments
+from fxpath.graph import ops
+from fxpath.graph.edit import inputs_first
+from fxpath.graph.naming import RELABELLING
+from fxpath.graph.schema import arguments
+from fxpath.model import Captured
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import Coordinates, Labels, compressed
 

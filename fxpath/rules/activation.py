@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
+from fxpath.graph import ops
 from fxpath.rules.affine import only_first_active
 from fxpath.rules.refused import COMPLEX, JUMPING, TRAINING
 from fxpath.rules.registry import Refusal, rule

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxpath import ops
+from fxpath.graph import ops
+from fxpath.graph.stencil import pad, per_axis
 from fxpath.passes.fold import BATCH_NORMS, WITH_STATISTICS, effective_norm, frozen
 from fxpath.rules.refused import OWN_STATISTICS, PRODUCT, TRAINING
 from fxpath.rules.registry import Refusal, rule
-from fxpath.stencil import pad, per_axis
 
 if TYPE_CHECKING:
     from fxpath.passes.lift import Lift

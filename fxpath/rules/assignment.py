@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.naming import RELABELLING
+from fxpath.graph import ops
+from fxpath.graph.naming import RELABELLING
+from fxpath.graph.schema import arguments, bind, target
+from fxpath.graph.stencil import ONE, Stencil
 from fxpath.rules.common import (
     LARGEST,
     SMALLEST,
@@ -25,8 +27,6 @@ from fxpath.rules.common import (
 from fxpath.rules.indexing import indexed, span, strided
 from fxpath.rules.refused import INFINITE
 from fxpath.rules.registry import Refusal, rule
-from fxpath.schema import arguments, bind, target
-from fxpath.stencil import ONE, Stencil
 
 if TYPE_CHECKING:
     from fxpath.passes.lift import Lift

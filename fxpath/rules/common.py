@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
+from fxpath.graph import ops
+from fxpath.graph.stencil import ONE, Stencil, whole
 from fxpath.rules.registry import Refusal
-from fxpath.stencil import ONE, Stencil, whole
 
 if TYPE_CHECKING:
     from fxpath.passes.lift import Lift

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from fxpath.graph.schema import target
 from fxpath.rules.common import (
     UNKNOWN_POSITIONS,
     Args,
@@ -19,7 +20,6 @@ from fxpath.rules.common import (
     summed,
 )
 from fxpath.rules.registry import Refusal, rule
-from fxpath.schema import target
 
 if TYPE_CHECKING:
     from fxpath.passes.lift import Lift

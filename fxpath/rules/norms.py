@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxpath import ops
+from fxpath.graph import ops
 from fxpath.rules.common import LARGEST, SMALLEST, Args, pooled, summed
 from fxpath.rules.products import combined
 from fxpath.rules.registry import Refusal, rule

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops, stencil
+from fxpath.graph import ops, stencil
+from fxpath.graph.schema import target
+from fxpath.graph.stencil import ONE, Stencil, per_axis
 from fxpath.rules.common import LARGEST, SMALLEST, Args, apply, axes, pooled, summed
 from fxpath.rules.registry import Refusal, rule
-from fxpath.schema import target
-from fxpath.stencil import ONE, Stencil, per_axis
 
 if TYPE_CHECKING:
     from fxpath.passes.lift import Lift

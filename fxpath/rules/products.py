@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxpath import ops
+from fxpath.graph import ops
+from fxpath.graph.schema import target
 from fxpath.rules.affine import bias_along
 from fxpath.rules.assignment import written_through
 from fxpath.rules.common import Args, summed
 from fxpath.rules.refused import PRODUCT
 from fxpath.rules.registry import Refusal, rule
-from fxpath.schema import target
 
 if TYPE_CHECKING:
     from fxpath.passes.lift import Lift

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from fxpath.graph.schema import bind, target
+from fxpath.graph.stencil import ONE, Stencil, rational
 from fxpath.rules.common import LARGEST, SMALLEST, Args, axes, known
 from fxpath.rules.registry import Refusal, rule
-from fxpath.schema import bind, target
-from fxpath.stencil import ONE, Stencil, rational
 
 if TYPE_CHECKING:
     from fxpath.passes.lift import Lift

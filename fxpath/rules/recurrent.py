@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxpath import ops
+from fxpath.graph import ops
 from fxpath.rules.affine import bias_along, only_first_active
 from fxpath.rules.common import Args
 from fxpath.rules.refused import TRAINING

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops, stencil
+from fxpath.graph import ops, stencil
+from fxpath.graph.schema import target
+from fxpath.graph.stencil import Stencil, per_axis, rational
 from fxpath.rules.common import Args, apply, known
 from fxpath.rules.pooling import ALL_MAX_POOLS
 from fxpath.rules.registry import Refusal, rule
-from fxpath.schema import target
-from fxpath.stencil import Stencil, per_axis, rational
 
 if TYPE_CHECKING:
     from fxpath.passes.lift import Lift

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from fxpath.graph.schema import target
+from fxpath.graph.stencil import Stencil
 from fxpath.rules.common import places, spread
 from fxpath.rules.refused import NOT_REAL
 from fxpath.rules.registry import Refusal, rule
-from fxpath.schema import target
-from fxpath.stencil import Stencil
 
 if TYPE_CHECKING:
     from fxpath.passes.lift import Lift

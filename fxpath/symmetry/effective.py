@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxpath.capture import Captured
+from fxpath.model import Captured
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import Coordinates, Labels, Norm
 

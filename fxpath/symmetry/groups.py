@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath.capture import Captured
+from fxpath.model import Captured
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import FIXED, Carried, compressed
 

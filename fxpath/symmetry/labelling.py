@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.capture import Captured
-from fxpath.interpret import Interpretation
+from fxpath.graph import ops
+from fxpath.graph.interpret import Interpretation
+from fxpath.model import Captured
 from fxpath.symmetry.labels import FIXED, Carried, Coordinates, Forest, Labels, Norm, compressed
 
 __all__ = ["Labelling"]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxpath import ops
-from fxpath.capture import Captured
-from fxpath.evaluate import effective
-from fxpath.evaluation import fitted
-from fxpath.schema import arguments
+from fxpath.graph import ops
+from fxpath.graph.schema import arguments
+from fxpath.model import Captured
+from fxpath.program.evaluate import effective
+from fxpath.program.evaluation import fitted
 from fxpath.symmetry.balancing import Balance, Masses, balance, bounded
 from fxpath.symmetry.effective import EffectiveLabelling
 from fxpath.symmetry.groups import ChannelGroups

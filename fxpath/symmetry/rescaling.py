@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath import ops
-from fxpath.capture import Captured, Given, Model, Shapes, check_finite, named_tensors
-from fxpath.capture.given import Inputs, Outputs
-from fxpath.front import take_in
+from fxpath.graph import ops
+from fxpath.model import Captured, Given, Model, Shapes, check_finite, named_tensors
+from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
+from fxpath.passes.front import take_in
 from fxpath.passes.unsign import unsign
 from fxpath.symmetry.groups import ChannelGroups, find_groups, open_groups
 from fxpath.symmetry.least_norm import least_norm_factors

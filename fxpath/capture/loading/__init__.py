@@ -1,0 +1,13 @@
+"""Models, checkpoints and programs from names and files; no file that is read executes anything.
+
+- `models`: what a MODEL argument of the command line stands for.
+- `archives`, `vetting`: `.pt2` files, read without pickle and without evaluating their strings.
+- `checkpoints`: files of weights, as training frameworks write them.
+- `states`: which of a file's tensors are a model's, by content.
+"""
+
+from fxpath.capture.loading.models import KINDS, Model, load_model
+from fxpath.capture.loading.states import fit_state_dict
+from fxpath.capture.loading.words import UsageError, one_line
+
+__all__ = ["KINDS", "Model", "UsageError", "fit_state_dict", "load_model", "one_line"]

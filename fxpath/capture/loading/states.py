@@ -1,0 +1,287 @@
+"""Which of a checkpoint's tensors are those of a model: found by content, never by guess.
+
+Training code nests state dicts, wraps models and keeps averages, masks and counters beside the
+weights.  A set of tensors is taken for the model's if names and shapes agree one to one, but for
+prefixes that all names have and for components that wrappers add.  Nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpath.capture.loading.words import by, plain, some
+
+__all__ = ["fit_state_dict"]
+
+# Components that torch.compile, FSDP, activation checkpointing and data parallelism add to names.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+_AVERAGED = re.compile(r"(^|[ _.-])(ema|swa|averaged?|shadow)([_.-]|$)|ema$", re.IGNORECASE)
+_COUNTER = "num_batches_tracked"
+# weight norm, spectral norm, torch.nn.utils.parametrize
+_PARAMETRIZED = re.compile(r"_(g|v|u|orig)$|(^|\.)parametrizations\.")
+_DEEPEST = 5
+
+
+def fit_state_dict(
+    found: Any, model: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors for a model's state dict in what a checkpoint holds.
+
+    Taken are: a state dict as it is; one nested in dicts, under any key; prefixes common to all
+    names (`module.`, `model.`, ...); `_orig_mod` and other components of wrappers; pruned weights
+    as `weight_orig * weight_mask`.  Where averaged weights (EMA) lie beside plain ones, the plain
+    ones are taken.  Batch counters may be missing, and so may the second name of a tied tensor.
+
+    Args:
+        found: a state dict, or containers with one somewhere inside.
+        model: the model's own state dict, which is only read.
+        optional: names in `model` that may be missing.
+
+    Returns:
+        Name in `model` -> tensor of that shape: all names that are not optional, in the order of
+        `model`.  Tensors are those of the checkpoint, on its device and in its precision.
+
+    Raises:
+        ValueError: in one line: names that are missing or unexpected, or of another shape; two
+            state dicts that fit and differ; tensors that are complex, quantized, sparse or in 8
+            bits; weights behind a parametrization that the model does not have.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = {"module." + name: value for name, value in model.state_dict().items()}
+        >>> list(fit_state_dict({"epoch": 3, "net": state}, model.state_dict()))
+        ['weight', 'bias']
+    """
+    own = {name: value for name, value in model.items() if isinstance(value, Tensor)}
+    needed = {n for n in own if n not in optional and not n.endswith(_COUNTER)}
+    first_names = {_identity(own[name]) for name in needed}
+    candidates = list(_candidates(found))
+    if not candidates:
+        raise ValueError("holds no state dict: tensors by name are missing")
+    fits: list[tuple[str, dict[str, Tensor]]] = []
+    for where, state in candidates:
+        # Optimizers keep thousands of small dicts of tensors.
+        if len(state) >= len(first_names):
+            fitted = _fit(state, own, needed)
+            if not isinstance(fitted, str):
+                fits.append((where, fitted))
+    if not fits:
+        where, closest = max(candidates, key=lambda candidate: _likeness(candidate[1], own))
+        place = f" (in {where})" if where else ""
+        raise ValueError(f"does not fit the model{place}: {_fit(closest, own, needed)}")
+    # Averages count where there is nothing else.
+    (where, chosen), *others = [fit for fit in fits if not _AVERAGED.search(fit[0])] or fits
+    for place, other in others:
+        if chosen.keys() != other.keys() or not all(_same(chosen[n], other[n]) for n in chosen):
+            raise ValueError(
+                f"holds two state dicts that fit the model and differ, {where or 'the outermost'} "
+                f"and {place}: save the one that counts alone"
+            )
+    return chosen
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def _candidates(
+    found: Any, where: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Everything in nested containers that could be a state dict, by its place."""
+    if not isinstance(found, Mapping):
+        return
+    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    averaged = {k for k in tensors if _AVERAGED.search(_bare(k).partition(".")[0])}
+    if tensors:
+        yield where, tensors
+    if averaged and len(averaged) < len(tensors):
+        # A module and its moving average, both in the state dict of their parent.
+        start = f"{where} " if where else ""
+        yield f"{start}but averages", {k: v for k, v in tensors.items() if k not in averaged}
+        yield f"{start}ema", {k: v for k, v in tensors.items() if k in averaged}
+    if depth < _DEEPEST:
+        for key, value in found.items():
+            inner = f"{where}.{plain(key)}" if where else plain(key)
+            yield from _candidates(value, inner, depth + 1)
+
+
+def _likeness(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
+    """How many tensors agree in shape and in the last part of their name."""
+    a, b = (
+        Counter((name.rpartition(".")[2], tuple(value.shape)) for name, value in tensors.items())
+        for tensors in (state, own)
+    )
+    return (a & b).total()
+
+
+def _fit(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: Collection[str]
+) -> dict[str, Tensor] | str:
+    """The tensors by the model's names, or what is in the way of the closest reading."""
+    closest: tuple[int, str] | None = None
+    for reading in (dict, _unmasked, partial(_weight_norm, own=own)):
+        tensors = reading(state)
+        for names in _renamings(list(tensors), list(own)):
+            renamed = {new: tensors[old] for old, new in names.items()}
+            fault = _fault(renamed, own, needed)
+            if fault is None:
+                return _complete(renamed, own, needed)
+            agreeing = sum(
+                name in own and own[name].shape == value.shape for name, value in renamed.items()
+            )
+            if closest is None or agreeing > closest[0]:
+                closest = agreeing, fault
+    return closest[1] if closest is not None else "it is empty"
+
+
+def _unmasked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pruned weights as torch.nn.utils.prune computes them: weight_orig * weight_mask."""
+    merged: dict[str, Tensor] = {}
+    for name, value in state.items():
+        stem, _, kind = name.rpartition("_")
+        if kind == "orig" and f"{stem}_mask" in state and not value.is_quantized:
+            merged[stem] = value.detach() * state[f"{stem}_mask"]
+        elif not (kind == "mask" and f"{stem}_orig" in state):
+            merged[name] = value
+    return merged
+
+
+def _weight_norm(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Magnitudes and directions of weight norm by the other of the two names that torch has."""
+    if any("parametrizations." in name for name in own):
+        pattern, named = re.compile(r"([^.]+)_([gv])$"), r"parametrizations.\1.original\2"
+    else:
+        pattern, named = re.compile(r"parametrizations\.([^.]+)\.original([01])$"), r"\1_\2"
+    other = {"g": "0", "v": "1", "0": "g", "1": "v"}
+    return {
+        pattern.sub(lambda m: m.expand(named)[:-1] + other[m[2]], name): value
+        for name, value in state.items()
+    }
+
+
+def _renamings(names: list[str], own: list[str]) -> Iterator[dict[str, str]]:
+    """Ways to read a checkpoint's names as a model's: old name -> new name."""
+    yield {name: name for name in names}
+    bare, bare_own = {n: _bare(n) for n in names}, {_bare(n): n for n in own}
+    if len(set(bare.values())) < len(names) or len(bare_own) < len(own):
+        return
+    prefix, prefix_own = _prefix(list(bare.values())), _prefix(list(bare_own), every=True)
+    for dropped in range(len(prefix) + 1):
+        lead = "".join(f"{part}." for part in prefix[:dropped])
+        for added in range(len(prefix_own) + 1):
+            start = "".join(f"{part}." for part in prefix_own[:added])
+            new = {
+                # A name without the others' prefix is no name of the model, whatever is left of it.
+                old: start + name[len(lead) :] if name.startswith(lead) else f"{name} (no {lead})"
+                for old, name in bare.items()
+            }
+            yield {old: bare_own.get(name, name) for old, name in new.items()}
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _prefix(names: list[str], every: bool = False) -> list[str]:
+    """Leading components that all names have, or most; the last one is a tensor's."""
+    paths = [name.split(".")[:-1] for name in names]
+    prefix: list[str] = []
+    enough = len(names) / 2
+    while True:
+        ((first, count),) = Counter(tuple(path[:1]) for path in paths).most_common(1) or [((), 0)]
+        if not first or count < len(names) and (every or count <= enough):
+            return prefix
+        prefix.append(first[0])
+        paths = [path[1:] for path in paths if path[:1] == [first[0]]]
+
+
+def _identity(tensor: Tensor) -> object:
+    """Equal for two names of one tensor."""
+    if not tensor.numel() or tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _fault(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: Collection[str]
+) -> str | None:
+    """Why tensors are not those of a model."""
+    names: dict[object, list[str]] = {}
+    for name, value in own.items():
+        names.setdefault(_identity(value), []).append(name)
+    missing = [
+        name
+        for name in own
+        if name in needed and not any(same in given for same in names[_identity(own[name])])
+    ]
+    unexpected = [name for name in given if name not in own and not _counts(name, own)]
+    hidden = [n for n in unexpected if _PARAMETRIZED.search(n)]
+    if hidden and missing:
+        return (
+            f"{some(hidden)} belong to a parametrization that the model does not have: remove it "
+            "before saving (remove_parametrizations, remove_weight_norm), or give it to the model"
+        )
+    reshaped = [
+        f"{plain(name)} ({by(given[name].shape)}, not {by(value.shape)})"
+        for name, value in own.items()
+        if name in given and given[name].shape != value.shape and not name.endswith(_COUNTER)
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    faults = [f"{len(found)} {kind}: {some(found)}" for kind, found in kinds.items() if found]
+    if faults:
+        return "; ".join(faults)
+    unread = (
+        f"{plain(n)} {why}" for n in given if n in own and (why := _unreadable(given[n], own[n]))
+    )
+    if (fault := next(unread, None)) is not None:
+        return fault
+    for same in names.values():
+        present = [given[name] for name in same if name in given]
+        if not all(_same(present[0], other) for other in present[1:]):
+            return f"{some(same)} are one tensor in the model, but differ here"
+    return None
+
+
+def _counts(name: str, own: Mapping[str, Tensor]) -> bool:
+    """A counter of a batch norm, which has no part in what the model computes."""
+    stem, _, last = name.rpartition(_COUNTER)
+    return not last and f"{stem}running_mean" in own
+
+
+def _unreadable(value: Tensor, own: Tensor) -> str | None:
+    """Why a tensor cannot stand for one of the model's."""
+    if type(value) not in (Tensor, torch.nn.Parameter, type(own)):
+        return f"is a {type(value).__name__}, not a plain tensor"
+    if value.is_complex():
+        return "is complex: path-norms are of real networks"
+    if value.is_quantized:
+        return "is quantized: save its dequantize()"
+    if value.layout != torch.strided or value.is_nested:
+        return f"is not dense ({value.layout}): save its to_dense()"
+    if value.device.type == "meta":
+        return "has no values: it was saved from the meta device"
+    if value.is_floating_point() and value.dtype.itemsize == 1:
+        return f"is {value.dtype} and without its scale: save it in float32"
+    if value.is_floating_point() != own.is_floating_point():
+        return f"is {value.dtype}, and {own.dtype} in the model"
+    return None
+
+
+def _complete(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: Collection[str]
+) -> dict[str, Tensor]:
+    """In the order of the model, tied tensors under each of their names."""
+    held = {_identity(own[name]): value for name, value in given.items() if name in own}
+    result = {}
+    for name, value in own.items():
+        found = given.get(name, held.get(_identity(value)) if name in needed else None)
+        if found is not None and found.shape == value.shape:
+            result[name] = found
+    return result

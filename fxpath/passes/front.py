@@ -1,0 +1,128 @@
+"""From a model to its signed graph: what every verb does first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import fx, nn
+
+from fxpath.capture import capture
+from fxpath.capture.sources import unreliable
+from fxpath.errors import BLANK, Problem, SupportReport, UnsupportedModelError
+from fxpath.model import Captured, Given, Model
+from fxpath.passes.fold import fold_batch_norm
+from fxpath.passes.lift import lift
+
+__all__ = ["take_in"]
+
+#: Cuts that are tried before the advice stays a general one; each costs a trace.
+_TRIES = 2
+#: Part of a model's operations that a cut leaves at least.
+_HEAD = 1 / 4
+
+
+def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
+    """Capture a model, fold its batch norms and write its signed graph.
+
+    Raises:
+        UnsupportedModelError: listing every operation without an exact rule, with the ``until=`` or
+            ``outputs=`` that passes where there is one.
+        ValueError: for inputs that do not fit, an unknown ``until`` or ``outputs``.
+    """
+    captured = capture(model, given)
+    try:
+        return captured, _lifted(captured)
+    except UnsupportedModelError as error:
+        advice = _advice(model, given, captured, error.report)
+        # A refusal says for which input it was made.
+        report = replace(_with_advice(error.report, advice), inputs=captured.inputs)
+        raise UnsupportedModelError(report) from error
+
+
+def _lifted(captured: Captured) -> fx.GraphModule:
+    problems = unreliable(captured)
+    fold_batch_norm(captured)
+    try:
+        module = lift(captured)
+    except UnsupportedModelError as error:
+        named = {problem.node for problem in problems}
+        problems += [problem for problem in error.report.problems if problem.node not in named]
+    if problems:
+        raise UnsupportedModelError(SupportReport(tuple(problems)))
+    return module
+
+
+def _with_advice(report: SupportReport, advice: str) -> SupportReport:
+    """Name what passes, if anything does, in place of the blank or behind the remedy."""
+    if not advice:
+        return report
+
+    def named(problem: Problem) -> Problem:
+        if BLANK in problem.remedy and advice.startswith("until"):
+            return replace(problem, remedy=problem.remedy.replace(BLANK, advice))
+        return replace(problem, remedy=f"{problem.remedy}; {advice} passes")
+
+    return SupportReport(tuple(named(problem) for problem in report.problems))
+
+
+def _advice(model: Model, given: Given, captured: Captured, report: SupportReport) -> str:
+    """The argument with which the model passes; empty if none was found."""
+    graph = captured.graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    bad = {nodes[problem.node] for problem in report.problems if problem.node in nodes}
+    clean = _clean_outputs(graph, captured.outputs, bad)
+    if clean and given.outputs is None:
+        outputs = clean[0] if len(clean) == 1 else clean
+        if _passes(model, replace(given, outputs=outputs)):
+            return f"outputs={outputs!r}"
+    if given.until is None and isinstance(model, nn.Module):
+        for name in list(_cuts(graph, bad))[:_TRIES]:
+            if _passes(model, replace(given, until=name, outputs=None)):
+                return f'until="{name}"'
+    return ""
+
+
+def _clean_outputs(
+    graph: fx.Graph, keys: tuple[int | str, ...], bad: set[fx.Node]
+) -> list[int | str]:
+    """Keys of the outputs that depend on no offending node."""
+    results = next(iter(reversed(graph.nodes))).args[0]
+    tainted = {key for key, result in zip(keys, results, strict=True) if bad & _ancestors(result)}
+    return [key for key in dict.fromkeys(keys) if key not in tainted]
+
+
+def _passes(model: Model, given: Given) -> bool:
+    try:
+        _lifted(capture(model, given))
+    # The cut is a guess: its output may be none of floating point, or refused for another reason.
+    except ValueError:
+        return False
+    return True
+
+
+def _cuts(graph: fx.Graph, bad: set[fx.Node]) -> Iterator[str]:
+    """Modules whose output depends on no offending node, those with most in front of them first.
+
+    What is behind such a cut is a head: where most of a model would be cut off, none is named.
+    """
+    last: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+            if path and node.op == "call_function":
+                last[path] = node
+    before = {path: _ancestors(node) for path, node in last.items()}
+    least = sum(node.op == "call_function" for node in graph.nodes) * _HEAD
+    good = [path for path, nodes in before.items() if len(nodes) >= least and not nodes & bad]
+    # Of modules with the same end, the outermost.
+    yield from sorted(good, key=lambda path: (-len(before[path]), path.count(".")))
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, pending = {node}, [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending.append(source)
+    return found

@@ -1,0 +1,208 @@
+"""What ``analyze`` returns."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, TypedDict
+
+from tabulate import tabulate
+from torch import Tensor
+
+from fxpath.program.layers import Layer, find_layers, neuron_shares
+from fxpath.program.program import PathProgram
+
+__all__ = ["Analysis", "LayerRow"]
+
+QUANTILES = (0.1, 0.5, 0.9)
+SAMPLE = 1 << 16
+
+
+class LayerRow(TypedDict):
+    """One layer as data.
+
+    ``share`` is the part of all path mass that crosses the layer (its weights and bias), in [0, 1]
+    unless it is used twice on a path; ``sparsity`` the part of its effective weights that is zero;
+    ``quantiles`` those of its weights' shares at 10, 50 and 90 percent.
+    """
+
+    name: str
+    operation: str
+    shape: tuple[int, ...]
+    parameters: int
+    sparsity: float
+    share: float
+    quantiles: dict[str, float]
+
+
+class Analysis:
+    """Path-norm and Path-Mag scores of one model.
+
+    Attributes:
+        q: exponent of the path-norm.
+        inputs: shapes of the sample that was analysed, and whether they are an assumption.
+        path_norm: ``||Phi(theta)||_q``; ``inf`` only where float64 cannot hold it.
+        log10_path_norm: decimal logarithm of ``||Phi(theta)||_q``; -inf if the norm is 0.
+        scores: parameter name -> tensor of its shape: the *shares* Path-Mag / path-norm, the part
+            of all path mass that runs through each entry.  For q other than 1 shares of
+            ``||Phi(theta)||_q^q``.
+        neuron_shares: layer name -> share of path mass through each of its output channels,
+            ``[channels]``.
+
+    Example:
+        >>> import torch, fxpath
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU())
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[3.0, 1.0], [0.0, -4.0]]))
+        >>> analysis = fxpath.analyze(model, (2,))
+        >>> round(analysis.path_norm, 5), analysis.scores["0.weight"].tolist()
+        (8.0, [[0.375, 0.125], [0.0, 0.5]])
+    """
+
+    def __init__(self, program: PathProgram) -> None:
+        """Evaluate a program once; made by :func:`fxpath.analyze`."""
+        evaluation = program.evaluate(scores=True, details=True)
+        self.q = program.q
+        self.inputs = program.captured.inputs
+        self.scores: dict[str, Tensor] = evaluation.shares
+        self.path_norm: float = evaluation.path_norm
+        self.log10_path_norm: float = evaluation.log10_path_norm
+        self._evaluation = evaluation
+        layers = find_layers(program.lifted)
+        self._layers = list(layers)
+        self.neuron_shares: dict[str, Tensor] = {
+            layer.name: neuron_shares(layer, channels, self.scores)
+            for layer, channels in layers.items()
+        }
+
+    def path_magnitude(self, name: str) -> Tensor:
+        """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.
+
+        Args:
+            name: a key of ``scores``.
+
+        Returns:
+            Tensor of the parameter's shape, >= 0; for q other than 1 in units of ``||Phi||_q^q``.
+            In the scores' dtype, or in float64 where that has no digits for small entries.
+
+        Raises:
+            KeyError: if ``name`` has no score.
+            OverflowError: if an entry is too large for the scores' dtype, or too small for float64;
+                ``log10_path_norm`` and the scores are not.
+        """
+        if name not in self.scores:
+            raise KeyError(f"{name!r} has no score; scored are {', '.join(self.scores)}")
+        shares = self.scores[name]
+        try:
+            return self._evaluation.absolute(name)
+        except OverflowError:
+            raise OverflowError(
+                f"Path-Mag of {name} does not fit {shares.dtype}: the path-norm is "
+                f"10^{self.log10_path_norm:.2f}; use scores[{name!r}] (shares) and log10_path_norm"
+            ) from None
+
+    @cached_property
+    def layers(self) -> list[LayerRow]:
+        """One row for each layer, in order of execution."""
+        return [self._row(layer) for layer in self._layers]
+
+    def _row(self, layer: Layer) -> LayerRow:
+        names = [name for name in (layer.weight, layer.bias) if name is not None]
+        share = sum(float(self.scores[name].double().sum()) for name in names)
+        return LayerRow(
+            name=layer.name,
+            operation=layer.operation,
+            shape=layer.shape,
+            parameters=sum(self.scores[name].numel() for name in names),
+            sparsity=self._evaluation.sparsity[names[0]],
+            share=share,
+            quantiles=_quantiles(self.scores[names[0]]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the tensors, as plain data for JSON (an infinite number becomes ``None``)."""
+        norm, log10 = self.path_norm, self.log10_path_norm
+        return {
+            "q": self.q,
+            "inputs": {name: list(shape) for name, shape in self.inputs.shapes.items()},
+            "input_shape_assumed": self.inputs.assumed,
+            "path_norm": norm if math.isfinite(norm) else None,
+            "log10_path_norm": log10 if math.isfinite(log10) else None,
+            "parameters": sum(score.numel() for score in self.scores.values()),
+            "layers": [{**row, "shape": list(row["shape"])} for row in self.layers],
+        }
+
+    def __str__(self) -> str:
+        table = tabulate(self._cells(), headers="keys")
+        return f"{self._headline()}\ninput {self.inputs}\n{self._legend()}\n\n{table}"
+
+    def _repr_html_(self) -> str:
+        table = tabulate(self._cells(), headers="keys", tablefmt="html")
+        text = html.escape(f"{self._headline()}; input {self.inputs}. {self._legend()}")
+        return f"<p>{text}</p>{table}"
+
+    def __repr__(self) -> str:
+        return f"<Analysis: {self._headline()}, input {self.inputs}>"
+
+    def _headline(self) -> str:
+        scored = sum(score.numel() for score in self.scores.values())
+        norm = self.path_norm
+        shown = f"{norm:.6g}" if math.isfinite(norm) else "beyond float64"
+        return (
+            f"l^{self.q:g} path-norm {shown} (log10 {self.log10_path_norm:.4f}), "
+            f"{scored:,} scored parameters"
+        )
+
+    def _legend(self) -> str:
+        return (
+            "share: path mass that crosses the layer; p10, p50, p90: quantiles of "
+            "Path-Mag / path-norm"
+        )
+
+    def _cells(self) -> list[dict[str, str]]:
+        """Table cells, at most 100 columns in all."""
+        return [
+            {
+                "layer": _shorten(row["name"]),
+                "op": row["operation"],
+                "shape": _by(row["shape"]),
+                "params": f"{row['parameters']:,}",
+                "zeros": f"{row['sparsity']:.1%}",
+                "share": f"{row['share']:.4f}",
+                **{f"p{k[:-1]}": f"{v:.1e}" for k, v in row["quantiles"].items()},
+            }
+            for row in self.layers
+        ]
+
+
+def _shorten(name: str, width: int = 20) -> str:
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _quantiles(shares: Tensor) -> dict[str, float]:
+    """Exact quantiles (lower of the two neighbours), for tensors of any size."""
+    flat = shares.flatten()
+    if not flat.numel():
+        return {f"{q:.0%}": math.nan for q in QUANTILES}
+    ranks = {q: max(1, math.ceil(q * flat.numel())) for q in QUANTILES}
+    return {f"{q:.0%}": _smallest(flat, rank) for q, rank in ranks.items()}
+
+
+def _smallest(flat: Tensor, rank: int) -> float:
+    """The entry of a given rank (from 1), exactly; sorting only the part of it that matters."""
+    if flat.numel() > SAMPLE * 16:
+        sample = flat[:: flat.numel() // SAMPLE].sort().values
+        guess = rank * sample.numel() // flat.numel()
+        margin = sample.numel() // 64
+        lo, hi = sample[max(0, guess - margin)], sample[min(sample.numel() - 1, guess + margin)]
+        before = int((flat < lo).sum())
+        near = flat[(flat >= lo) & (flat <= hi)]
+        # The sample is only a guess at where to look; where it misleads, all entries are searched.
+        if before < rank <= before + near.numel():
+            return float(near.kthvalue(rank - before).values)
+    return float(flat.kthvalue(rank).values)

@@ -1,0 +1,148 @@
+"""Which operations of a lifted graph are layers, and what their neurons are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath.graph import ops
+from fxpath.graph.schema import arguments, target
+
+__all__ = ["Layer", "coordinate_of", "find_layers", "neuron_shares"]
+
+Channels = Callable[[Tensor], Tensor]
+
+WEIGHING = {ops.conv, ops.linear, ops.matmul, ops.einsum, ops.scale}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights and biases that one operation of the model reads.
+
+    Attributes:
+        name: qualified name of the module, or of the parameter itself where no module is named so.
+        operation: ATen operation, e.g. ``conv2d``.
+        weight: name of its weight coordinates, ``None`` for an operation that only adds a bias.
+        bias: name of its bias coordinates, if it has any.
+        shape: shape of the weight (or bias) coordinates.
+    """
+
+    name: str
+    operation: str
+    weight: str | None
+    bias: str | None
+    shape: tuple[int, ...]
+
+
+def neuron_shares(layer: Layer, channels: Channels, shares: Mapping[str, Tensor]) -> Tensor:
+    """Share of path mass through each output channel of a layer: incoming weights and bias.
+
+    Args:
+        layer: the layer.
+        channels: sums of a weight-shaped tensor over all but its output channels.
+        shares: shares by parameter name.
+    """
+    if layer.weight is None:
+        assert layer.bias is not None
+        return shares[layer.bias].flatten()
+    mass = channels(shares[layer.weight])
+    if layer.bias is not None and shares[layer.bias].numel() == mass.numel():
+        mass = mass + shares[layer.bias].flatten()
+    return mass
+
+
+def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
+    """Layers of a lifted graph in order of execution; a reused one is listed once.
+
+    Returns:
+        Layer -> function that sums a weight-shaped tensor over all but its output channels.
+    """
+    weights: dict[fx.Node | None, fx.Node] = {}
+    biases: dict[fx.Node | None, fx.Node] = {}
+    for node in module.graph.nodes:
+        table = weights if node.target in WEIGHING else biases if node.target is ops.shift else None
+        if table is not None and coordinate_of(arguments(node)[1]) is not None:
+            table.setdefault(node.meta["origin"], node)
+    layers: dict[str, tuple[Layer, Channels]] = {}
+    for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes]):
+        if origin in weights or origin in biases:
+            layer = _layer(origin, weights.get(origin), biases.get(origin))
+            weigh = weights.get(origin)
+            layers.setdefault(layer.name, (layer, _channels(module, weigh) if weigh else _flatten))
+    return dict(layers.values())
+
+
+def _layer(origin: fx.Node | None, weigh: fx.Node | None, shift: fx.Node | None) -> Layer:
+    weight = None if weigh is None else coordinate_of(arguments(weigh)[1])
+    bias = None if shift is None else coordinate_of(arguments(shift)[1])
+    main = weight or bias
+    assert main is not None and origin is not None
+    name: str = arguments(main)[1]
+    operation = target(origin)._schema.name.split("::")[1]
+    return Layer(
+        name=name.removesuffix(".weight").removesuffix(".bias"),
+        operation=operation.removeprefix("_native_").removesuffix("_legit_no_training"),
+        weight=None if weight is None else name,
+        bias=None if bias is None else str(arguments(bias)[1]),
+        shape=tuple(main.meta["val"].shape),
+    )
+
+
+def coordinate_of(weight: object) -> fx.Node | None:
+    """The coordinates behind a weight, through operations that only relabel entries."""
+    while isinstance(weight, fx.Node) and weight.op == "call_function":
+        if weight.target is ops.coordinate:
+            return weight
+        weight = arguments(weight)[0]
+    return None
+
+
+def _relabel(module: fx.GraphModule, weight: fx.Node, value: Tensor) -> Tensor:
+    """Show coordinates as the operation sees them."""
+    if weight.target is ops.coordinate:
+        return value
+    inner = _relabel(module, arguments(weight)[0], value)
+    if weight.target is ops.scale:
+        return inner
+
+    def held(node: fx.Node) -> Tensor:
+        return module.get_buffer(str(node.target)).to(value.device)
+
+    rest: Any = fx.map_arg(arguments(weight)[1:], held)
+    shown: Tensor = target(weight)(inner, *rest)
+    return shown
+
+
+def _flatten(value: Tensor) -> Tensor:
+    return value.flatten()
+
+
+def _channels(module: fx.GraphModule, node: fx.Node) -> Channels:
+    """Sum over all axes of a weight but those of its output channels."""
+    weight = arguments(node)[1]
+    assert isinstance(weight, fx.Node)
+
+    def channels(value: Tensor) -> Tensor:
+        seen = _relabel(module, weight, value)
+        if node.target is ops.conv and arguments(node)[5]:
+            # [in, out / groups, ...]: the output channels of each group lie on axis 1.
+            groups = int(arguments(node)[7])
+            blocks = seen.reshape(groups, -1, *seen.shape[1:])
+            return blocks.sum((1, *range(3, blocks.dim()))).flatten()
+        if node.target in (ops.conv, ops.linear):
+            return seen.flatten(1).sum(1)
+        if node.target is ops.matmul:
+            axis = -2 if arguments(node)[2] else -1
+            return seen.movedim(axis, 0).flatten(1).sum(1) if seen.dim() > 1 else seen.sum()[None]
+        if node.target is ops.einsum:
+            terms, output = str(arguments(node)[2]).split("->")
+            letters = terms.split(",")[1]
+            kept = "".join(c for c in letters if c in output)
+            return torch.einsum(f"{letters}->{kept}", seen).flatten()
+        return seen.flatten()
+
+    return channels

@@ -1,0 +1,402 @@
+"""PathProgram: a captured and rewritten model, evaluated on its live parameters."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from fxpath.capture.gradients import own_gradients
+from fxpath.errors import SupportReport, UnsupportedModelError
+from fxpath.graph import ops
+from fxpath.graph.schema import arguments
+from fxpath.model import Captured, Given, Model, Shapes, check_finite
+from fxpath.modes import plain_mode
+from fxpath.passes.front import take_in
+from fxpath.passes.lower import lower
+from fxpath.passes.reduce import reduce
+from fxpath.passes.unsign import unsign
+from fxpath.program.buffers import check_buffers, check_holds, writable
+from fxpath.program.evaluate import Compiled, Run, coordinates, evaluate, score_shapes
+from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
+from fxpath.program.kernels.scales import MASS, SMALLEST, least
+from fxpath.program.path_norm import PathNorm, Total
+from fxpath.program.sizes import SizeRow, sizes
+
+__all__ = ["Evaluation", "PathProgram", "build", "format_of"]
+
+
+class PathProgram:
+    """Path-norm and Path-Mag of one model, captured once and evaluated many times.
+
+    The program reads the model's tensors anew at every call, so it follows training and pruning in
+    place.  It is bound to what the graph was made for: modules with their configuration and hooks,
+    which tensors are one, masks and lists of positions.  A change of these is an error that names
+    it, and says to compile again.  Python numbers that the model's own code holds are not watched.
+
+    It deep-copies and pickles as its model and what was asked of it: the copy is bound to the
+    copied model, and captured anew.
+
+    Attributes:
+        graph_module: the rewritten network, an FX graph module over the vocabulary of
+            ``fxpath.graph.ops``; it prints, lints, and called on the model's tensors returns the
+            path-norm without care for range.
+        signed: the network as the rules write it, with activations and signs.
+        lifted: what path mass depends on, at full resolution, before the spatial reduction.
+        reduced: the same after it, before each layer is lowered to what computes it fastest.
+        dtype: number format of the evaluation; float64 takes over where float32 cannot hold the
+            span of one tensor.
+        q: exponent of the path-norm.
+
+    Example:
+        >>> import torch, fxpath
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, -3.0)
+        >>> program = fxpath.compile(model, (2,))
+        >>> program.path_norm()
+        6.0
+        >>> _ = model.weight.data.mul_(2)
+        >>> program.path_norm()
+        12.0
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        signed: fx.GraphModule,
+        dtype: torch.dtype,
+        q: float,
+        compiled: bool = False,
+        reduced: bool = True,
+        given: Given | None = None,
+    ) -> None:
+        """Programs are made by :func:`fxpath.compile`."""
+        self.captured = captured
+        self.given = given
+        self.signed = signed
+        self.lifted = unsign(signed)
+        self.reduced = reduce(self.lifted, q) if reduced else self.lifted
+        self.graph_module = lower(self.reduced)
+        self.dtype = dtype if q == 1 else torch.float64
+        self.q = q
+        self._compiled = Compiled(self.graph_module, self.dtype, q) if compiled else None
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def path_norm(self) -> float:
+        """``||Phi(theta)||_q``; for q = 0 the number of non-zero paths; inf only beyond float64."""
+        return self.evaluate(scores=False).path_norm
+
+    def log10_path_norm(self) -> float:
+        """Decimal logarithm of the path-norm; -inf if it is 0."""
+        return self.evaluate(scores=False).log10_path_norm
+
+    @plain_mode()
+    def log_path_norm(self) -> Tensor:
+        """Natural logarithm of the path-norm, a 0-d float64 tensor that differentiates.
+
+        Its gradient reaches the model's parameters: added to a training loss it is a regularizer
+        that no rescaling of neurons changes.
+
+        Raises:
+            ValueError: for a NaN or infinite parameter, by name.
+            FloatingPointError: if float64 does not suffice.
+            UnsupportedModelError: if a weight is computed by an ``autograd.Function``, whose
+                backward is not captured.
+        """
+        problems = own_gradients(self.captured)
+        if problems:
+            raise UnsupportedModelError(SupportReport(tuple(problems)))
+        live = self.captured.live()
+        for dtype in self._formats():
+            norm = PathNorm(self.graph_module, dtype, self.q)
+            total: Total = norm.run(live, live=True)
+            run = Run(total, least(norm.watch.scales), None)
+            if self._healthy(dtype, run, live):
+                return total.log() / (self.q or 1)
+        raise self._failure(live)
+
+    def scores(self, out: MutableMapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Shares Path-Mag / path-norm of every coordinate of theta.
+
+        Args:
+            out: tensors to write into, one for every score, of its shape and of a floating dtype.
+
+        Returns:
+            Parameter name -> tensor of the parameter's shape, entries in [0, 1] (unless an entry is
+            used twice on a path), in the program's number format; in float64 where float32 would
+            make zeros of small ones.  ``out`` itself holds the tensors if it was given.
+
+        Raises:
+            ValueError: if ``out`` has other names or shapes than the scores, integers, a format
+                that does not hold them, or memory that two of them or the model share.
+        """
+        if out is None:
+            return self.evaluate(scores=True).shares
+        live = self.captured.live()
+        read = {self.captured.tensors[key]: tensor for key, tensor in live.items()}
+        check_buffers(out, score_shapes(self.graph_module), read)
+        shares = self.evaluate(scores=True, out=out).shares
+        for name, share in shares.items():
+            if share is not out[name]:
+                check_holds(name, share, out[name])
+                with torch.no_grad():
+                    out[name].copy_(share)
+        return dict(out)
+
+    @plain_mode()
+    def with_exponent(self, q: float) -> PathProgram:
+        """The same rewritten model for another exponent.
+
+        Args:
+            q: a finite number >= 0.
+
+        Raises:
+            ValueError: for any other ``q``.
+        """
+        exponent = _exponent(q)
+        reduced = self.reduced is not self.lifted
+        return PathProgram(
+            self.captured, self.signed, self.dtype, exponent, reduced=reduced, given=self.given
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if isinstance(self.captured.source, ExportedProgram):
+            raise TypeError(
+                "a program of an ExportedProgram does not pickle: save that with "
+                "torch.export.save, and compile again"
+            )
+        return _rebuild, (self.captured.source, *self._request())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PathProgram:
+        return _rebuild(copy.deepcopy(self.captured.source, memo), *self._request())
+
+    def _request(self) -> tuple[Any, ...]:
+        """What :func:`build` was asked for."""
+        reduced = self.reduced is not self.lifted
+        return self.given, self.q, self.dtype, self._compiled is not None, reduced
+
+    def sizes(self) -> list[SizeRow]:
+        """Extents and multiply-adds of each activation, at full resolution and as kept."""
+        return sizes(self.lifted, self.reduced)
+
+    @plain_mode()
+    def evaluate(
+        self,
+        scores: bool,
+        details: bool = False,
+        out: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Evaluation:
+        """Run in the program's number format, or in float64 where it does not suffice.
+
+        Args:
+            scores: whether to differentiate.
+            details: whether to count the zeros of theta, and to look for shares below float64.
+            out: tensors that are used for the scores, where they have the right form.
+            tensors: what takes the place of the model's own, by placeholder, of the same form.
+
+        Raises:
+            ValueError: for a NaN or infinite parameter, by name.
+            FloatingPointError: if float64 does not suffice either.
+        """
+        live = self.captured.live() if tensors is None else tensors
+        for dtype in self._formats():
+            shares = self._buffers(dtype, live, out or {}) if scores else None
+            if self._compiled is not None and dtype == self.dtype:
+                run = self._compiled(live, shares)
+            else:
+                run = evaluate(PathNorm(self.graph_module, dtype, self.q), live, shares)
+            if self._healthy(dtype, run, live):
+                zeros = self._sparsity(live) if details else {}
+                mantissa, exponent = run.total.mantissa.item(), int(run.total.scale[0])
+                found = {} if shares is None else self._fitted(dtype, shares, live)
+                raised = self._raised(found, live) if details else {}
+                return Evaluation(mantissa, exponent, found, zeros, raised, self.q)
+        raise self._failure(live)
+
+    def _fitted(
+        self, dtype: torch.dtype, shares: dict[str, Tensor], live: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Shares in the program's format; in float64 where that cannot hold them."""
+        if dtype == torch.float64:
+            return {name: fitted(share, self.dtype) for name, share in shares.items()}
+        short = self._short(shares, live, torch.finfo(self.dtype).tiny)
+        if not short:
+            return shares
+        wide = self._buffers(torch.float64, live, {})
+        run = evaluate(PathNorm(self.graph_module, torch.float64, self.q), live, wide)
+        if not self._healthy(torch.float64, run, live):
+            raise self._failure(live)
+        # The others stay as they are, where the caller wants them.
+        again = {name: fitted(wide[name], self.dtype) for name in short}
+        kept = {name: share for name, share in again.items() if share.dtype != self.dtype}
+        return {**shares, **kept}
+
+    def _raised(
+        self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """2^RAISED times the shares of those scores that have some below float64."""
+        below = self._short(shares, live, torch.finfo(torch.float64).tiny)
+        if not below:
+            return {}
+        raised = self._buffers(torch.float64, live, {})
+        evaluate(PathNorm(self.graph_module, torch.float64, self.q), live, raised, RAISED)
+        return {
+            name: raised[name]
+            for name in below
+            if bool(((raised[name] > 0) & (shares[name] == 0)).any())
+        }
+
+    def _short(
+        self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor], tiny: float
+    ) -> set[str]:
+        """Scores with an entry below ``tiny`` although theta is not 0 there.
+
+        Most of them belong to dead neurons; which ones do not, a wider range tells.
+        """
+        names = [name for name, share in shares.items() if share.numel()]
+        least = torch.stack([shares[name].amin() for name in names]).tolist() if names else []
+        low = {name for name, value in zip(names, least, strict=True) if value < tiny}
+        return {
+            name
+            for name, theta in coordinates(self.lifted, live, low)
+            # Where theta is 0 the share is: more are small than that if any is.
+            if int(_below(shares[name], tiny).count_nonzero())
+            > theta.numel() - int(theta.count_nonzero())
+        }
+
+    def _buffers(
+        self, dtype: torch.dtype, live: Mapping[str, Tensor], out: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Memory for the scores: the caller's own where it can be written as it is."""
+        device = next((t.device for t in live.values()), torch.device("cpu"))
+        return {
+            name: out[name]
+            if name in out and writable(out[name], dtype, device)
+            else torch.empty(shape, dtype=dtype, device=device)
+            for name, shape in score_shapes(self.graph_module).items()
+        }
+
+    def _sparsity(self, live: Mapping[str, Tensor]) -> dict[str, float]:
+        """Fraction of zero entries of each coordinate array, at its first use."""
+        found: dict[str, float] = {}
+        for name, value in coordinates(self.lifted, live):
+            zeros = 1 - int(torch.count_nonzero(value)) / max(1, value.numel())
+            found.setdefault(name, zeros)
+        return found
+
+    # -- number formats ---------------------------------------------------------------------------
+
+    def _formats(self) -> tuple[torch.dtype, ...]:
+        return (self.dtype,) if self.dtype == torch.float64 else (self.dtype, torch.float64)
+
+    def _healthy(self, dtype: torch.dtype, run: Run, live: Mapping[str, Tensor]) -> bool:
+        """Whether nothing over- or underflowed that exact arithmetic would have kept."""
+        if not math.isfinite(run.total.mantissa.item()):
+            return False
+        if run.total.mantissa.item() == 0:
+            return self._has_no_path(live)
+        if run.mass is not None:
+            return run.mass.item() <= MASS[dtype]
+        if run.smallest.item() >= SMALLEST[dtype]:
+            return True
+        # Some entry is small or zero: the gradient tells whether it matters.
+        norm = PathNorm(self.graph_module, dtype, self.q)
+        checked = evaluate(norm, live, self._buffers(dtype, live, {}))
+        assert checked.mass is not None
+        return checked.mass.item() <= MASS[dtype]
+
+    def _has_no_path(self, live: Mapping[str, Tensor]) -> bool:
+        """Whether the norm is zero, by counting paths, which cannot underflow."""
+        norm = PathNorm(self.graph_module, torch.float64, 0.0)
+        return evaluate(norm, live, None).total.mantissa.item() == 0
+
+    def _failure(self, live: Mapping[str, Tensor]) -> Exception:
+        try:
+            check_finite({self.captured.tensors[key]: value for key, value in live.items()})
+        except ValueError as error:
+            return error
+        for node in self.lifted.graph.nodes:
+            if node.target is ops.normalizer:
+                _, variance, eps = arguments(node)
+                if bool((live[variance.target] + eps <= 0).any()):
+                    name = self.captured.tensors[variance.target]
+                    return ValueError(f"{name} has entries that are no variance: not above {-eps}")
+        for name, value in coordinates(self.lifted, live):
+            if not bool(torch.isfinite(value).all()):
+                return ValueError(
+                    f"{name}: the effective value is NaN or infinite: look for a division by 0"
+                )
+        return FloatingPointError(
+            "some tensor of the lifted network spans more orders of magnitude than float64 holds: "
+            f"rescale the model's neurons, or look for entries whose power q = {self.q:g} is near "
+            "1e-300 or 1e300"
+        )
+
+
+def _below(shares: Tensor, tiny: float) -> Tensor:
+    """Where shares are below a number that their own format may not hold."""
+    return shares < tiny if tiny >= torch.finfo(shares.dtype).tiny else shares == 0
+
+
+@plain_mode()
+def build(
+    model: Model,
+    given: Given | Shapes = None,
+    q: float = 1.0,
+    dtype: torch.dtype | None = None,
+    compiled: bool = False,
+    reduced: bool = True,
+) -> PathProgram:
+    """Capture and rewrite a model, for what the caller says about inputs or their shape alone.
+
+    Raises:
+        ValueError: for a NaN or infinite parameter, a shape that cannot be inferred, q < 0.
+        UnsupportedModelError: listing every operation without an exact rule.
+    """
+    exponent = _exponent(q)
+    given = given if isinstance(given, Given) else Given(given)
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(
+            f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64"
+        )
+    captured, signed = take_in(model, given)
+    own = format_of(captured, signed)
+    return PathProgram(captured, signed, dtype or own, exponent, compiled, reduced, given)
+
+
+def format_of(captured: Captured, signed: fx.GraphModule) -> torch.dtype:
+    """The number format of a model's program, by its tensors.
+
+    Raises:
+        ValueError: for a NaN or infinite parameter.
+    """
+    live = captured.live()
+    # What the graph was made for alone, bounds that bound nothing say, was looked at by its rules.
+    read = {n.target for n in signed.graph.nodes if n.op == "placeholder" and n.users}
+    check_finite({captured.tensors[name]: tensor for name, tensor in live.items() if name in read})
+    double = any(tensor.dtype == torch.float64 for tensor in live.values())
+    return torch.float64 if double else torch.float32
+
+
+def _rebuild(
+    model: Model, given: Given | None, q: float, dtype: torch.dtype, compiled: bool, reduced: bool
+) -> PathProgram:
+    """A copy of a program, for a copy of its model."""
+    return build(model, given, q, dtype, compiled, reduced)
+
+
+def _exponent(q: float) -> float:
+    if not 0 <= q < math.inf:
+        raise ValueError(f"q = {q}: the exponent must be a finite number >= 0")
+    if 0 < q < LEAST_EXPONENT:
+        raise ValueError(
+            f"q = {q}: below {LEAST_EXPONENT:g} float64 cannot tell the norm; q = 0 counts paths"
+        )
+    return float(q)
