@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from fxpath.capture import capture
 from fxpath.model import Given
-from fxpath.passes.fold import fold_batch_norm
-from fxpath.passes.lift import lift
+from fxpath.passes import Setting, fold, lift, rewrite
 from fxpath.program.program import PathProgram
 
 __all__ = ["CASES", "main", "rows"]
@@ -108,8 +107,9 @@ def rows(case: str, sizes: Sequence[int]) -> Iterator[tuple[str, int, int, float
         captured = capture(model.eval(), Given(shape))
         exported = time.process_time()
         nodes = size / 1000 if case == "sound" else len(captured.graph_module.graph.nodes)
-        fold_batch_norm(captured)
-        PathProgram(captured, lift(captured), torch.float32, 1.0).path_norm()
+        setting = Setting(captured)
+        signed = lift(fold(captured.graph_module, setting), setting)
+        PathProgram(captured, rewrite(signed, setting), torch.float32, 1.0).path_norm()
         taken = time.process_time() - exported
         yield case, size, int(nodes), exported - start, taken, 1000 * taken / nodes
 

@@ -15,10 +15,7 @@ from torch import fx, nn
 from benchmarks.timing import load_module
 from fxpath.capture import capture
 from fxpath.model import Captured, Given
-from fxpath.passes.fold import fold_batch_norm
-from fxpath.passes.lift import lift
-from fxpath.passes.lower import lower
-from fxpath.passes.reduce import reduce
+from fxpath.passes import Setting, fold, lift, lower, reduce, unsign
 from fxpath.program.program import build
 
 SHAPE = (3, 224, 224)
@@ -32,9 +29,9 @@ def model() -> nn.Module:
 
 
 def fold_and_lift(captured: Captured) -> fx.GraphModule:
-    """The two passes that rewrite the captured graph, which they use up."""
-    fold_batch_norm(captured)
-    return lift(captured)
+    """The two passes that rewrite the captured graph."""
+    setting = Setting(captured)
+    return unsign(lift(fold(captured.graph_module, setting), setting), setting)
 
 
 def test_capture(benchmark: BenchmarkFixture, model: nn.Module) -> None:
@@ -54,14 +51,17 @@ def test_fold_and_lift(benchmark: BenchmarkFixture, model: nn.Module) -> None:
 
 def test_reduce(benchmark: BenchmarkFixture, model: nn.Module) -> None:
     """Lifted graph to reduced graph."""
-    lifted = fold_and_lift(capture(model, Given(SHAPE)))
-    benchmark.pedantic(reduce, (lifted,), rounds=ROUNDS, warmup_rounds=1)
+    captured = capture(model, Given(SHAPE))
+    lifted, setting = fold_and_lift(captured), Setting(captured)
+    benchmark.pedantic(reduce, (lifted, setting), rounds=ROUNDS, warmup_rounds=1)
 
 
 def test_lower(benchmark: BenchmarkFixture, model: nn.Module) -> None:
     """Reduced graph to products."""
-    reduced = reduce(fold_and_lift(capture(model, Given(SHAPE))))
-    benchmark.pedantic(lower, (reduced,), rounds=ROUNDS, warmup_rounds=1)
+    captured = capture(model, Given(SHAPE))
+    setting = Setting(captured)
+    reduced = reduce(fold_and_lift(captured), setting)
+    benchmark.pedantic(lower, (reduced, setting), rounds=ROUNDS, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

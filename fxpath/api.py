@@ -12,7 +12,7 @@ from fxpath.errors import SupportReport, UnsupportedModelError
 from fxpath.model import Given, Model, Shapes
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
-from fxpath.passes.front import take_in
+from fxpath.passes import take_in
 from fxpath.program.analysis import Analysis
 from fxpath.program.program import PathProgram, build
 

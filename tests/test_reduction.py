@@ -24,6 +24,7 @@ from fxpath.passes.bases import cheapest, edges
 from fxpath.passes.classes import Classes, find_classes
 from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
+from fxpath.passes.setting import Setting
 from fxpath.program.evaluate import evaluate, score_shapes
 from fxpath.program.path_norm import PathNorm
 from fxpath.program.program import PathProgram, build
@@ -209,10 +210,10 @@ def test_generated_networks_in_every_basis(
     program = build(model, Given((2, *model.extent)), q=q, dtype=torch.float64, reduced=False)
     expected = run(program, program.lifted)
     for choose in (cheapest, values_only, sums_only, at_random(seed), at_random(seed + 1)):
-        reduced = reduce(program.lifted, q, choose)
+        reduced = reduce(program.lifted, Setting(program.captured, q), choose)
         assert_same(run(program, reduced), expected)
-        assert_same(run(program, lower(reduced)), expected)
-    assert_same(run(program, lower(program.lifted)), expected)
+        assert_same(run(program, lower(reduced, Setting(program.captured))), expected)
+    assert_same(run(program, lower(program.lifted, Setting(program.captured))), expected)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "shufflenet_v2_x0_5", "fcn_resnet50"])
@@ -221,17 +222,17 @@ def test_real_networks(name: str) -> None:
     shape = zoo.INPUTS[name]
     program = build(model, Given(shape), dtype=torch.float64, reduced=False)
     expected = run(program, program.lifted)
-    reduced = reduce(program.lifted)
+    reduced = reduce(program.lifted, Setting(program.captured))
     assert_same(run(program, reduced), expected)
-    assert_same(run(program, lower(reduced)), expected)
+    assert_same(run(program, lower(reduced, Setting(program.captured))), expected)
 
 
 def test_a_wrong_matrix_is_noticed() -> None:
     model = Dag(2, 0, 4, "pooled")
     program = build(model, Given((2, *model.extent)), dtype=torch.float64, reduced=False)
     expected = run(program, program.lifted)
-    reduced = reduce(program.lifted)
-    for module, kind in ((reduced, "matrix"), (lower(reduced), "map")):
+    reduced = reduce(program.lifted, Setting(program.captured))
+    for module, kind in ((reduced, "matrix"), (lower(reduced, Setting(program.captured)), "map")):
         name, matrix = next((n, m) for n, m in module.named_buffers() if n.startswith(kind))
         setattr(module, name, matrix * 1.001)
         with pytest.raises(AssertionError):

@@ -134,7 +134,7 @@ def test_edges_one_by_one(name: str, close: bool) -> None:
             parameter.mul_(factor + 0.6 if close else factor * (factor > 0.2))
     pair = make_pair(model, other, Given(shape))
     parts = [Part(), Part(biases=False)]
-    networks = [Network.whole(pair.lifted), Network.by_value(pair.lifted)]
+    networks = [Network.whole(pair.lifted), Network.by_value(pair.lifted, pair.setting)]
 
     # The same at full resolution as with equal positions merged.
     whole, merged = (Normalized(network, pair, parts).outcome() for network in networks)

@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from fxpath.capture import formats
 from fxpath.capture.functional import functionalize
+from fxpath.capture.sources import overwritten
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.graph.aten import ZEROS
 from fxpath.graph.edit import drop_dead
 from fxpath.model.captured import Captured, Model, named_tensors
 from fxpath.model.form import attached, form_of, place
@@ -106,6 +108,11 @@ def adopt(
         kept,
     )
     _check_formats(captured)
+    for node in overwritten(captured):
+        made = node.meta["val"]
+        node.target, node.args = ZEROS, (list(made.shape),)
+        node.kwargs = {"dtype": made.dtype, "device": made.device}
+    captured.graph_module.recompile()
     return captured
 
 

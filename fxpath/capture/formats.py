@@ -8,17 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxpath.errors import Problem, problem
+from fxpath.graph.aten import ONE_FORMAT
 
 __all__ = ["of_graph", "of_model"]
 
-aten = torch.ops.aten
-
-#: Operations whose tensors have one number format.
-_ONE_FORMAT = {
-    *(aten.linear, aten.matmul, aten.mm, aten.bmm, aten.mv, aten.addmm, aten.addmv, aten.baddbmm),
-    *(aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution, aten.conv_transpose1d),
-    *(aten.conv_transpose2d, aten.conv_transpose3d, aten.einsum),
-}
 _FORMATS = (
     "a path-norm is defined for real weights",
     "pass a real model, e.g. with real and imaginary parts as channels",
@@ -55,7 +48,7 @@ def of_graph(graph: fx.Graph, tensors: Mapping[str, Tensor], parameters: Set[str
     found = _named(read)
     for node in graph.nodes:
         kinds = {str(x.dtype) for x in _sources(node) if x.is_floating_point()}
-        if len(kinds) > 1 and getattr(node.target, "overloadpacket", None) in _ONE_FORMAT:
+        if len(kinds) > 1 and getattr(node.target, "overloadpacket", None) in ONE_FORMAT:
             reason = f"it reads {' and '.join(sorted(kinds))} at once, which torch does not compute"
             found.append(problem(node, reason, "convert the model to one number format"))
         value = node.meta.get("val")

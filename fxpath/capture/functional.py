@@ -14,19 +14,10 @@ from torch.export.graph_signature import ExportGraphSignature
 
 from fxpath.capture.inline import flat
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
+from fxpath.graph.aten import MAY_ALIAS
+from fxpath.graph.aten import functional as functional_of
 
 __all__ = ["functionalize"]
-
-aten = torch.ops.aten
-
-#: Operations that may return their argument itself although their schema does not say so.
-MAY_ALIAS = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-    aten.rrelu.default,
-}
 
 
 def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportGraphSignature]:
@@ -70,7 +61,7 @@ def _rename(graph: fx.Graph) -> fx.Node | None:
         if not _mutates(node):
             continue
         target = node.args[0]
-        functional = _functional(node.target)
+        functional = functional_of(node.target)
         shared = any(
             other not in (node, target) and any(order[user] > order[node] for user in other.users)
             for other in sharing[storage[node]]
@@ -91,12 +82,3 @@ def _aliases(node: fx.Node) -> bool:
         return True  # getitem on the pieces of a split
     returns = node.target._schema.returns
     return node.target in MAY_ALIAS or any(r.alias_info is not None for r in returns)
-
-
-def _functional(overload: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """``aten.relu_.default`` -> ``aten.relu.default``, if there is such an overload."""
-    namespace, name = overload._schema.name.split("::")
-    if namespace != "aten" or not name.endswith("_"):
-        return None
-    packet = getattr(aten, name[:-1], None)
-    return getattr(packet, overload._overloadname, None) if packet is not None else None

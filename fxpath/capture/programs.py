@@ -16,25 +16,11 @@ from fxpath.capture.inputs import Call, batch_size, first_sample, from_shapes, f
 from fxpath.capture.rows import rows_meet, same_row
 from fxpath.capture.trace import run, trace
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.graph.aten import SIZELESS
 from fxpath.model.captured import Captured
 from fxpath.model.given import Given
 
 __all__ = ["from_program"]
-
-aten = torch.ops.aten
-
-#: Operations that hold no size of their inputs.
-_SIZELESS = {
-    *(aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution, aten.batch_norm),
-    *(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
-    *(aten.relu, aten.relu_, aten.relu6, aten.leaky_relu, aten.leaky_relu_, aten.prelu),
-    *(aten.hardtanh, aten.hardtanh_, aten.dropout, aten.dropout_, aten.feature_dropout),
-    *(aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.avg_pool1d, aten.avg_pool2d),
-    *(aten.avg_pool3d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d),
-    *(aten.adaptive_avg_pool3d, aten.adaptive_max_pool1d, aten.adaptive_max_pool2d),
-    *(aten.add, aten.add_, aten.sub, aten.mul, aten.neg, aten.cat, aten.flatten, aten.mean),
-    *(aten.sum, aten.amax, aten.permute, aten.transpose, aten.contiguous, aten.detach),
-}
 
 
 def from_program(program: ExportedProgram, given: Given) -> Captured:
@@ -115,7 +101,7 @@ def _other_shape(program: ExportedProgram, sample: Call, own: Call, given: Given
         {
             str(node.target)
             for node in program.graph.nodes
-            if node.op == "call_function" and _packet(node.target) not in _SIZELESS
+            if node.op == "call_function" and _packet(node.target) not in SIZELESS
         }
     )
     failure: Exception | None = None

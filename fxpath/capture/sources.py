@@ -10,51 +10,35 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from fxpath.errors import Problem, problem
+from fxpath.graph.aten import SOMETIMES_RANDOM, UNWRITTEN
 from fxpath.model.captured import Captured
 
-__all__ = ["unreliable"]
-
-aten = torch.ops.aten
+__all__ = ["overwritten", "unreliable"]
 
 _RANDOM = ("its result is random", "remove the noise in eval mode (if self.training)")
 _UNWRITTEN = (
     "it reads memory that was never written to, which may hold anything",
     "fill the tensor first, e.g. with torch.zeros",
 )
-#: Random in training mode only, or by another argument: rules say more about these.
-_CONDITIONAL = {
-    *(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout),
-    *(aten.native_dropout, aten.rrelu, aten.rrelu_with_noise, aten.scaled_dot_product_attention),
-    *(aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention),
-    *(aten.rnn_relu, aten.rnn_tanh, aten.lstm, aten.gru),
-}
-_EMPTY: set[Any] = {
-    *(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default),
-    *(aten.empty_strided.default, aten.empty_permuted.default, aten.new_empty_strided.default),
-}
 
 
 def unreliable(captured: Captured) -> list[Problem]:
-    """Operations whose result is not a function of the model and its inputs.
-
-    Memory that is overwritten before it is read becomes zeros in the graph.
-    """
-    graph = captured.graph_module.graph
+    """Operations whose result is not a function of the model and its inputs."""
     problems = []
-    for node in graph.nodes:
+    for node in captured.graph_module.graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
         tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags and packet not in _CONDITIONAL:
+        if torch.Tag.nondeterministic_seeded in tags and packet not in SOMETIMES_RANDOM:
             problems.append(problem(node, *_RANDOM))
-    empty = [node for node in graph.nodes if node.target in _EMPTY]
-    read = {node for node in empty if _matters(captured, node)}
-    for node in empty:
-        if node in read:
+        if node.target in UNWRITTEN:
             problems.append(problem(node, *_UNWRITTEN))
-        else:
-            _zeros(node)
-    captured.graph_module.recompile()
     return problems
+
+
+def overwritten(captured: Captured) -> list[fx.Node]:
+    """Tensors whose memory is overwritten before it is read."""
+    empty = [node for node in captured.graph_module.graph.nodes if node.target in UNWRITTEN]
+    return [node for node in empty if not _matters(captured, node)]
 
 
 def _matters(captured: Captured, empty: fx.Node) -> bool:
@@ -94,16 +78,9 @@ class _Filled(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target in _EMPTY and isinstance(result, Tensor):
+        if n.target in UNWRITTEN and isinstance(result, Tensor):
             value = self.value if n is self.empty else 0.0
             if not result.is_floating_point():
                 value = float(value > 0)
             return torch.full_like(result, value)
         return result
-
-
-def _zeros(node: fx.Node) -> None:
-    """Turn a tensor whose memory is overwritten into zeros."""
-    made = node.meta["val"]
-    node.target, node.args = aten.zeros.default, (list(made.shape),)
-    node.kwargs = {"dtype": made.dtype, "device": made.device}

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
+from fxpath.graph.aten import MADE_FROM_SHAPE
 from fxpath.graph.schema import bind
 
-__all__ = ["MADE_FROM_SHAPE", "fill_of", "read_by"]
-
-aten = torch.ops.aten
-
-#: Tensors made from the shape of another one: the fill value, or the argument that holds it.
-MADE_FROM_SHAPE: dict[Any, float | str] = {
-    aten.zeros_like.default: 0.0,
-    aten.ones_like.default: 1.0,
-    aten.new_zeros.default: 0.0,
-    aten.new_ones.default: 1.0,
-    aten.zero.default: 0.0,
-    aten.full_like.default: "fill_value",
-    aten.new_full.default: "fill_value",
-    aten.fill.Scalar: "value",
-    aten.fill.Tensor: "value",
-}
+__all__ = ["fill_of", "read_by"]
 
 
 def fill_of(node: fx.Node) -> Any:

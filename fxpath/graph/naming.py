@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
@@ -14,62 +13,11 @@ from fxpath.graph.made import read_by
 from fxpath.model import Captured
 
 __all__ = [
-    "PICKING",
-    "RELABELLING",
-    "SAME",
-    "SPLITTING",
     "coordinate_name",
     "depends_on_parameter",
     "name_without_parameter",
     "parameter_of",
 ]
-
-aten = torch.ops.aten
-
-#: Operations on a parameter that only show its entries in another order or shape: the coordinates
-#: stay the parameter's own.
-RELABELLING = {
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.expand.default,
-    aten.numpy_T.default,
-    aten.mT.default,
-    aten.movedim.int,
-    aten.swapaxes.default,
-    aten.flip.default,
-}
-
-
-#: Operations that show a parameter as it is; ``detach`` would cut the scores off.
-SAME = {
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-}
-
-#: Operations that pick entries of a parameter by a constant list of positions.
-PICKING = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
-
-#: Operations whose pieces are entries of the parameter that they split.
-SPLITTING = {
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-}
 
 
 def parameter_of(captured: Captured, node: Any) -> str | None:

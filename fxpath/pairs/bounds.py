@@ -101,7 +101,7 @@ class Bound(Snapshot):
         Paths that start at a bias do not count.
         """
         pair = self._unchanged()
-        graph = reduce(pair.lifted)
+        graph = reduce(pair.lifted, pair.setting)
         outputs = Difference(graph, pair, biases=False).outcome()
         found = float(sum(y.first.sum() for y in outputs))
         if doubt(pair):

@@ -20,7 +20,7 @@ from fxpath.pairs.difference import Difference, Excess, Rows
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import BLOCK, Pair, Side, Weights
-from fxpath.passes.front import take_in
+from fxpath.passes import Setting, rewrite, take_in
 from fxpath.passes.reduce import reduce
 from fxpath.program.evaluate import evaluate
 from fxpath.program.path_norm import PathNorm
@@ -50,10 +50,9 @@ class Erasure:
             ValueError: for a NaN or infinite parameter, a shape that cannot be inferred.
         """
         captured, signed = take_in(model, given)
-        # Before the program is made, so that its graphs have the leaves' numbers.
-        side = side_of(captured, signed)
-        dtype = format_of(captured, signed)
-        return cls(PathProgram(captured, signed, dtype, 1.0, given=given), side)
+        graphs = rewrite(signed, Setting(captured))
+        program = PathProgram(captured, graphs, format_of(captured, signed), 1.0, given=given)
+        return cls(program, side_of(captured, signed))
 
     def metric(self, tensors: Mapping[str, Tensor]) -> PathMetric:
         """The path-metric to the model with other tensors, by placeholder.
@@ -70,8 +69,8 @@ class Erasure:
     def cut_off(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Output neurons that paths from inputs reach in the model, and with other tensors not."""
         # Without sums: in those, outputs are no longer apart.
-        lifted = self.program.lifted
-        reduced = reduce(lifted, choose=lambda classes: dict.fromkeys(classes.reachable, False))
+        lifted, setting = self.program.lifted, Setting(self.program.captured)
+        reduced = reduce(lifted, setting, lambda classes: dict.fromkeys(classes.reachable, False))
         (total,) = (node for node in lifted.graph.nodes if node.target is ops.total)
         reach = _Reach(reduced, self._pair(tensors), set(arguments(total)[0]))
         reach.outcome()

@@ -121,7 +121,7 @@ def _parts(
             [*parts, Part(nothing)],
             lambda found: [part + found[-1] for part in found[:-1]],
         )
-    network = Network.by_value(pair.lifted)
+    network = Network.by_value(pair.lifted, pair.setting)
     few = [
         torch.zeros(tuple(n.meta["val"].shape), dtype=torch.float64)
         for n in network.module.graph.nodes

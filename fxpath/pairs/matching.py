@@ -14,12 +14,12 @@ from torch.export import ExportedProgram
 from fxpath.capture.loading.states import fit_state_dict
 from fxpath.errors import module_path
 from fxpath.graph import ops
-from fxpath.graph.links import mark_static, static
+from fxpath.graph.aten import CASTS
+from fxpath.graph.leaves import LEAVES
+from fxpath.graph.links import static
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured, Given, Model, check_finite, named_tensors, skeleton
-from fxpath.pairs.pair import LEAVES, Pair, Side, same_entries
-from fxpath.passes.fold import CASTS
-from fxpath.passes.unsign import unsign
+from fxpath.pairs.pair import Pair, Side, same_entries
 from fxpath.program.program import build
 
 __all__ = ["Other", "make_pair", "side_of"]
@@ -48,13 +48,14 @@ def make_pair(
     """
     ours = build(model, given, reduced=False)
     mine = side_of(ours.captured, ours.signed)
-    return Pair(unsign(ours.signed), mine, _held_against(mine, other, given)).remember()
+    return Pair(ours.lifted, mine, _held_against(mine, other, given)).remember()
 
 
 def side_of(captured: Captured, signed: fx.GraphModule) -> Side:
     """A captured model as one side of a pair; ``replace(side, tensors=...)`` is the other one."""
-    mark_static(signed.graph)
-    return Side(captured, signed, _detached(captured.live()), _number_leaves(signed.graph))
+    leaves = [node for node in signed.graph.nodes if "leaf" in node.meta]
+    leaves.sort(key=lambda node: int(node.meta["leaf"]))
+    return Side(captured, signed, _detached(captured.live()), leaves)
 
 
 def _held_against(mine: Side, other: Other, given: Given) -> Side:
@@ -75,7 +76,6 @@ def _held_against(mine: Side, other: Other, given: Given) -> Side:
 def _other_side(mine: Side, other: Model, given: Given) -> Side:
     """A model held against a captured one: its leaves in the order of the first one's."""
     theirs = build(other, given, reduced=False)
-    mark_static(theirs.signed.graph)
     _check_other(theirs.captured.tensors, theirs.captured.live())
     same = _match(mine.module, theirs.signed)
     _check_casts(mine.captured, theirs.captured)
@@ -86,22 +86,6 @@ def _other_side(mine: Side, other: Model, given: Given) -> Side:
 def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors themselves: a pair copies nothing, and notices when they change."""
     return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def _number_leaves(graph: fx.Graph) -> list[fx.Node]:
-    """Leaves in order; what a slope reads is one, too."""
-    found: list[fx.Node] = []
-    for node in graph.nodes:
-        leaf = node
-        if node.target is ops.slope and isinstance(arguments(node)[1], fx.Node):
-            leaf = arguments(node)[1]
-        elif node.target not in LEAVES:
-            continue
-        if "leaf" not in leaf.meta:
-            leaf.meta["leaf"] = len(found)
-            leaf.meta["fixed"] = leaf.target is not ops.coordinate
-            found.append(leaf)
-    return found
 
 
 def _check_other(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from fxpath.pairs.pair import Pair
 from fxpath.pairs.rounding import UNIT, Doubt, doubt, erased_doubt, relative
 from fxpath.pairs.snapshot import Snapshot
 from fxpath.pairs.unrolled import Network, Part
+from fxpath.passes import rewrite
 from fxpath.passes.reduce import reduce
 from fxpath.program.analysis import Analysis
 from fxpath.program.program import PathProgram
@@ -58,7 +59,7 @@ class PathMetric(Snapshot):
     def __init__(self, pair: Pair, reduced: fx.GraphModule | None = None) -> None:
         """Metrics are made by :func:`fxpath.path_metric`."""
         self._pair = pair
-        reduced = reduced or reduce(pair.lifted)
+        reduced = reduced or reduce(pair.lifted, pair.setting)
         difference = Difference(reduced, pair)
         outputs = difference.outcome()
         self.signs_agree = difference.signs_agree
@@ -89,7 +90,7 @@ class PathMetric(Snapshot):
     @functools.cached_property
     @plain_mode()
     def _network(self) -> Network:
-        return Network.by_value(self._pair.lifted)
+        return Network.by_value(self._pair.lifted, self._pair.setting)
 
     @functools.cached_property
     @plain_mode()
@@ -250,7 +251,8 @@ class PathMetric(Snapshot):
                 return None
             pruned = (second == 0) & (first != 0)
             masks[name] = masks[name] | pruned if name in masks else pruned
-        program = PathProgram(self._pair.ours.captured, self._pair.lifted, torch.float64, 1.0)
+        graphs = rewrite(self._pair.lifted, self._pair.setting)
+        program = PathProgram(self._pair.ours.captured, graphs, torch.float64, 1.0)
         analysis = Analysis(program)
         return float(sum(analysis.path_magnitude(name)[mask].sum() for name, mask in masks.items()))
 

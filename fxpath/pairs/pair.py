@@ -18,11 +18,12 @@ from fxpath.errors import module_path
 from fxpath.graph import ops
 from fxpath.graph.edit import inputs_first
 from fxpath.graph.interpret import Interpretation
+from fxpath.graph.leaves import LEAVES
 from fxpath.graph.schema import arguments, target
 from fxpath.model import Captured
+from fxpath.passes.setting import Setting
 
 __all__ = [
-    "LEAVES",
     "Pair",
     "PairInterpretation",
     "Side",
@@ -30,9 +31,6 @@ __all__ = [
     "agreement",
     "same_entries",
 ]
-
-#: What effective parameters and fixed numbers are read by.
-LEAVES = (ops.coordinate, ops.coefficient)
 
 
 @dataclass(frozen=True)
@@ -228,6 +226,11 @@ class Pair:
                 self.ours.value(leaf), self.theirs.value(leaf)
             ):
                 self.architecture += [n for n in self.names(node) if n not in self.architecture]
+
+    @property
+    def setting(self) -> Setting:
+        """What passes over its lifted graph are told."""
+        return Setting(self.ours.captured)
 
     def remember(self) -> Pair:
         """Note what the tensors hold, for :meth:`check_unchanged`."""

@@ -17,7 +17,7 @@ from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
-from fxpath.passes.front import take_in
+from fxpath.passes import Setting, take_in
 from fxpath.passes.unsign import unsign
 
 __all__ = ["Quantized", "quantize"]
@@ -110,7 +110,7 @@ def quantize(
         raise ValueError(f'rounding={rounding!r}: pass "zero" or "nearest"')
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     captured, signed = take_in(model, given)
-    lifted = unsign(signed)
+    lifted = unsign(signed, Setting(captured))
     live = captured.live()
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
     steps: dict[str, Tensor] = {}

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.aten import CASTS, DROPOUTS, SAME
 from fxpath.graph.links import static
-from fxpath.graph.naming import SAME
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured
 from fxpath.pairs.pair import Pair, Side, agreement
-from fxpath.passes.fold import CASTS, DROPOUTS
 
 __all__ = ["Layered", "Progress", "find_layered", "largest_difference", "realization"]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
-from fxpath.graph.links import mark_static, static
+from fxpath.graph.links import static
 from fxpath.graph.schema import arguments
 from fxpath.pairs.difference import Difference, Excess
 from fxpath.pairs.pair import Pair, Side, Weights
@@ -44,7 +44,6 @@ FOLDED = 8 * UNIT
 
 def relative(module: fx.GraphModule) -> float:
     """By how much sums over paths of a lifted graph may be off, as a factor: at most n u."""
-    mark_static(module.graph)
     terms = 16
     for node in module.graph.nodes:
         if node.op == "call_function" and not static(node):

@@ -21,6 +21,7 @@ from fxpath.pairs.edges import Unrolled
 from fxpath.pairs.pair import Pair, PairInterpretation
 from fxpath.passes.classes import Classes
 from fxpath.passes.reduce import reduce
+from fxpath.passes.setting import Setting
 
 __all__ = ["Network", "Neurons", "Part", "Pending", "Signed", "Values"]
 
@@ -43,7 +44,7 @@ class Network:
     expansions: list[list[tuple[int, Tensor]]]
 
     @classmethod
-    def by_value(cls, lifted: fx.GraphModule) -> Network:
+    def by_value(cls, lifted: fx.GraphModule, setting: Setting) -> Network:
         """One value for each class of equal positions."""
         found: list[Classes] = []
 
@@ -51,7 +52,7 @@ class Network:
             found.append(classes)
             return dict.fromkeys(classes.reachable, False)
 
-        module = reduce(lifted, 1.0, choose)
+        module = reduce(lifted, setting, choose)
         full, total = _total(lifted), _total(module)
         expansions = []
         outputs: list[fx.Node] = list(arguments(total)[0])

@@ -1,1 +1,117 @@
-"""Rewriting passes, one file each: graph in, graph out."""
+"""From a model to the graph that is run.  Read :func:`rewrite` first: it is the map.
+
+Each pass is one file and one function of one signature, graph module in, graph module out
+(:data:`~fxpath.passes.setting.Pass`); none changes the graph that it is given, and
+:mod:`fxpath.graph.spec` says what holds after each.
+
+- ``fold``: frozen batch norms become part of the maps before them, or steps of their own;
+- ``lift``: ATen becomes the vocabulary of :mod:`fxpath.graph.ops`, operation by operation, by the
+  rules of :mod:`fxpath.rules`.  The graph is signed: it says ReLU, absolute value and sign;
+- ``unsign``: what path mass does not depend on is dropped;
+- ``reduce``: positions that are equal for all weights are kept once; ``classes`` finds them,
+  ``bases`` chooses whether a tensor is kept by value or in sums;
+- ``lower``: each layer is computed in the way that is fastest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from fxpath.capture import capture
+from fxpath.capture.sources import unreliable
+from fxpath.errors import SupportReport, UnsupportedModelError
+from fxpath.model import Captured, Given, Model
+from fxpath.passes.advice import with_advice
+from fxpath.passes.fold import fold
+from fxpath.passes.lift import lift
+from fxpath.passes.lower import lower
+from fxpath.passes.reduce import reduce
+from fxpath.passes.setting import Pass, Setting
+from fxpath.passes.unsign import unsign
+
+__all__ = [
+    "Pass",
+    "Rewritten",
+    "Setting",
+    "fold",
+    "lift",
+    "lower",
+    "reduce",
+    "rewrite",
+    "take_in",
+    "unsign",
+]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A network after each pass.
+
+    Attributes:
+        signed: as the rules write it, with activations and signs.
+        lifted: what path mass depends on, at full resolution.
+        reduced: the same after the spatial reduction; ``lifted`` itself without it.
+        lowered: the graph that is run.
+    """
+
+    signed: fx.GraphModule
+    lifted: fx.GraphModule
+    reduced: fx.GraphModule
+    lowered: fx.GraphModule
+
+
+def rewrite(signed: fx.GraphModule, setting: Setting, whole: bool = False) -> Rewritten:
+    """All passes behind the rules, one after the other; ``whole`` leaves out the reduction."""
+    lifted = unsign(signed, setting)
+    reduced = lifted if whole else reduce(lifted, setting)
+    return Rewritten(signed, lifted, reduced, lower(reduced, setting))
+
+
+def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
+    """Capture a model, fold its batch norms and write its signed graph.
+
+    Raises:
+        UnsupportedModelError: listing every operation without an exact rule, with the ``until=`` or
+            ``outputs=`` that passes where there is one.
+        ValueError: for inputs that do not fit, an unknown ``until`` or ``outputs``.
+    """
+
+    def passes(asked: Given) -> bool:
+        try:
+            _lifted(capture(model, asked))
+        # A cut is a guess: its output may be none of floating point, or refused as well.
+        except ValueError:
+            return False
+        return True
+
+    captured = capture(model, given)
+    try:
+        signed = _lifted(captured)
+    except UnsupportedModelError as error:
+        raise with_advice(error, model, given, captured, passes) from error
+    return _bound(captured, signed), signed
+
+
+def _lifted(captured: Captured) -> fx.GraphModule:
+    setting = Setting(captured)
+    problems = unreliable(captured)
+    try:
+        module = lift(fold(captured.graph_module, setting), setting)
+    except UnsupportedModelError as error:
+        named = {problem.node for problem in problems}
+        problems += [problem for problem in error.report.problems if problem.node not in named]
+    if problems:
+        raise UnsupportedModelError(SupportReport(tuple(problems)))
+    return module
+
+
+def _bound(captured: Captured, signed: fx.GraphModule) -> Captured:
+    """A captured model that knows for which entries of its tensors the signed graph was made."""
+    names = [node.name for node in signed.graph.nodes if node.meta.get("baked")]
+    if not names:
+        return captured
+    live = captured.live()
+    made_for = {captured.tensors[name]: live[name].detach().clone() for name in names}
+    return replace(captured, baked={**made_for, **captured.baked})

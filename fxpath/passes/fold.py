@@ -1,72 +1,77 @@
-"""Pass: a frozen batch norm that alone reads a convolution or a linear map is folded into it.
+"""Pass: frozen batch norms become part of the maps before them, or affine steps of their own.
 
-Operations in between that are identities in eval mode (dropout, clone) do not count.
+A norm that alone reads a convolution or a linear map is folded into it; operations in between that
+are identities in eval mode (dropout, clone) do not count.  Such a map has the effective weight
+gamma W / sigma and the effective bias beta + gamma (b - mu) / sigma, computed per use, so that a
+weight with two batch norms has two effective values.  A norm elsewhere is an identity neuron of its
+own: a product with gamma / sigma, and the bias beta - gamma mu / sigma.
 
-Requires a functional ATen graph.  Ensures that such a map has the effective weight gamma W / sigma
-and the effective bias beta + gamma (b - mu) / sigma, computed per use, so that a weight with two
-batch norms has two effective values.  Batch norms elsewhere stay: they are identity neurons of
-their own.
+Requires a functional ATen graph.  Ensures that no frozen batch norm is left, but one whose
+statistics are read or whose parameters are activations, and that every extent that is known is a
+number.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxpath.graph import ops
-from fxpath.graph.edit import drop_dead
-from fxpath.graph.naming import SAME, coordinate_name, name_without_parameter
+from fxpath.graph.aten import (
+    ADD,
+    BATCH_NORMS,
+    CASTS,
+    CONVOLUTION,
+    CONVOLUTIONS,
+    DROPOUTS,
+    LINEAR,
+    MULTIPLY,
+    RESHAPE,
+    RESHAPES,
+    SAME,
+    TRANSPOSED,
+    WITH_STATISTICS,
+)
+from fxpath.graph.constants import active_nodes
+from fxpath.graph.edit import drop_dead, written
+from fxpath.graph.naming import coordinate_name, name_without_parameter
 from fxpath.graph.schema import arguments, bind
+from fxpath.graph.values import frozen, settled
 from fxpath.model import Captured
+from fxpath.passes.setting import Setting
 
-__all__ = ["fold_batch_norm", "frozen"]
-
-aten = torch.ops.aten
-
-CONVOLUTIONS = {
-    *(getattr(aten, f"conv{n}d").default for n in (1, 2, 3)),
-    *(getattr(aten, f"conv{n}d").padding for n in (1, 2, 3)),
-    aten.convolution.default,
-}
-TRANSPOSED = {
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input,
-}
-DROPOUTS = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-}
-CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
-RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-#: Batch norms that return their statistics as well.
-WITH_STATISTICS = {aten._native_batch_norm_legit_no_training.default}
-#: With frozen statistics an instance norm is the same map.
-BATCH_NORMS = {aten.batch_norm.default, aten.instance_norm.default, *WITH_STATISTICS}
+__all__ = ["fold"]
 
 
-def frozen(node: fx.Node) -> bool:
-    """Whether a batch norm uses its running statistics."""
-    bound = bind(node)
-    if bound.get("training", False) or bound.get("use_input_stats", False):
-        return False
-    return isinstance(bound["running_mean"], fx.Node) and isinstance(bound["running_var"], fx.Node)
-
-
-def fold_batch_norm(captured: Captured) -> None:
-    """Fold in place, in the captured graph (a copy of the model's)."""
-    graph = captured.graph_module.graph
+def fold(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
+    """Rewrite every frozen batch norm; what a node stands for is noted as its ``origin``."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, copied))
+    for node, copy in copied.items():
+        copy.meta["origin"] = node
+        copy.meta["val"] = fx.node.map_aggregate(copy.meta.get("val"), settled)
+    active = active_nodes(graph, setting.captured)
     for node in list(graph.nodes):
-        if node.target in BATCH_NORMS and frozen(node):
+        if node.target in BATCH_NORMS and frozen(node) and _alone(node, active):
             source = _producer(bind(node)["input"])
-            if source is not None and _foldable(source):
-                _fold(captured, source, node)
+            if source is not None and _foldable(source, active):
+                _fold(setting.captured, source, node)
+            else:
+                _write_out(setting.captured, node)
     drop_dead(graph)
-    graph.lint()
+    return written(module, graph)
+
+
+def _alone(norm: fx.Node, active: set[fx.Node]) -> bool:
+    """Whether a norm reads no activation but its input, and gives nothing but that normalized."""
+    bound = bind(norm)
+    read = [bound[key] for key in ("weight", "bias", "running_mean", "running_var")]
+    items = norm.target in WITH_STATISTICS
+    return not any(value in active for value in read) and not (
+        items and any(arguments(user)[1] != 0 for user in norm.users)
+    )
 
 
 def _producer(value: Any) -> fx.Node | None:
@@ -89,25 +94,26 @@ def _transparent(node: fx.Node) -> bool:
     return before.shape == after.shape and bool(after.is_floating_point())
 
 
-def _foldable(node: fx.Node) -> bool:
+def _foldable(node: fx.Node, active: set[fx.Node]) -> bool:
     """Whether channels, which batch norm has on axis 1, are the output axis of the map."""
-    if node.target not in {*CONVOLUTIONS, *TRANSPOSED, aten.linear.default}:
+    if node.target not in {*CONVOLUTIONS, *TRANSPOSED, LINEAR}:
         return False
-    weight = bind(node)["weight"]
-    if "val" not in weight.meta:
+    bound = bind(node)
+    weight = bound["weight"]
+    if "val" not in weight.meta or weight in active or bound["bias"] in active:
         return False
     dims = node.meta["val"].dim()
-    if node.target is aten.linear.default and weight.meta["val"].dim() != 2:
+    if node.target is LINEAR and weight.meta["val"].dim() != 2:
         return False
-    return dims == (2 if node.target is aten.linear.default else weight.meta["val"].dim())
+    return dims == (2 if node.target is LINEAR else weight.meta["val"].dim())
 
 
 def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
-    graph = captured.graph_module.graph
-    bound, stats = bind(node), bind(norm)
+    graph = node.graph
+    bound = bind(node)
     weight = bound["weight"]
     transposed = node.target in TRANSPOSED or bool(bound.get("transposed"))
-    factor, bias = effective_norm(captured, norm, stats, bound["bias"], before=node)
+    factor, bias = _effective(captured, norm, bound["bias"], before=node)
     with graph.inserting_before(node):
         folded = graph.call_function(
             ops.folded_weight, (weight, factor, int(transposed), bound.get("groups", 1))
@@ -118,24 +124,39 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
     ) or name_without_parameter(captured, node, "weight", weight)
     node.args = (bound["input"], folded, bias, *node.args[3:])
     node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")}
-    if node.target is aten.convolution.default and len(node.args) < 3:
+    if node.target is CONVOLUTION and len(node.args) < 3:
         raise AssertionError("aten.convolution takes its arguments by position")
-    for user in _results(norm):
-        user.replace_all_uses_with(node)
+    _replace(norm, node)
 
 
-def _results(norm: fx.Node) -> list[fx.Node]:
-    """The normalized activation: the node itself, or item 0 of a native batch norm."""
-    if norm.target not in WITH_STATISTICS:
-        return [norm]
-    return [user for user in norm.users if user.args[1] == 0]
+def _write_out(captured: Captured, norm: fx.Node) -> None:
+    """A norm as the product and the sum that it is."""
+    graph, x = norm.graph, bind(norm)["input"]
+    shape = [1] * x.meta["val"].dim()
+    shape[1] = -1
+    step = x
+    for function, weight in zip(
+        (MULTIPLY, ADD), _effective(captured, norm, None, before=norm), strict=True
+    ):
+        with graph.inserting_before(norm):
+            beside = graph.call_function(RESHAPE, (weight, shape))
+            step = graph.call_function(function, (step, beside))
+        beside.meta["val"] = weight.meta["val"].reshape(shape)
+        step.meta = {**norm.meta, "val": x.meta["val"]}
+    _replace(norm, step)
 
 
-def effective_norm(
-    captured: Captured, norm: fx.Node, stats: dict[str, Any], bias: Any, before: fx.Node
+def _replace(norm: fx.Node, step: fx.Node) -> None:
+    """Let a norm's readers read its result: the node itself, or item 0 of a native batch norm."""
+    for result in list(norm.users) if norm.target in WITH_STATISTICS else [norm]:
+        result.replace_all_uses_with(step)
+
+
+def _effective(
+    captured: Captured, norm: fx.Node, bias: Any, before: fx.Node
 ) -> tuple[fx.Node, fx.Node]:
     """Nodes for gamma / sigma and beta + gamma (bias - mu) / sigma of a frozen batch norm."""
-    graph = captured.graph_module.graph
+    graph, stats = norm.graph, bind(norm)
     with graph.inserting_before(before):
         factor = graph.call_function(
             ops.normalizer, (stats["weight"], stats["running_var"], stats["eps"])

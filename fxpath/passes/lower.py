@@ -21,13 +21,13 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.costs import multiply_adds
-from fxpath.graph.edit import Forms, drop_dead, form, written
+from fxpath.graph.edit import drop_dead
 from fxpath.graph.links import Kernel, extents
 from fxpath.graph.schema import arguments
+from fxpath.graph.writer import Writer
+from fxpath.passes.setting import Setting
 
 __all__ = ["lower"]
-
-aten = torch.ops.aten
 
 #: Output positions up to which a convolution that was not reduced is lowered to a product.
 FEW = 256
@@ -42,7 +42,7 @@ CHEAP = 1 << 22
 Maps = tuple[fx.Node, dict[int, Tensor]]
 
 
-def lower(module: fx.GraphModule) -> fx.GraphModule:
+def lower(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     """Lower a graph; ``module`` itself is not changed.
 
     Returns:
@@ -51,16 +51,15 @@ def lower(module: fx.GraphModule) -> fx.GraphModule:
     return _Lowering(module).run()
 
 
-class _Lowering:
+class _Lowering(Writer):
     def __init__(self, module: fx.GraphModule) -> None:
-        self.graph = fx.Graph()
-        self.graph.output(self.graph.graph_copy(module.graph, {}))
-        self.root = torch.nn.Module()
-        for name, buffer in module.named_buffers():
-            self.root.register_buffer(name, buffer)
-        self._forms = Forms()
-        self._maps_held: dict[tuple[float, ...], list[str]] = {}
-        self._count = len(self.root._buffers)
+        super().__init__()
+        copied = {
+            node: self.buffer(module.get_buffer(node.target), "constant")
+            for node in module.graph.nodes
+            if node.op == "get_attr"
+        }
+        self.graph.output(self.graph.graph_copy(module.graph, copied))
 
     def run(self) -> fx.GraphModule:
         steps = {ops.conv: self._window, ops.mix: self._merge}
@@ -73,8 +72,7 @@ class _Lowering:
         for node in list(self.graph.nodes):
             if node.target is ops.folded_weight:
                 self._scale_outputs(node)
-        drop_dead(self.graph)
-        return written(self.root, self.graph)
+        return self.finish()
 
     # -- fixed maps -------------------------------------------------------------------------------
 
@@ -85,7 +83,7 @@ class _Lowering:
             inner, dim, matrix = arguments(x)
             if dim < 2:
                 break
-            value = self.root.get_buffer(matrix.target)
+            value = self.held(matrix)
             maps[dim] = maps[dim] @ value if dim in maps else value
             x = inner
         return x, maps
@@ -99,7 +97,7 @@ class _Lowering:
         maps = dict(before)
         if dim < 2 or not before:
             return
-        value = self.root.get_buffer(matrix.target)
+        value = self.held(matrix)
         maps[dim] = value @ maps[dim] if dim in maps else value
         sizes, out = extents(source), extents(node)
         lead = math.prod(sizes[:2])
@@ -109,9 +107,9 @@ class _Lowering:
         for axis in range(2, len(sizes)):
             merged = torch.kron(merged, maps.get(axis, torch.eye(sizes[axis], dtype=torch.float64)))
         with self.graph.inserting_before(node):
-            flat = self._reshape(source, (*sizes[:2], -1))
-            mixed = self._emit(ops.mix, flat, 2, self._constant(merged))
-            shaped = self._reshape(mixed, out)
+            flat = self.reshape(source, (*sizes[:2], math.prod(sizes[2:])))
+            mixed = self.emit(ops.mix, flat, 2, self.buffer(merged, "map"))
+            shaped = self.reshape(mixed, out)
         self._replace(node, shaped)
 
     # -- convolutions -----------------------------------------------------------------------------
@@ -138,14 +136,14 @@ class _Lowering:
             taps = [_product(taps)]
         with self.graph.inserting_before(node):
             matrices = [self._taps_or_none(each) for each in taps]
-            window = self._emit(ops.window, source, weight, matrices, list(out), groups)
+            window = self.emit(ops.window, source, weight, matrices, list(out), groups)
         self._replace(node, window)
 
     def _taps_or_none(self, taps: Tensor) -> fx.Node | None:
         count, out, size = taps.shape
         if count == 1 and out == size and bool((taps[0] == torch.eye(size)).all()):
             return None
-        return self._constant(taps)
+        return self.buffer(taps, "map")
 
     # -- batch norms ------------------------------------------------------------------------------
 
@@ -165,42 +163,14 @@ class _Lowering:
             return
         coordinate.replace_input_with(folded, weight)
         with self.graph.inserting_before(shift):
-            fixed = self._emit(ops.coefficient, factor)
-            affine = self._emit(ops.affine, layer, fixed, arguments(shift)[1], axis)
+            fixed = self.emit(ops.coefficient, factor)
+            affine = self.emit(ops.affine, layer, fixed, arguments(shift)[1], axis)
         self._replace(shift, affine)
-
-    # -- emitting ---------------------------------------------------------------------------------
-
-    def _emit(self, function: Any, *args: Any) -> fx.Node:
-        node = self.graph.call_function(function, args)
-        node.meta["val"] = self._forms(function, args)
-        return node
-
-    def _reshape(self, x: fx.Node, shape: Any) -> fx.Node:
-        return self._emit(aten.reshape.default, x, list(shape))
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         new.meta["origin"] = old.meta.get("origin")
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
-
-    def _constant(self, value: Tensor) -> fx.Node:
-        """A buffer; equal ones are kept once."""
-        # Few matrices have one shape and both sums; only those are compared entry by entry.
-        ramp = torch.arange(value.numel(), dtype=value.dtype)
-        look = (*value.shape, float(value.sum()), float(value.flatten() @ ramp))
-        alike = self._maps_held.setdefault(look, [])
-        for held in alike:
-            if torch.equal(self.root.get_buffer(held), value):
-                break
-        else:
-            held = f"map_{self._count}"
-            self._count += 1
-            self.root.register_buffer(held, value)
-            alike.append(held)
-        node = self.graph.get_attr(held)
-        node.meta["val"] = form(value)
-        return node
 
 
 def _only_user(node: fx.Node | None, *targets: Any) -> fx.Node | None:

@@ -15,45 +15,42 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.aten import CAT, EXPAND, PERMUTE, RESHAPE
 from fxpath.graph.costs import multiply_adds
-from fxpath.graph.edit import Forms, drop_dead, form, written
 from fxpath.graph.exact import exact_sums
-from fxpath.graph.links import Link, extents, identity, mark_static, static
-from fxpath.graph.schema import arguments
+from fxpath.graph.links import Link, extents, identity, static
+from fxpath.graph.schema import arguments, target
 from fxpath.graph.stencil import Stencil, floats
+from fxpath.graph.writer import Writer
 from fxpath.passes.bases import Choice, Choose, cheapest, partitions
 from fxpath.passes.classes import Classes, Partition, find_classes
+from fxpath.passes.setting import Setting
 
 __all__ = ["reduce"]
 
-aten = torch.ops.aten
 
-
-def reduce(module: fx.GraphModule, q: float = 1.0, choose: Choose = cheapest) -> fx.GraphModule:
+def reduce(module: fx.GraphModule, setting: Setting, choose: Choose = cheapest) -> fx.GraphModule:
     """Reduce a lifted graph for the l^q path-norm.
 
     Args:
         module: a lifted graph; it is not changed.
-        q: the exponent: fixed coefficients are raised to it here, before equal ones are added.
+        setting: its exponent is that to which fixed coefficients are raised here, before equal
+            ones are added.
         choose: picks the activations that are kept in sums.
 
     Returns:
         A lifted graph module with the same placeholders, in the vocabulary of
         ``fxpath.graph.ops`` with ``ops.mix`` for fixed maps.
     """
-    mark_static(module.graph)
-    classes = find_classes(module.graph, q)
+    classes = find_classes(module.graph, setting.q)
     return _Reduction(module, classes, choose(classes)).run()
 
 
-class _Reduction:
+class _Reduction(Writer):
     def __init__(self, module: fx.GraphModule, classes: Classes, choice: Choice) -> None:
+        super().__init__()
         self.module, self.classes, self.choice = module, classes, choice
-        self.graph = fx.Graph()
-        self.root = torch.nn.Module()
         self.env: dict[fx.Node, fx.Node] = {}
-        self._forms = Forms()
-        self._constants = 0
 
     def run(self) -> fx.GraphModule:
         for node in self.module.graph.nodes:
@@ -61,16 +58,15 @@ class _Reduction:
                 self.graph.output(self.env[arguments(node)[0]])
                 continue
             if node.op == "get_attr":
-                self.root.register_buffer(node.target, getattr(self.module, node.target))
-            if static(node):
+                self.env[node] = self.buffer(self.module.get_buffer(node.target), "constant")
+            elif static(node):
                 self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
             else:
                 self.env[node] = self._reduce(node)
                 self.env[node].meta.setdefault("origin", node.meta.get("origin"))
                 # One node may stand for several.
                 self.env[node].meta["full"] = *self.env[node].meta.get("full", ()), node
-        drop_dead(self.graph)
-        return written(self.root, self.graph)
+        return self.finish()
 
     # -- one operation ----------------------------------------------------------------------------
 
@@ -80,10 +76,10 @@ class _Reduction:
         if node.target is ops.conv:
             return self._conv(node)
         if node.target is ops.constant:
-            return self._emit(ops.constant, self._static(node, arguments(node)[0]))
+            return self.emit(ops.constant, self._static(node, arguments(node)[0]))
         if node.target is ops.total:
-            return self._emit(ops.total, [self._sum(a) for a in arguments(node)[0]])
-        if node.target is aten.cat.default:
+            return self.emit(ops.total, [self._sum(a) for a in arguments(node)[0]])
+        if node.target is CAT:
             dim = int(arguments(node)[1]) % len(extents(node))
             if self._basis(node)[dim].is_trivial:
                 return self._plain_cat(node, dim)
@@ -92,20 +88,20 @@ class _Reduction:
         mapped = {a: self._mapped(node, a, axes) for a, axes in self.classes.reads[node]}
         if node.target in (ops.shift, ops.clamp):
             return self._shift(node, mapped)
-        if "stencil" in node.meta or node.target is aten.expand.default:
+        if "stencil" in node.meta or node.target is EXPAND:
             return next(iter(mapped.values()))
-        if node.target is aten.reshape.default:
+        if node.target is RESHAPE:
             shape = [len(p) for p in self._basis(node)]
-            return self._emit(aten.reshape.default, next(iter(mapped.values())), shape)
-        return self._emit(
-            node.target, *fx.map_arg(arguments(node), lambda n: mapped.get(n) or self.env[n])
+            return self.emit(RESHAPE, next(iter(mapped.values())), shape)
+        return self.emit(
+            target(node), *fx.map_arg(arguments(node), lambda n: mapped.get(n) or self.env[n])
         )
 
     def _source(self, node: fx.Node) -> fx.Node:
         basis = self._basis(node)
         if not self.choice[node]:
-            return self._emit(ops.source, tuple(len(p) for p in basis))
-        x = self._emit(ops.source, (1,) * len(basis))
+            return self.emit(ops.source, tuple(len(p) for p in basis))
+        x = self.emit(ops.source, (1,) * len(basis))
         for dim, partition in enumerate(basis):
             x = self._mix(x, dim, _column(partition))
         return x
@@ -130,7 +126,7 @@ class _Reduction:
             for values, number in zip(spec, (len(link.taps), 0, 1, 0), strict=True):
                 values[link.dim - 2] = number
         stride, padding, dilation, output_padding = spec
-        return self._emit(
+        return self.emit(
             ops.conv, x, weight, stride, padding, dilation, transposed, output_padding, groups
         )
 
@@ -161,7 +157,7 @@ class _Reduction:
         lead = [link for link in axes if link.dim < 2]
         x = self._mapped(node, argument, lead, partial=True)
         x = self._whole(x, argument, {link.source_dim for link in lead})
-        y = self._emit(ops.conv, x, self.env[arguments(node)[1]], *arguments(node)[2:])
+        y = self.emit(ops.conv, x, self.env[arguments(node)[1]], *arguments(node)[2:])
         y.meta["whole"] = True
         for link in axes:
             partition = self._basis(node)[link.dim]
@@ -177,23 +173,23 @@ class _Reduction:
         """[in, out / groups, ...] of a transposed convolution as [out, in / groups, ...]."""
         inputs, outputs, *kernel = extents(weight)
         blocks = [groups, inputs // groups, outputs, *kernel]
-        split = self._emit(aten.reshape.default, weight, blocks)
+        split = self.emit(RESHAPE, weight, blocks)
         order = [0, 2, 1, *range(3, len(blocks))]
-        turned = self._emit(aten.permute.default, split, order)
+        turned = self.emit(PERMUTE, split, order)
         shape = [groups * outputs, inputs // groups, *kernel]
-        return self._emit(aten.reshape.default, turned, shape)
+        return self.emit(RESHAPE, turned, shape)
 
     def _shift(self, node: fx.Node, mapped: dict[fx.Node, fx.Node]) -> fx.Node:
         x = next(iter(mapped.values()))
         if node.target is ops.shift:
-            return self._emit(ops.shift, x, self._static(node, arguments(node)[1]))
+            return self.emit(ops.shift, x, self._static(node, arguments(node)[1]))
         if not self.choice[node]:
-            return self._emit(ops.clamp, x, *arguments(node)[1:])
+            return self.emit(ops.clamp, x, *arguments(node)[1:])
         for bound in arguments(node)[1:]:
             if bound:
                 number = torch.full((1,) * len(extents(node)), float(bound), dtype=torch.float64)
-                value = self._emit(ops.coefficient, self._buffer(number, "bound"))
-                x = self._emit(ops.shift, x, self._static(node, value))
+                value = self.emit(ops.coefficient, self.buffer(number, "bound"))
+                x = self.emit(ops.shift, x, self._static(node, value))
         return x
 
     def _static(self, node: fx.Node, value: Any) -> fx.Node:
@@ -206,8 +202,6 @@ class _Reduction:
             if size == 1 and not self.choice[node] or size == len(partition) == len(partition.of):
                 continue
             if axis < 0:  # sums need the axis that broadcasting would have supplied
-                bias = self._emit(aten.unsqueeze.default, bias, 0)
-                offset, axis = offset - 1, 0
                 return self._static_axes(node, bias)
             if size == 1:
                 bias = self._mix(bias, axis, _column(partition))
@@ -220,7 +214,7 @@ class _Reduction:
         """A bias with leading axes of length 1 up to the rank of its tensor."""
         missing = len(extents(node)) - len(extents(bias))
         shape = [1] * missing + list(extents(bias))
-        return self._static(node, self._emit(aten.reshape.default, bias, shape))
+        return self._static(node, self.emit(RESHAPE, bias, shape))
 
     def _plain_cat(self, node: fx.Node, dim: int) -> fx.Node:
         """Concatenation along an axis that is kept whole (channels)."""
@@ -232,12 +226,12 @@ class _Reduction:
             if not own.is_trivial:
                 piece = self._mix(piece, dim, _expansion(own))
             pieces.append(piece)
-        return self._emit(aten.cat.default, pieces, dim)
+        return self.emit(CAT, pieces, dim)
 
     def _sum_up(self, terms: list[fx.Node]) -> fx.Node:
         total, *rest = terms
         for term in rest:
-            total = self._emit(ops.add, total, term)
+            total = self.emit(ops.add, total, term)
         return total
 
     def _sum(self, argument: Any) -> fx.Node:
@@ -310,25 +304,10 @@ class _Reduction:
         matrix[places] = floats(table)[code]
         return matrix.reshape(len(target), len(source))
 
-    # -- emitting ---------------------------------------------------------------------------------
-
-    def _emit(self, function: Any, *args: Any) -> fx.Node:
-        node = self.graph.call_function(function, args)
-        node.meta["val"] = self._forms(function, args)
-        return node
-
-    def _buffer(self, tensor: Tensor, name: str) -> fx.Node:
-        target = f"{name}_{self._constants}"
-        self._constants += 1
-        self.root.register_buffer(target, tensor)
-        node = self.graph.get_attr(target)
-        node.meta["val"] = form(tensor)
-        return node
-
     def _mix(self, x: fx.Node, dim: int, matrix: Tensor) -> fx.Node:
         if matrix.shape[0] == matrix.shape[1] and bool((matrix == torch.eye(len(matrix))).all()):
             return x
-        return self._emit(ops.mix, x, dim, self._buffer(matrix, "matrix"))
+        return self.emit(ops.mix, x, dim, self.buffer(matrix, "matrix"))
 
 
 def _mixing(before: Sequence[int], after: Sequence[int]) -> int:

@@ -13,13 +13,14 @@ from torch import fx
 from fxpath.graph import ops
 from fxpath.graph.edit import written
 from fxpath.graph.schema import arguments
+from fxpath.passes.setting import Setting
 
 __all__ = ["unsign"]
 
 IDENTITIES = (ops.relu, ops.absolute, ops.negative)
 
 
-def unsign(signed: fx.GraphModule) -> fx.GraphModule:
+def unsign(signed: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     """Drop signs and activations; ``signed`` itself is not changed."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}

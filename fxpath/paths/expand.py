@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
-from fxpath.graph.naming import RELABELLING, SAME, SPLITTING, coordinate_name, depends_on_parameter
-from fxpath.graph.schema import arguments, bind, target
-from fxpath.model import Captured
-from fxpath.passes.fold import (
-    BATCH_NORMS,
+from fxpath.graph.aten import (
     CASTS,
     CONVOLUTIONS,
     DROPOUTS,
+    RELABELLING,
+    SAME,
+    SPLITTING,
     TRANSPOSED,
-    WITH_STATISTICS,
-    effective_norm,
 )
+from fxpath.graph.naming import coordinate_name, depends_on_parameter
+from fxpath.graph.schema import arguments, bind, target
+from fxpath.model import Captured
 from fxpath.paths.dag import Dag, Edges
 
 __all__ = ["expand"]
@@ -111,7 +111,6 @@ class _Expansion:
             (FIXED, self._fixed),
             (MAXIMA, self._maximum_over),
             ({*CONVOLUTIONS, *TRANSPOSED, aten.linear.default}, self._weighted),
-            (BATCH_NORMS, self._batch_norm),
             ({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}, self._scale),
             ({aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}, self._add),
             ({aten.rsub.Tensor, aten.rsub.Scalar}, self._add),
@@ -277,15 +276,6 @@ class _Expansion:
                 bias = ((factor * constant).expand(shape), code.expand(shape))
         return self._each("sum", node, terms, bias=bias)
 
-    def _batch_norm(self, node: fx.Node, args: dict[str, Any]) -> Any:
-        factor, shift = effective_norm(self.captured, node, args, None, before=node)
-        ids = self.env[args["input"]]
-        shape = [1, -1] + [1] * (ids.dim() - 2)
-        value, code = (v.reshape(shape) for v in self.weight(factor, node, "weight"))
-        bias = self._bias(shift, _first(node), ids.dim() - 2)
-        y = self._each("sum", _first(node), [(ids, value, code)], bias=bias)
-        return [y, None, None] if node.target in WITH_STATISTICS else y
-
     def _activation(self, node: fx.Node, args: dict[str, Any]) -> Tensor:
         kind = "relu" if node.target is aten.relu.default else "abs"
         return self._each(kind, node, [(self.env[args["self"]], 1, 0)])
@@ -343,10 +333,3 @@ def _double(value: Any) -> Tensor:
 
 def _bind(node: fx.Node) -> dict[str, Any]:
     return {} if node.target is operator.getitem else bind(node)
-
-
-def _first(node: fx.Node) -> fx.Node:
-    """The node that holds a batch norm's activation."""
-    if node.target not in WITH_STATISTICS:
-        return node
-    return next(user for user in node.users if arguments(user)[1] == 0)

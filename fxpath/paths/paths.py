@@ -6,17 +6,17 @@ Everything else in this package is about never having to form this vector.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath.model import Given, Model, Shapes, check_finite
+from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
-from fxpath.passes.front import take_in
+from fxpath.passes import Setting, fold, take_in
 from fxpath.passes.reduce import reduce
 from fxpath.passes.unsign import unsign
 from fxpath.paths.dag import Dag, Entry
@@ -197,9 +197,9 @@ def path_lifting(
         model, Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     )
     live = captured.live()
-    _check_count(_count(unsign(signed), live), limit)
+    _check_count(_count(unsign(signed, Setting(captured)), captured, live), limit)
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
-    dag = expand(captured)
+    dag = expand(replace(captured, graph_module=fold(captured.graph_module, Setting(captured))))
     _check_count(dag.count_paths(), limit)
     first, edges, ends = _enumerate(dag)
     phi = torch.where(first < dag.inputs, 1.0, dag.bias[first])
@@ -222,8 +222,8 @@ class _Count(PathNorm):
         return torch.ones_like(value, dtype=self.dtype)
 
 
-def _count(module: fx.GraphModule, live: Mapping[str, Tensor]) -> int:
-    total: Total = _Count(reduce(module, 0), torch.float64, 0).run(live)
+def _count(module: fx.GraphModule, captured: Captured, live: Mapping[str, Tensor]) -> int:
+    total: Total = _Count(reduce(module, Setting(captured, 0)), torch.float64, 0).run(live)
     return round(Fraction(total.mantissa.item()) * Fraction(2) ** int(total.scale[0]))
 
 

@@ -17,10 +17,7 @@ from fxpath.graph import ops
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.modes import plain_mode
-from fxpath.passes.front import take_in
-from fxpath.passes.lower import lower
-from fxpath.passes.reduce import reduce
-from fxpath.passes.unsign import unsign
+from fxpath.passes import Rewritten, Setting, rewrite, take_in
 from fxpath.program.buffers import check_buffers, check_holds, writable
 from fxpath.program.evaluate import Compiled, Run, coordinates, evaluate, score_shapes
 from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
@@ -68,20 +65,17 @@ class PathProgram:
     def __init__(
         self,
         captured: Captured,
-        signed: fx.GraphModule,
+        graphs: Rewritten,
         dtype: torch.dtype,
         q: float,
         compiled: bool = False,
-        reduced: bool = True,
         given: Given | None = None,
     ) -> None:
         """Programs are made by :func:`fxpath.compile`."""
         self.captured = captured
         self.given = given
-        self.signed = signed
-        self.lifted = unsign(signed)
-        self.reduced = reduce(self.lifted, q) if reduced else self.lifted
-        self.graph_module = lower(self.reduced)
+        self.signed, self.lifted, self.reduced = graphs.signed, graphs.lifted, graphs.reduced
+        self.graph_module = graphs.lowered
         self.dtype = dtype if q == 1 else torch.float64
         self.q = q
         self._compiled = Compiled(self.graph_module, self.dtype, q) if compiled else None
@@ -159,11 +153,14 @@ class PathProgram:
         Raises:
             ValueError: for any other ``q``.
         """
-        exponent = _exponent(q)
-        reduced = self.reduced is not self.lifted
-        return PathProgram(
-            self.captured, self.signed, self.dtype, exponent, reduced=reduced, given=self.given
-        )
+        setting = Setting(self.captured, _exponent(q))
+        graphs = rewrite(self.signed, setting, self._whole)
+        return PathProgram(self.captured, graphs, self.dtype, setting.q, given=self.given)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether it runs at full resolution."""
+        return self.reduced is self.lifted
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if isinstance(self.captured.source, ExportedProgram):
@@ -178,8 +175,7 @@ class PathProgram:
 
     def _request(self) -> tuple[Any, ...]:
         """What :func:`build` was asked for."""
-        reduced = self.reduced is not self.lifted
-        return self.given, self.q, self.dtype, self._compiled is not None, reduced
+        return self.given, self.q, self.dtype, self._compiled is not None, not self._whole
 
     def sizes(self) -> list[SizeRow]:
         """Extents and multiply-adds of each activation, at full resolution and as kept."""
@@ -368,7 +364,8 @@ def build(
         )
     captured, signed = take_in(model, given)
     own = format_of(captured, signed)
-    return PathProgram(captured, signed, dtype or own, exponent, compiled, reduced, given)
+    graphs = rewrite(signed, Setting(captured, exponent), not reduced)
+    return PathProgram(captured, graphs, dtype or own, exponent, compiled, given)
 
 
 def format_of(captured: Captured, signed: fx.GraphModule) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import fx
 
 from fxpath.errors import module_path
 from fxpath.graph.costs import multiply_adds
-from fxpath.graph.links import extents, mark_static, static
+from fxpath.graph.links import extents, static
 
 __all__ = ["SizeRow", "sizes"]
 
@@ -35,7 +35,6 @@ def sizes(lifted: fx.GraphModule, program: fx.GraphModule) -> list[SizeRow]:
     Returns:
         Rows with the multiply-adds of both; those of a reduced node include its maps between bases.
     """
-    mark_static(lifted.graph)
     kept: dict[str, fx.Node] = {}
     macs: dict[str, int] = {}
     pending = 0

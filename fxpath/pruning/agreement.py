@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxpath.errors import UnsupportedModelError, module_path, source_line
+from fxpath.graph.aten import CASTS
 from fxpath.model import Captured, Given
-from fxpath.passes.fold import CASTS
-from fxpath.passes.front import take_in
+from fxpath.passes import take_in
 from fxpath.pruning.channels import Channels
 
 __all__ = ["TOLERANCE", "Fault", "compare"]
@@ -60,7 +60,7 @@ def compare(
             model's number format.
 
     Returns:
-        The smaller model as :func:`fxpath.passes.front.take_in` gives it, or what is wrong with it.
+        The smaller model as :func:`fxpath.passes.take_in` gives it, or what is wrong with it.
     """
     try:
         other, signed = take_in(smaller, given)

@@ -140,7 +140,12 @@ class _Dead:
             flags[[0, -1]] = False
         self._idle = self._without_paths | constant
         self._constants = Constants(
-            network.model, network.captured, network.program.signed, network.lifted, found, constant
+            network.model,
+            network.captured,
+            network.program.signed,
+            network.lifted,
+            found,
+            constant,
         )
 
     def choose(self) -> _Decision:

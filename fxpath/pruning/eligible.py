@@ -11,9 +11,10 @@ from torch.nn.utils import prune as torch_prune
 
 from fxpath.graph import ops
 from fxpath.graph.edit import inputs_first
+from fxpath.graph.leaves import LEAVES
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured, named_tensors
-from fxpath.pairs.pair import LEAVES, Side
+from fxpath.pairs.pair import Side
 from fxpath.pruning.choices import Choice, listed, matches, shown
 from fxpath.pruning.surgery import places
 

@@ -17,7 +17,6 @@ from fxpath.pairs.erasure import estimated_loss
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import Pair
-from fxpath.passes.unsign import unsign
 from fxpath.program.program import build
 from fxpath.pruning.agreement import Fault, compare
 from fxpath.pruning.budget import last_that
@@ -199,7 +198,7 @@ class Network:
         self.captured = self.program.captured
         self.given = _written_down(given, self.captured)
         self._side = side_of(self.captured, self.program.signed)
-        self.lifted = unsign(self.program.signed)
+        self.lifted = self.program.lifted
         with torch.no_grad():
             self.found = Channels(self.captured, self.lifted)
         if self.found.blocked:

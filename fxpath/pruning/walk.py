@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.aten import RELABELLING
 from fxpath.graph.edit import inputs_first
-from fxpath.graph.naming import RELABELLING
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured
 from fxpath.symmetry.labelling import Labelling

@@ -22,11 +22,10 @@ from fxpath.rules import (
     shape,
 )
 from fxpath.rules.refused import refusal
-from fxpath.rules.registry import RULES, Refusal
+from fxpath.rules.registry import RULES
 
 __all__ = [
     "RULES",
-    "Refusal",
     "activation",
     "affine",
     "assignment",

@@ -4,49 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.builder import Builder
+from fxpath.graph.refusal import Refusal
 from fxpath.rules.affine import only_first_active
 from fxpath.rules.refused import COMPLEX, JUMPING, TRAINING
-from fxpath.rules.registry import Refusal, rule
-
-if TYPE_CHECKING:
-    from fxpath.passes.lift import Lift
+from fxpath.rules.registry import rule
 
 aten = torch.ops.aten
 Args = dict[str, Any]
 
 
 @rule(aten.relu.default)
-def _relu(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return lift.emit(ops.relu, lift.node(args["self"]))
+def _relu(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return build.emit(ops.relu, build.node(args["self"]))
 
 
 @rule(aten.abs.default, aten.absolute.default)
-def _abs(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return lift.emit(ops.absolute, lift.node(args["self"]))
+def _abs(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return build.emit(ops.absolute, build.node(args["self"]))
 
 
 @rule(aten.copysign.Tensor, aten.copysign.Scalar)
-def _copysign(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _copysign(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     """``|x|`` with constant signs."""
-    signs = None if lift.is_active(args["other"]) else lift.constant(args["other"])
-    if lift.is_active(args["other"]):
+    signs = None if build.is_active(args["other"]) else build.constant(args["other"])
+    if build.is_active(args["other"]):
         raise Refusal(*JUMPING)
     if signs is None:
         raise Refusal("its signs depend on parameters, which may jump", "keep them in a buffer")
-    x = lift.expand(lift.node(args["self"]), tuple(node.meta["val"].shape))
-    held = lift.buffer(torch.copysign(torch.ones(()), signs), "signs")
-    return lift.emit(ops.scale, lift.emit(ops.absolute, x), lift.emit(ops.coefficient, held))
+    x = build.expand(build.node(args["self"]), tuple(node.meta["val"].shape))
+    held = build.buffer(torch.copysign(torch.ones(()), signs), "signs")
+    return build.emit(ops.scale, build.emit(ops.absolute, x), build.emit(ops.coefficient, held))
 
 
 @rule(aten.neg.default, aten.negative.default)
-def _neg(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return lift.emit(ops.negative, lift.node(args["self"]))
+def _neg(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return build.emit(ops.negative, build.node(args["self"]))
 
 
 @rule(
@@ -59,10 +58,10 @@ def _neg(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     aten.nan_to_num.default,  # what is finite stays as it is
     aten.real.default,
 )
-def _identity(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _identity(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     if args["self"].meta["val"].dtype.is_complex:
         raise Refusal(*COMPLEX)
-    return lift.node(args["self"])
+    return build.node(args["self"])
 
 
 @rule(
@@ -73,13 +72,13 @@ def _identity(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     aten._to_copy.default,
     aten.type_as.default,
 )
-def _cast(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _cast(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     dtype = node.meta["val"].dtype
     if dtype.is_complex:
         raise Refusal(*COMPLEX)
     if not dtype.is_floating_point:
         raise Refusal("rounding to integers is not continuous", "keep activations floating point")
-    return lift.node(args["self"])
+    return build.node(args["self"])
 
 
 @rule(
@@ -88,76 +87,76 @@ def _cast(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     aten.alpha_dropout.default,
     aten.feature_alpha_dropout.default,
 )
-def _dropout(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _dropout(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     if args["train"] and args["p"] != 0:
         raise Refusal(*TRAINING)
-    return lift.node(args["input"])
+    return build.node(args["input"])
 
 
 @rule(aten.native_dropout.default)
-def _native_dropout(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
+def _native_dropout(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
     if args["train"] is not False and args["p"] != 0:
         raise Refusal(*TRAINING)
-    return [lift.node(args["input"]), None]
+    return [build.node(args["input"]), None]
 
 
 @rule(aten.leaky_relu.default)
-def _leaky_relu(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return lift.emit(ops.slope, lift.node(args["self"]), float(args["negative_slope"]))
+def _leaky_relu(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return build.emit(ops.slope, build.node(args["self"]), float(args["negative_slope"]))
 
 
 @rule(aten.rrelu.default)
-def _rrelu(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _rrelu(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     if args["training"]:
         raise Refusal(*TRAINING)
     mean = (float(args["lower"]) + float(args["upper"])) / 2
-    return lift.emit(ops.slope, lift.node(args["self"]), mean)
+    return build.emit(ops.slope, build.node(args["self"]), mean)
 
 
 @rule(aten.prelu.default)
-def _prelu(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    only_first_active(lift, args, "weight")
-    x, slopes = lift.node(args["self"]), lift.static(args["weight"])
-    shape = [1] * len(lift.shape(x))
+def _prelu(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    only_first_active(build, args, "weight")
+    x, slopes = build.node(args["self"]), build.static(args["weight"])
+    shape = [1] * len(build.shape(x))
     if len(shape) > 1:
         shape[1] = -1
-    return lift.emit(ops.slope, x, lift.emit(aten.reshape.default, slopes, shape))
+    return build.emit(ops.slope, x, build.emit(aten.reshape.default, slopes, shape))
 
 
 @rule(aten.threshold.default)
-def _threshold(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _threshold(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     """``x`` above the threshold, else the value: a maximum where both are one number."""
     if args["threshold"] != args["value"]:
         raise Refusal(
             "a threshold whose value is another number jumps there",
             "use one number for both, which is a maximum",
         )
-    return _bounded(lift, node, args["self"], args["threshold"], None)
+    return _bounded(build, node, args["self"], args["threshold"], None)
 
 
 @rule(aten.hardsigmoid.default)
-def _hardsigmoid(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _hardsigmoid(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     """``clamp(x + 3, 0, 6) / 6``."""
-    x = lift.emit(ops.shift, lift.node(args["self"]), lift.weight(3.0, node))
-    return lift.emit(ops.scale, lift.emit(ops.clamp, x, 0.0, 6.0), lift.weight(1 / 6, node))
+    x = build.emit(ops.shift, build.node(args["self"]), build.weight(3.0, node))
+    return build.emit(ops.scale, build.emit(ops.clamp, x, 0.0, 6.0), build.weight(1 / 6, node))
 
 
 # -- bounds ----------------------------------------------------------------------------------------
 
 
-def _bounded(lift: Lift, node: fx.Node, x: Any, lo: Any, hi: Any) -> fx.Node:
+def _bounded(build: Builder, node: fx.Node, x: Any, lo: Any, hi: Any) -> fx.Node:
     """Clamp to [lo, hi]; a bound that is 0, None or infinite adds nothing."""
-    y = lift.node(x)
+    y = build.node(x)
     low, high = _number(lo, -math.inf), _number(hi, math.inf)
     if low == 0 and high is None:
-        y = lift.emit(ops.relu, y)
+        y = build.emit(ops.relu, y)
     elif low is not None or high is not None:
-        y = lift.emit(ops.clamp, y, low, high)
+        y = build.emit(ops.clamp, y, low, high)
     for bound, word, open_ in ((lo, ops.maximum, -math.inf), (hi, ops.minimum, math.inf)):
-        if lift.is_active(bound):
-            y = lift.emit(word, y, lift.node(bound))
+        if build.is_active(bound):
+            y = build.emit(word, y, build.node(bound))
         elif isinstance(bound, fx.Node):
-            y = _against(lift, y, bound, word, open_)
+            y = _against(build, y, bound, word, open_)
     return y
 
 
@@ -171,40 +170,40 @@ def _number(bound: Any, open_: float) -> float | None:
 
 
 def _against(
-    lift: Lift, x: fx.Node, bound: fx.Node, word: Callable[..., Tensor], open_: float
+    build: Builder, x: fx.Node, bound: fx.Node, word: Callable[..., Tensor], open_: float
 ) -> fx.Node:
     """Entries against constant bounds; those that are infinite bound nothing."""
-    value = lift.constant(bound)
+    value = build.constant(bound)
     if value is None or bool(torch.isfinite(value).all()):
-        return lift.emit(word, x, _bound_neurons(lift, bound))
+        return build.emit(word, x, _bound_neurons(build, bound))
     inside = torch.isfinite(value)
     if not bool((value[~inside] == open_).all()):
         raise Refusal("a bound leaves no finite value, or is NaN", "give finite bounds")
-    numbers = lift.buffer(torch.where(inside, value, torch.zeros_like(value)), "bound")
-    bounded = lift.emit(word, x, lift.emit(ops.constant, lift.emit(ops.coefficient, numbers)))
+    numbers = build.buffer(torch.where(inside, value, torch.zeros_like(value)), "bound")
+    bounded = build.emit(word, x, build.emit(ops.constant, build.emit(ops.coefficient, numbers)))
     kept, free = (
-        lift.emit(ops.coefficient, lift.buffer(mask.to(torch.float32), "mask"))
+        build.emit(ops.coefficient, build.buffer(mask.to(torch.float32), "mask"))
         for mask in (inside, ~inside)
     )
-    return lift.emit(ops.add, lift.emit(ops.scale, bounded, kept), lift.emit(ops.scale, x, free))
+    return build.emit(ops.add, build.emit(ops.scale, bounded, kept), build.emit(ops.scale, x, free))
 
 
-def _bound_neurons(lift: Lift, bound: fx.Node) -> fx.Node:
+def _bound_neurons(build: Builder, bound: fx.Node) -> fx.Node:
     """Constant neurons: bounds are architecture, so they carry no score."""
-    static = lift.static(bound)
+    static = build.static(bound)
     if not static.meta["val"].is_floating_point():
-        static = lift.emit(aten.to.dtype, static, torch.float32)
-    return lift.emit(ops.constant, lift.emit(ops.coefficient, static))
+        static = build.emit(aten.to.dtype, static, torch.float32)
+    return build.emit(ops.constant, build.emit(ops.coefficient, static))
 
 
 @rule(aten.hardtanh.default)
-def _hardtanh(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _bounded(lift, node, args["self"], args["min_val"], args["max_val"])
+def _hardtanh(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _bounded(build, node, args["self"], args["min_val"], args["max_val"])
 
 
 @rule(aten.relu6.default)
-def _relu6(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _bounded(lift, node, args["self"], 0, 6)
+def _relu6(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _bounded(build, node, args["self"], 0, 6)
 
 
 @rule(
@@ -217,48 +216,48 @@ def _relu6(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     aten.clamp_max.default,
     aten.clamp_max.Tensor,
 )
-def _clamp(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _clamp(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     x, lo, hi = args["self"], args.get("min"), args.get("max")
-    if not lift.is_active(x):  # clamp_min(constant, x) is maximum(constant, x)
+    if not build.is_active(x):  # clamp_min(constant, x) is maximum(constant, x)
         raise Refusal(
             "a constant is clamped by activations", "write it as torch.maximum or torch.minimum"
         )
-    return _bounded(lift, node, x, lo, hi)
+    return _bounded(build, node, x, lo, hi)
 
 
 @rule(aten.maximum.default, aten.max.other, aten.fmax.default)
-def _maximum(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, bound = _active_first(lift, args)
-    return _bounded(lift, node, x, bound, None)
+def _maximum(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x, bound = _active_first(build, args)
+    return _bounded(build, node, x, bound, None)
 
 
 @rule(aten.minimum.default, aten.min.other, aten.fmin.default)
-def _minimum(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, bound = _active_first(lift, args)
-    return _bounded(lift, node, x, None, bound)
+def _minimum(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x, bound = _active_first(build, args)
+    return _bounded(build, node, x, None, bound)
 
 
-def _active_first(lift: Lift, args: Args) -> tuple[Any, Any]:
+def _active_first(build: Builder, args: Args) -> tuple[Any, Any]:
     a, b = args["self"], args["other"]
-    return (a, b) if lift.is_active(a) else (b, a)
+    return (a, b) if build.is_active(a) else (b, a)
 
 
 # -- selection by constant masks -------------------------------------------------------------------
 
 
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
-def _where(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _blend(lift, node, args["condition"], args["self"], args["other"])
+def _where(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _blend(build, node, args["condition"], args["self"], args["other"])
 
 
 @rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-def _masked_fill(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _blend(lift, node, args["mask"], args["value"], args["self"])
+def _masked_fill(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _blend(build, node, args["mask"], args["value"], args["self"])
 
 
-def _blend(lift: Lift, node: fx.Node, condition: Any, chosen: Any, other: Any) -> fx.Node:
+def _blend(build: Builder, node: fx.Node, condition: Any, chosen: Any, other: Any) -> fx.Node:
     """``chosen`` where a constant condition holds, ``other`` elsewhere."""
-    mask = None if lift.is_active(condition) else lift.constant(condition)
+    mask = None if build.is_active(condition) else build.constant(condition)
     if mask is None:
         raise Refusal(
             "it selects by a condition that depends on activations or parameters, which may jump",
@@ -267,13 +266,13 @@ def _blend(lift: Lift, node: fx.Node, condition: Any, chosen: Any, other: Any) -
     shape = tuple(node.meta["val"].shape)
     halves = []
     for value, keep in ((chosen, mask), (other, ~mask)):
-        if isinstance(value, fx.Node) and lift.is_active(value):
-            x = lift.node(value)
+        if isinstance(value, fx.Node) and build.is_active(value):
+            x = build.node(value)
         elif not isinstance(value, fx.Node) and not math.isfinite(float(value)):
             raise Refusal("it fills with an infinite value", "fill with a finite value")
         else:
-            x = lift.emit(ops.constant, lift.weight(value, node, "bias"))
-        kept = lift.emit(ops.coefficient, lift.buffer(keep.to(torch.float32), "mask"))
-        halves.append(lift.emit(ops.scale, x, kept))
-    y = lift.emit(ops.add, *halves)
-    return lift.expand(y, shape)
+            x = build.emit(ops.constant, build.weight(value, node, "bias"))
+        kept = build.emit(ops.coefficient, build.buffer(keep.to(torch.float32), "mask"))
+        halves.append(build.emit(ops.scale, x, kept))
+    y = build.emit(ops.add, *halves)
+    return build.expand(y, shape)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
-from fxpath.graph.naming import RELABELLING
+from fxpath.graph.aten import RELABELLING
+from fxpath.graph.builder import Builder
+from fxpath.graph.refusal import INFINITE, Refusal
 from fxpath.graph.schema import arguments, bind, target
 from fxpath.graph.stencil import ONE, Stencil
 from fxpath.rules.common import (
@@ -25,11 +27,7 @@ from fxpath.rules.common import (
     spread,
 )
 from fxpath.rules.indexing import indexed, span, strided
-from fxpath.rules.refused import INFINITE
-from fxpath.rules.registry import Refusal, rule
-
-if TYPE_CHECKING:
-    from fxpath.passes.lift import Lift
+from fxpath.rules.registry import rule
 
 aten = torch.ops.aten
 
@@ -42,190 +40,192 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 @rule(aten.copy.default)
-def _copy(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _copy(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     if not node.meta["val"].is_floating_point():
         raise Refusal("rounding to integers is not continuous", "keep activations floating point")
-    return filled(lift, node, args["src"], _shape(node)) or lift.zeros(_shape(node))
+    return filled(build, node, args["src"], _shape(node)) or build.zeros(_shape(node))
 
 
 @rule(aten.fill.Tensor)
-def _fill(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return filled(lift, node, args["value"], _shape(node)) or lift.zeros(_shape(node))
+def _fill(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return filled(build, node, args["value"], _shape(node)) or build.zeros(_shape(node))
 
 
 @rule(aten.select_scatter.default)
-def _select_scatter(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _select_scatter(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     size = _shape(node)[args["dim"]]
-    return _written(lift, node, args, [args["index"] % size], squeezed=True)
+    return _written(build, node, args, [args["index"] % size], squeezed=True)
 
 
 @rule(aten.slice_scatter.default)
-def _slice_scatter(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _slice_scatter(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     size = _shape(node)[args["dim"]]
     into = list(span(size, args["start"], args["end"], args["step"]))
-    return _written(lift, node, args, into, squeezed=False)
+    return _written(build, node, args, into, squeezed=False)
 
 
-def _written(lift: Lift, node: fx.Node, args: Args, into: list[int], squeezed: bool) -> fx.Node:
+def _written(build: Builder, node: fx.Node, args: Args, into: list[int], squeezed: bool) -> fx.Node:
     """Positions ``into`` of one axis are overwritten: the others, plus the new ones in place."""
     shape = _shape(node)
     dim = args["dim"] % len(shape)
     place = {p: i for i, p in enumerate(into)}
     terms = []
-    if len(place) < shape[dim] and not lift.is_zero(args["self"]):
+    if len(place) < shape[dim] and not build.is_zero(args["self"]):
         kept = [None if p in place else p for p in range(shape[dim])]
-        terms.append(select(lift, lift.node(args["self"]), dim, kept))
+        terms.append(select(build, build.node(args["self"]), dim, kept))
     piece = (*shape[:dim], len(into), *shape[dim + 1 :])
     flat = (*shape[:dim], *shape[dim + 1 :]) if squeezed else piece
-    y = filled(lift, node, args["src"], flat)
+    y = filled(build, node, args["src"], flat)
     if y is not None:
-        y = lift.reshape(y, piece)
-        terms.append(select(lift, y, dim, [place.get(p) for p in range(shape[dim])]))
-    return lift.add(terms, shape)
+        y = build.reshape(y, piece)
+        terms.append(select(build, y, dim, [place.get(p) for p in range(shape[dim])]))
+    return build.add(terms, shape)
 
 
 @rule(aten.diagonal_scatter.default)
-def _diagonal_scatter(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _diagonal_scatter(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     where = places(_shape(node)).diagonal(args["offset"], args["dim1"], args["dim2"])
-    piece = filled(lift, node, args["src"], tuple(where.shape))
-    return overwrite(lift, node, args["self"], piece, where)
+    piece = filled(build, node, args["src"], tuple(where.shape))
+    return overwrite(build, node, args["self"], piece, where)
 
 
 @rule(aten.as_strided_scatter.default)
-def _as_strided_scatter(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _as_strided_scatter(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     where = strided(args)
-    piece = filled(lift, node, args["src"], tuple(where.shape))
-    return overwrite(lift, node, args["self"], piece, where)
+    piece = filled(build, node, args["src"], tuple(where.shape))
+    return overwrite(build, node, args["self"], piece, where)
 
 
 # -- constant index lists --------------------------------------------------------------------------
 
 
 @rule(aten.index_put.default)
-def _index_put(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = indexed(lift, args)
-    piece = filled(lift, node, args["values"], tuple(where.shape))
+def _index_put(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    where = indexed(build, args)
+    piece = filled(build, node, args["values"], tuple(where.shape))
     if args["accumulate"]:
-        return _added(lift, node, args["self"], piece, where)
-    return overwrite(lift, node, args["self"], piece, where)
+        return _added(build, node, args["self"], piece, where)
+    return overwrite(build, node, args["self"], piece, where)
 
 
-def _added(lift: Lift, node: fx.Node, base: Any, piece: fx.Node | None, where: Tensor) -> fx.Node:
-    terms = [] if lift.is_zero(base) else [lift.node(base)]
+def _added(
+    build: Builder, node: fx.Node, base: Any, piece: fx.Node | None, where: Tensor
+) -> fx.Node:
+    terms = [] if build.is_zero(base) else [build.node(base)]
     if piece is not None:
-        terms.append(spread(lift, piece, where, _shape(node)))
-    return lift.add(terms, _shape(node))
+        terms.append(spread(build, piece, where, _shape(node)))
+    return build.add(terms, _shape(node))
 
 
 @rule(aten.put.default)
-def _put(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    index = known(lift, args["index"], math.prod(_shape(node)), negative=True)
+def _put(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    index = known(build, args["index"], math.prod(_shape(node)), negative=True)
     where = places(_shape(node)).take(index)
-    piece = filled(lift, node, args["source"], tuple(args["source"].meta["val"].shape))
+    piece = filled(build, node, args["source"], tuple(args["source"].meta["val"].shape))
     if piece is not None:
-        piece = lift.reshape(piece, tuple(where.shape))
+        piece = build.reshape(piece, tuple(where.shape))
     if args["accumulate"]:
-        return _added(lift, node, args["self"], piece, where)
-    return overwrite(lift, node, args["self"], piece, where)
+        return _added(build, node, args["self"], piece, where)
+    return overwrite(build, node, args["self"], piece, where)
 
 
-def _index_places(lift: Lift, node: fx.Node, args: Args, negative: bool = False) -> Tensor:
+def _index_places(build: Builder, node: fx.Node, args: Args, negative: bool = False) -> Tensor:
     shape = _shape(node)
     size = shape[args["dim"]] if shape else 1
-    index = known(lift, args["index"], size, negative).reshape(-1) % size
+    index = known(build, args["index"], size, negative).reshape(-1) % size
     return places(shape).index_select(args["dim"], index) if shape else torch.zeros(()).long()
 
 
 @rule(aten.index_copy.default)
-def _index_copy(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = _index_places(lift, node, args)
-    piece = filled(lift, node, args["source"], tuple(where.shape))
-    return overwrite(lift, node, args["self"], piece, where)
+def _index_copy(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    where = _index_places(build, node, args)
+    piece = filled(build, node, args["source"], tuple(where.shape))
+    return overwrite(build, node, args["self"], piece, where)
 
 
 @rule(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
-def _index_fill(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _index_fill(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     # The same value is written everywhere, so that it may be written twice.
-    where = _index_places(lift, node, args, negative=True).unique()
-    piece = filled(lift, node, args["value"], tuple(where.shape))
-    return overwrite(lift, node, args["self"], piece, where)
+    where = _index_places(build, node, args, negative=True).unique()
+    piece = filled(build, node, args["value"], tuple(where.shape))
+    return overwrite(build, node, args["self"], piece, where)
 
 
 @rule(aten.index_add.default)
-def _index_add(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = _index_places(lift, node, args)
-    piece = filled(lift, node, args["source"], tuple(where.shape))
+def _index_add(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    where = _index_places(build, node, args)
+    piece = filled(build, node, args["source"], tuple(where.shape))
     if piece is not None:
-        piece = lift.times(piece, args["alpha"])
-    return _added(lift, node, args["self"], piece, where)
+        piece = build.times(piece, args["alpha"])
+    return _added(build, node, args["self"], piece, where)
 
 
 @rule(aten.masked_scatter.default)
-def _masked_scatter(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _masked_scatter(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     shape = _shape(node)
-    where = places(shape)[known(lift, args["mask"]).expand(shape)]
+    where = places(shape)[known(build, args["mask"]).expand(shape)]
     source = tuple(args["source"].meta["val"].shape)
-    piece = filled(lift, node, args["source"], source)
+    piece = filled(build, node, args["source"], source)
     if piece is not None:
-        piece = move(lift, lift.reshape(piece, (math.prod(source),)), torch.arange(len(where)))
-    return overwrite(lift, node, args["self"], piece, where)
+        piece = move(build, build.reshape(piece, (math.prod(source),)), torch.arange(len(where)))
+    return overwrite(build, node, args["self"], piece, where)
 
 
 # -- scatter ---------------------------------------------------------------------------------------
 
 
-def _scatter_places(lift: Lift, node: fx.Node, args: Args) -> Tensor:
+def _scatter_places(build: Builder, node: fx.Node, args: Args) -> Tensor:
     shape = _shape(node)
-    index = known(lift, args["index"], shape[args["dim"]] if shape else 1)
+    index = known(build, args["index"], shape[args["dim"]] if shape else 1)
     return places(shape).gather(args["dim"], index)
 
 
-def _scattered(lift: Lift, node: fx.Node, args: Args, where: Tensor) -> fx.Node | None:
+def _scattered(build: Builder, node: fx.Node, args: Args, where: Tensor) -> fx.Node | None:
     """The entries of ``src`` that are written: as many along each axis as the index has."""
-    piece = filled(lift, node, args["src"], tuple(args["src"].meta["val"].shape))
+    piece = filled(build, node, args["src"], tuple(args["src"].meta["val"].shape))
     if piece is None:
         return None
     for dim, size in enumerate(where.shape):
-        piece = select(lift, piece, dim, range(size))
+        piece = select(build, piece, dim, range(size))
     return piece
 
 
 @rule(aten.scatter.src)
-def _scatter(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = _scatter_places(lift, node, args)
-    return overwrite(lift, node, args["self"], _scattered(lift, node, args, where), where)
+def _scatter(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    where = _scatter_places(build, node, args)
+    return overwrite(build, node, args["self"], _scattered(build, node, args, where), where)
 
 
 @rule(aten.scatter.value)
-def _scatter_value(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = _scatter_places(lift, node, args).unique()
-    piece = filled(lift, node, args["value"], tuple(where.shape))
-    return overwrite(lift, node, args["self"], piece, where)
+def _scatter_value(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    where = _scatter_places(build, node, args).unique()
+    piece = filled(build, node, args["value"], tuple(where.shape))
+    return overwrite(build, node, args["self"], piece, where)
 
 
 @rule(aten.scatter_add.default)
-def _scatter_add(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = _scatter_places(lift, node, args)
-    return _added(lift, node, args["self"], _scattered(lift, node, args, where), where)
+def _scatter_add(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    where = _scatter_places(build, node, args)
+    return _added(build, node, args["self"], _scattered(build, node, args, where), where)
 
 
 @rule(aten.scatter_reduce.two, aten.scatter.reduce)
-def _scatter_reduce(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = _scatter_places(lift, node, args)
-    piece = _scattered(lift, node, args, where)
+def _scatter_reduce(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    where = _scatter_places(build, node, args)
+    piece = _scattered(build, node, args, where)
     included = args.get("include_self", True)
-    return _grouped(lift, node, args["self"], piece, where, args["reduce"], included)
+    return _grouped(build, node, args["self"], piece, where, args["reduce"], included)
 
 
 @rule(aten.index_reduce.default)
-def _index_reduce(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    where = _index_places(lift, node, args)
-    piece = filled(lift, node, args["source"], tuple(where.shape))
-    return _grouped(lift, node, args["self"], piece, where, args["reduce"], args["include_self"])
+def _index_reduce(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    where = _index_places(build, node, args)
+    piece = filled(build, node, args["source"], tuple(where.shape))
+    return _grouped(build, node, args["self"], piece, where, args["reduce"], args["include_self"])
 
 
 def _grouped(
-    lift: Lift,
+    build: Builder,
     node: fx.Node,
     base: Any,
     piece: fx.Node | None,
@@ -235,41 +235,41 @@ def _grouped(
 ) -> fx.Node:
     """Entries that come to one place are added, averaged, or compared (k-max-pooling)."""
     shape = _shape(node)
-    piece = lift.zeros(tuple(where.shape)) if piece is None else piece
+    piece = build.zeros(tuple(where.shape)) if piece is None else piece
     count = torch.bincount(where.reshape(-1), minlength=math.prod(shape))
     own = count.new_ones(len(count)) if included else (count == 0).long()
     kept = torch.where(own > 0, places((len(count),)), -1).reshape(shape)
     if how in ("sum", "add", "mean"):
-        terms = [] if lift.is_zero(base) else [move(lift, lift.node(base), kept)]
-        y = lift.add([*terms, spread(lift, piece, where, shape)], shape)
+        terms = [] if build.is_zero(base) else [move(build, build.node(base), kept)]
+        y = build.add([*terms, spread(build, piece, where, shape)], shape)
         if how != "mean":
             return y
         parts = (1 / (count + own).double()).reshape(shape)
-        return lift.emit(ops.scale, y, lift.emit(ops.coefficient, lift.buffer(parts, "parts")))
+        return build.emit(ops.scale, y, build.emit(ops.coefficient, build.buffer(parts, "parts")))
     if how not in ("amax", "amin"):
         raise Refusal(
             f"reduce={how!r} multiplies activations with each other", "add or compare them instead"
         )
     # One axis that holds both, the entries of the base first.
     n = len(count)
-    base, own = _finite(lift, base, own, count, -math.inf if how == "amax" else math.inf)
+    base, own = _finite(build, base, own, count, -math.inf if how == "amax" else math.inf)
     rows: list[list[tuple[int, int]]] = [[(p, ONE)] if own[p] else [] for p in range(n)]
     for k, position in enumerate(where.reshape(-1).tolist()):
         rows[position].append((n + k, ONE))
-    flat = [lift.reshape(x, (-1,)) for x in (base, piece)]
-    both = lift.emit(aten.cat.default, flat, 0)
+    flat = [build.reshape(x, (-1,)) for x in (base, piece)]
+    both = build.emit(aten.cat.default, flat, 0)
     ranks = LARGEST if how == "amax" else SMALLEST
-    y = lift.along(both, 0, Stencil.of(n + where.numel(), rows), ranks)
-    return lift.reshape(y, shape)
+    y = build.along(both, 0, Stencil.of(n + where.numel(), rows), ranks)
+    return build.reshape(y, shape)
 
 
 def _finite(
-    lift: Lift, base: Any, own: Tensor, count: Tensor, open_: float
+    build: Builder, base: Any, own: Tensor, count: Tensor, open_: float
 ) -> tuple[fx.Node, Tensor]:
     """The base, and which of its entries are compared: infinite ones never win, so are no edge."""
-    held = None if lift.is_active(base) else lift.peek(base)
+    held = None if build.is_active(base) else build.peek(base)
     if held is None or bool(torch.isfinite(held).all()):
-        return lift.node(base), own
+        return build.node(base), own
     held = held.reshape(-1)
     if not bool(((held == open_) | torch.isfinite(held) | (own == 0))[count > 0].all()):
         raise Refusal(*INFINITE)
@@ -278,10 +278,10 @@ def _finite(
             "it compares nothing at some places, where an infinite value stays",
             "start from finite values there",
         )
-    lift.constant(base)  # the graph is made for it
+    build.constant(base)  # the graph is made for it
     own = torch.where(torch.isfinite(held), own, 0)
-    finite = lift.buffer(torch.where(torch.isfinite(held), held, 0.0), "base")
-    return lift.emit(ops.constant, lift.emit(ops.coefficient, finite)), own
+    finite = build.buffer(torch.where(torch.isfinite(held), held, 0.0), "base")
+    return build.emit(ops.constant, build.emit(ops.coefficient, finite)), own
 
 
 # -- writing through a view that repeats entries ---------------------------------------------------
@@ -292,7 +292,7 @@ WRITES = {
 }
 
 
-def written_through(lift: Lift, node: fx.Node) -> fx.Node | None:
+def written_through(build: Builder, node: fx.Node) -> fx.Node | None:
     """``base + sum(new - base)``, by which torch writes through a view that repeats its base.
 
     torch allows a write only where no entry of the base is written twice, so that the result holds
@@ -308,30 +308,30 @@ def written_through(lift: Lift, node: fx.Node) -> fx.Node | None:
     if not _calls(change, aten.sub.Tensor) or not _same(arguments(change)[1], base):
         return None
     new = arguments(change)[0]
-    mask = _mask(lift, new, base)
-    if mask is None or not lift.is_active(new):
+    mask = _mask(build, new, base)
+    if mask is None or not build.is_active(new):
         return None
     counts = mask.long().sum(dims, keepdim=True) if dims else mask.long()
     shape = _shape(node)
     if counts.numel() != math.prod(shape) or bool((counts > 1).any()):
         return None
-    x = lift.node(new)
-    y = move(lift, x, torch.where(mask, places(lift.shape(x)), -1))
+    x = build.node(new)
+    y = move(build, x, torch.where(mask, places(build.shape(x)), -1))
     for dim in dims:
-        size = lift.shape(y)[dim]
-        y = lift.along(y, dim, Stencil.of(size, [[(p, ONE) for p in range(size)]]))
-    terms = [lift.reshape(y, shape)]
+        size = build.shape(y)[dim]
+        y = build.along(y, dim, Stencil.of(size, [[(p, ONE) for p in range(size)]]))
+    terms = [build.reshape(y, shape)]
     kept = torch.where(counts.reshape(shape) > 0, -1, places(shape))
     if bool((kept >= 0).any()):
-        terms.insert(0, move(lift, lift.node(base), kept))
-    return lift.add(terms, shape)
+        terms.insert(0, move(build, build.node(base), kept))
+    return build.add(terms, shape)
 
 
 def _calls(value: Any, *targets: Any) -> bool:
     return isinstance(value, fx.Node) and value.target in targets
 
 
-def _mask(lift: Lift, new: Any, base: Any) -> Tensor | None:
+def _mask(build: Builder, new: Any, base: Any) -> Tensor | None:
     """Which entries of ``new`` were written, where it is a written copy of the expanded base."""
     chain = []
     while isinstance(new, fx.Node) and new.target in WRITES and new.target is not aten.copy.default:
@@ -354,7 +354,7 @@ def _mask(lift: Lift, new: Any, base: Any) -> Tensor | None:
                     tuple(args[key].meta["val"].shape)
                 )
         if "indices" in args:
-            args["indices"] = [None if i is None else known(lift, i) for i in args["indices"]]
+            args["indices"] = [None if i is None else known(build, i) for i in args["indices"]]
         mask = target(write)(**args)
     return mask
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.builder import Builder
+from fxpath.graph.refusal import Refusal
 from fxpath.graph.stencil import ONE, Stencil, whole
-from fxpath.rules.registry import Refusal
-
-if TYPE_CHECKING:
-    from fxpath.passes.lift import Lift
 
 aten = torch.ops.aten
 Args = dict[str, Any]
@@ -31,17 +29,17 @@ Moves = list[tuple[int, list[int | None]]]
 
 
 def apply(
-    lift: Lift, x: fx.Node, stencils: Sequence[Stencil], ranks: Sequence[int] | None = None
+    build: Builder, x: fx.Node, stencils: Sequence[Stencil], ranks: Sequence[int] | None = None
 ) -> fx.Node:
     """One stencil for each of the last axes."""
     for i, each in enumerate(stencils):
-        x = lift.along(x, i - len(stencils), each, ranks)
+        x = build.along(x, i - len(stencils), each, ranks)
     return x
 
 
-def select(lift: Lift, x: fx.Node, dim: int, positions: Iterable[int | None]) -> fx.Node:
+def select(build: Builder, x: fx.Node, dim: int, positions: Iterable[int | None]) -> fx.Node:
     """Positions along one axis; ``None`` reads nothing."""
-    return lift.along(x, dim, Stencil.select(lift.shape(x)[dim], positions))
+    return build.along(x, dim, Stencil.select(build.shape(x)[dim], positions))
 
 
 def axes(dims: Any, rank: int) -> list[int]:
@@ -51,31 +49,31 @@ def axes(dims: Any, rank: int) -> list[int]:
 
 
 def summed(
-    lift: Lift, x: fx.Node, dims: Any, shape: Sequence[int], coefficient: Any = ONE
+    build: Builder, x: fx.Node, dims: Any, shape: Sequence[int], coefficient: Any = ONE
 ) -> fx.Node:
     """Sum over axes, each position times a coefficient; ``shape`` is that of the result."""
-    for dim in axes(dims, len(lift.shape(x))):
-        x = lift.along(x, dim, whole(lift.shape(x)[dim], coefficient))
-    return lift.reshape(x, shape)
+    for dim in axes(dims, len(build.shape(x))):
+        x = build.along(x, dim, whole(build.shape(x)[dim], coefficient))
+    return build.reshape(x, shape)
 
 
 def pooled(
-    lift: Lift, x: fx.Node, dims: Any, shape: Sequence[int], ranks: Sequence[int]
+    build: Builder, x: fx.Node, dims: Any, shape: Sequence[int], ranks: Sequence[int]
 ) -> fx.Node:
     """The largest or smallest entry over axes."""
-    for dim in axes(dims, len(lift.shape(x))):
-        x = lift.along(x, dim, whole(lift.shape(x)[dim], ONE), ranks)
-    return lift.reshape(x, shape)
+    for dim in axes(dims, len(build.shape(x))):
+        x = build.along(x, dim, whole(build.shape(x)[dim], ONE), ranks)
+    return build.reshape(x, shape)
 
 
 # -- constant positions ----------------------------------------------------------------------------
 
 
-def known(lift: Lift, value: Any, size: int | None = None, negative: bool = False) -> Tensor:
+def known(build: Builder, value: Any, size: int | None = None, negative: bool = False) -> Tensor:
     """A constant tensor: a mask, or positions along an axis of length ``size``.
 
     Args:
-        lift: the pass.
+        build: the builder.
         value: a node of the original graph.
         size: length of the axis, if the tensor holds positions.
         negative: whether the operation counts negative positions from the end.
@@ -83,7 +81,7 @@ def known(lift: Lift, value: Any, size: int | None = None, negative: bool = Fals
     Raises:
         Refusal: if it depends on activations or on parameters, or leaves the axis.
     """
-    found = None if lift.is_active(value) else lift.constant(value)
+    found = None if build.is_active(value) else build.constant(value)
     if found is None:
         raise Refusal(*UNKNOWN_POSITIONS)
     if size is not None:
@@ -109,29 +107,29 @@ def places(shape: Sequence[int]) -> Tensor:
     return torch.arange(math.prod(shape)).reshape(tuple(shape))
 
 
-def move(lift: Lift, x: fx.Node, flat: Tensor) -> fx.Node:
+def move(build: Builder, x: fx.Node, flat: Tensor) -> fx.Node:
     """Entry o of the result is entry ``flat[o]`` of ``x``, or 0 where that is negative."""
-    shape = lift.shape(x)
+    shape = build.shape(x)
     lead, trail, moved = _factored(flat, shape)
     ends = shape[:lead], shape[len(shape) - trail :]
-    y = lift.reshape(x, (*ends[0], *(size for size, _ in moved), *ends[1]))
+    y = build.reshape(x, (*ends[0], *(size for size, _ in moved), *ends[1]))
     for i, (size, positions) in enumerate(moved):
-        y = lift.along(y, lead + i, Stencil.select(size, positions))
-    return lift.reshape(y, tuple(flat.shape))
+        y = build.along(y, lead + i, Stencil.select(size, positions))
+    return build.reshape(y, tuple(flat.shape))
 
 
-def spread(lift: Lift, x: fx.Node, flat: Tensor, shape: Sequence[int]) -> fx.Node:
+def spread(build: Builder, x: fx.Node, flat: Tensor, shape: Sequence[int]) -> fx.Node:
     """Entry k of ``x`` is added to entry ``flat[k]`` of the result, or dropped where negative."""
     lead, trail, moved = _factored(flat, shape)
     ends = shape[:lead], shape[len(shape) - trail :]
-    y = lift.reshape(x, (*ends[0], *(len(positions) for _, positions in moved), *ends[1]))
+    y = build.reshape(x, (*ends[0], *(len(positions) for _, positions in moved), *ends[1]))
     for i, (size, positions) in enumerate(moved):
         rows: list[list[tuple[int, int]]] = [[] for _ in range(size)]
         for k, position in enumerate(positions):
             if position is not None:
                 rows[position].append((k, ONE))
-        y = lift.along(y, lead + i, Stencil.of(len(positions), rows))
-    return lift.reshape(y, shape)
+        y = build.along(y, lead + i, Stencil.of(len(positions), rows))
+    return build.reshape(y, shape)
 
 
 def _factored(flat: Tensor, sizes: Sequence[int]) -> tuple[int, int, Moves]:
@@ -183,7 +181,9 @@ def _by_axis(flat: Tensor, sizes: Sequence[int]) -> Moves | None:
     return found if flat.equal(torch.where(there, rebuilt, -1)) else None
 
 
-def overwrite(lift: Lift, node: fx.Node, base: Any, piece: fx.Node | None, flat: Tensor) -> fx.Node:
+def overwrite(
+    build: Builder, node: fx.Node, base: Any, piece: fx.Node | None, flat: Tensor
+) -> fx.Node:
     """``base`` with the entries of ``piece`` (``None``: zeros) at the places ``flat``.
 
     Raises:
@@ -197,18 +197,18 @@ def overwrite(lift: Lift, node: fx.Node, base: Any, piece: fx.Node | None, flat:
             "give each entry a place of its own, or add them up (accumulate=True, index_add)",
         )
     kept = torch.where(count > 0, -1, places((len(count),))).reshape(shape)
-    terms = [] if piece is None else [spread(lift, piece, flat, shape)]
-    if bool((kept >= 0).any()) and not lift.is_zero(base):
-        terms.insert(0, move(lift, lift.node(base), kept))
-    return lift.add(terms, shape)
+    terms = [] if piece is None else [spread(build, piece, flat, shape)]
+    if bool((kept >= 0).any()) and not build.is_zero(base):
+        terms.insert(0, move(build, build.node(base), kept))
+    return build.add(terms, shape)
 
 
-def filled(lift: Lift, node: fx.Node, value: Any, shape: Sequence[int]) -> fx.Node | None:
+def filled(build: Builder, node: fx.Node, value: Any, shape: Sequence[int]) -> fx.Node | None:
     """Neurons that hold a number or a constant alone; ``None`` for zeros."""
-    if lift.is_zero(value):
+    if build.is_zero(value):
         return None
-    if lift.is_active(value):
-        x = lift.node(value)
+    if build.is_active(value):
+        x = build.node(value)
     else:
-        x = lift.emit(ops.constant, lift.weight(value, node, "bias"))
-    return lift.expand(x, shape)
+        x = build.emit(ops.constant, build.weight(value, node, "bias"))
+    return build.expand(x, shape)

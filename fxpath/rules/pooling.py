@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops, stencil
+from fxpath.graph.builder import Builder
+from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
 from fxpath.graph.stencil import ONE, Stencil, per_axis
 from fxpath.rules.common import LARGEST, SMALLEST, Args, apply, axes, pooled, summed
-from fxpath.rules.registry import Refusal, rule
-
-if TYPE_CHECKING:
-    from fxpath.passes.lift import Lift
+from fxpath.rules.registry import rule
 
 aten = torch.ops.aten
 
@@ -42,18 +41,18 @@ def _whole(size: int) -> Stencil:
 # -- maxima ----------------------------------------------------------------------------------------
 
 
-def _max_pool(lift: Lift, args: Args, axes_: int) -> fx.Node:
-    x = lift.node(args["self"])
+def _max_pool(build: Builder, args: Args, axes_: int) -> fx.Node:
+    x = build.node(args["self"])
     kernel, padding = per_axis(args["kernel_size"], axes_), per_axis(args["padding"], axes_)
     stride = per_axis(args["stride"] or kernel, axes_)
     dilation = per_axis(args["dilation"], axes_)
     stencils = [
         stencil.max_pool(size, kernel[i], stride[i], padding[i], dilation[i], args["ceil_mode"])
-        for i, size in enumerate(lift.shape(x)[-axes_:])
+        for i, size in enumerate(build.shape(x)[-axes_:])
     ]
     if "unpadded" in x.meta:
         # Minus infinity is no edge: the windows read past it.  Axes are matched from the last one.
-        shape = lift.shape(x)
+        shape = build.shape(x)
         x, pads = x.meta["unpadded"]
         rank = max(len(stencils), len(pads))
         both = ([*map(_whole, shape[-rank:][: rank - len(s)]), *s] for s in (stencils, pads))
@@ -63,17 +62,17 @@ def _max_pool(lift: Lift, args: Args, axes_: int) -> fx.Node:
             "a pooling window covers padding only, so its maximum is -inf",
             "reduce the padding or the dilation",
         )
-    return apply(lift, x, stencils, LARGEST)
+    return apply(build, x, stencils, LARGEST)
 
 
 @rule(*MAX_POOLS)
-def _max_pool_values(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _max_pool(lift, args, MAX_POOLS[target(node)])
+def _max_pool_values(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _max_pool(build, args, MAX_POOLS[target(node)])
 
 
 @rule(*MAX_POOLS_WITH_INDICES)
-def _max_pool_indices(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    return [_max_pool(lift, args, MAX_POOLS_WITH_INDICES[target(node)]), None]
+def _max_pool_indices(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    return [_max_pool(build, args, MAX_POOLS_WITH_INDICES[target(node)]), None]
 
 
 @rule(
@@ -81,8 +80,8 @@ def _max_pool_indices(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | N
     aten.adaptive_max_pool2d.default,
     aten.adaptive_max_pool3d.default,
 )
-def _adaptive_max_pool(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    return [_adaptive(lift, node, args, LARGEST), None]
+def _adaptive_max_pool(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    return [_adaptive(build, node, args, LARGEST), None]
 
 
 EXTREMA = {
@@ -92,58 +91,58 @@ EXTREMA = {
 
 
 @rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
-def _amax(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, shape = lift.node(args["self"]), tuple(node.meta["val"].shape)
-    return pooled(lift, x, args.get("dim"), shape, EXTREMA[target(node)])
+def _amax(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x, shape = build.node(args["self"]), tuple(node.meta["val"].shape)
+    return pooled(build, x, args.get("dim"), shape, EXTREMA[target(node)])
 
 
 @rule(aten.max.dim, aten.min.dim)
-def _max_dim(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    x, shape = lift.node(args["self"]), tuple(node.meta["val"][0].shape)
-    return [pooled(lift, x, args["dim"], shape, EXTREMA[target(node)]), None]
+def _max_dim(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    x, shape = build.node(args["self"]), tuple(node.meta["val"][0].shape)
+    return [pooled(build, x, args["dim"], shape, EXTREMA[target(node)]), None]
 
 
 @rule(aten.aminmax.default)
-def _aminmax(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    x, shape = lift.node(args["self"]), tuple(node.meta["val"][0].shape)
+def _aminmax(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    x, shape = build.node(args["self"]), tuple(node.meta["val"][0].shape)
     dims = args["dim"]
-    return [pooled(lift, x, dims, shape, ranks) for ranks in (SMALLEST, LARGEST)]
+    return [pooled(build, x, dims, shape, ranks) for ranks in (SMALLEST, LARGEST)]
 
 
 # -- means and sums --------------------------------------------------------------------------------
 
 
 @rule(aten.mean.dim, aten.mean.default, aten.nanmean.default)
-def _mean(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, shape = lift.node(args["self"]), tuple(node.meta["val"].shape)
-    for dim in axes(args.get("dim"), len(lift.shape(x))):
-        size = lift.shape(x)[dim]
+def _mean(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x, shape = build.node(args["self"]), tuple(node.meta["val"].shape)
+    for dim in axes(args.get("dim"), len(build.shape(x))):
+        size = build.shape(x)[dim]
         if not size:
             raise Refusal("it takes the mean of nothing, which is NaN", "leave it out")
-        x = lift.along(x, dim, stencil.whole(size, Fraction(1, size)))
-    return lift.reshape(x, shape)
+        x = build.along(x, dim, stencil.whole(size, Fraction(1, size)))
+    return build.reshape(x, shape)
 
 
 @rule(aten.sum.dim_IntList, aten.sum.default, aten.nansum.default)
-def _sum(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _sum(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     shape = tuple(node.meta["val"].shape)
-    return summed(lift, lift.node(args["self"]), args.get("dim"), shape)
+    return summed(build, build.node(args["self"]), args.get("dim"), shape)
 
 
 @rule(aten.cumsum.default)
-def _cumsum(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x = lift.node(args["self"])
-    if not lift.shape(x):
+def _cumsum(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["self"])
+    if not build.shape(x):
         return x
-    size = lift.shape(x)[args["dim"]]
+    size = build.shape(x)[args["dim"]]
     rows = ([(p, ONE) for p in range(o + 1)] for o in range(size))
-    return lift.along(x, args["dim"], Stencil.of(size, rows))
+    return build.along(x, args["dim"], Stencil.of(size, rows))
 
 
 @rule(*AVG_POOLS)
-def _avg_pool(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _avg_pool(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     axes_ = AVG_POOLS[target(node)]
-    x = lift.node(args["self"])
+    x = build.node(args["self"])
     kernel, padding = per_axis(args["kernel_size"], axes_), per_axis(args["padding"], axes_)
     stride = per_axis(args["stride"] or kernel, axes_)
     divisor = args.get("divisor_override")
@@ -157,20 +156,22 @@ def _avg_pool(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
             args["count_include_pad"],
             divide=divisor is None,
         )
-        for i, size in enumerate(lift.shape(x)[-axes_:])
+        for i, size in enumerate(build.shape(x)[-axes_:])
     ]
-    y = apply(lift, x, stencils)
-    return y if divisor is None else lift.emit(ops.scale, y, lift.weight(1.0 / divisor, node))
+    y = apply(build, x, stencils)
+    return y if divisor is None else build.emit(ops.scale, y, build.weight(1.0 / divisor, node))
 
 
-def _adaptive(lift: Lift, node: fx.Node, args: Args, ranks: Sequence[int] | None = None) -> fx.Node:
-    x = lift.node(args["self"])
+def _adaptive(
+    build: Builder, node: fx.Node, args: Args, ranks: Sequence[int] | None = None
+) -> fx.Node:
+    x = build.node(args["self"])
     value: Any = node.meta["val"]
     sizes = args["output_size"]
     out = (value if isinstance(value, Tensor) else value[0]).shape[-len(sizes) :]
-    shape = lift.shape(x)[-len(sizes) :]
+    shape = build.shape(x)[-len(sizes) :]
     stencils = [stencil.adaptive_pool(n, m, not ranks) for n, m in zip(shape, out, strict=True)]
-    return apply(lift, x, stencils, ranks)
+    return apply(build, x, stencils, ranks)
 
 
 @rule(
@@ -180,5 +181,5 @@ def _adaptive(lift: Lift, node: fx.Node, args: Args, ranks: Sequence[int] | None
     aten._adaptive_avg_pool2d.default,
     aten._adaptive_avg_pool3d.default,
 )
-def _adaptive_avg_pool(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _adaptive(lift, node, args)
+def _adaptive_avg_pool(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _adaptive(build, node, args)

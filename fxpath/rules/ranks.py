@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxpath.graph.builder import Builder
+from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import bind, target
 from fxpath.graph.stencil import ONE, Stencil, rational
 from fxpath.rules.common import LARGEST, SMALLEST, Args, axes, known
-from fxpath.rules.registry import Refusal, rule
-
-if TYPE_CHECKING:
-    from fxpath.passes.lift import Lift
+from fxpath.rules.registry import rule
 
 aten = torch.ops.aten
 
 
-def ranked(lift: Lift, x: fx.Node, dim: int, ranks: Sequence[int]) -> fx.Node:
+def ranked(build: Builder, x: fx.Node, dim: int, ranks: Sequence[int]) -> fx.Node:
     """Entries along an axis by rank: 1 is the largest one, -1 the smallest."""
-    if not lift.shape(x):
+    if not build.shape(x):
         return x
-    size = lift.shape(x)[dim]
+    size = build.shape(x)[dim]
     rows = ([(p, ONE) for p in range(size)] for _ in ranks)
-    return lift.along(x, dim, Stencil.of(size, rows), [_plain(k, size) for k in ranks])
+    return build.along(x, dim, Stencil.of(size, rows), [_plain(k, size) for k in ranks])
 
 
 def _plain(rank: int, size: int) -> int:
@@ -39,29 +38,29 @@ def _plain(rank: int, size: int) -> int:
     return -1 if counted == size > 1 else counted
 
 
-def _values(lift: Lift, node: fx.Node, x: fx.Node, dim: int, ranks: Sequence[int]) -> fx.Node:
+def _values(build: Builder, node: fx.Node, x: fx.Node, dim: int, ranks: Sequence[int]) -> fx.Node:
     held = node.meta["val"]
     first = held if isinstance(held, torch.Tensor) else held[0]
-    return lift.reshape(ranked(lift, x, dim, ranks), tuple(first.shape))
+    return build.reshape(ranked(build, x, dim, ranks), tuple(first.shape))
 
 
 @rule(aten.sort.default, aten.sort.stable)
-def _sort(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    x, dim = lift.node(args["self"]), args["dim"]
-    size = lift.shape(x)[dim] if lift.shape(x) else 1
+def _sort(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    x, dim = build.node(args["self"]), args["dim"]
+    size = build.shape(x)[dim] if build.shape(x) else 1
     sign = 1 if args["descending"] else -1
-    return [ranked(lift, x, dim, [sign * (k + 1) for k in range(size)]), None]
+    return [ranked(build, x, dim, [sign * (k + 1) for k in range(size)]), None]
 
 
 @rule(aten.msort.default)
-def _msort(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x = lift.node(args["self"])
-    return ranked(lift, x, 0, [-1 - k for k in range(lift.shape(x)[0] if lift.shape(x) else 1)])
+def _msort(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["self"])
+    return ranked(build, x, 0, [-1 - k for k in range(build.shape(x)[0] if build.shape(x) else 1)])
 
 
 @rule(aten.kthvalue.default)
-def _kthvalue(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    return [_values(lift, node, lift.node(args["self"]), args["dim"], [-args["k"]]), None]
+def _kthvalue(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    return [_values(build, node, build.node(args["self"]), args["dim"], [-args["k"]]), None]
 
 
 #: What reads entries of an axis whatever their order is.
@@ -73,7 +72,7 @@ SYMMETRIC = {
 
 
 @rule(aten.topk.default)
-def _topk(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
+def _topk(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
     rank = node.meta["val"][0].dim()
     if not args["sorted"] and args["k"] > 1 and not _order_is_lost(node, args["dim"], rank):
         raise Refusal(
@@ -82,7 +81,7 @@ def _topk(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
         )
     sign = 1 if args["largest"] else -1
     ranks = [sign * (k + 1) for k in range(args["k"])]
-    return [_values(lift, node, lift.node(args["self"]), args["dim"], ranks), None]
+    return [_values(build, node, build.node(args["self"]), args["dim"], ranks), None]
 
 
 def _order_is_lost(node: fx.Node, dim: int, rank: int) -> bool:
@@ -96,17 +95,17 @@ def _order_is_lost(node: fx.Node, dim: int, rank: int) -> bool:
 
 
 @rule(aten.median.default, aten.nanmedian.default)
-def _median(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x = lift.node(args["self"])
-    size = math.prod(lift.shape(x))
-    return _values(lift, node, lift.reshape(x, (size,)), 0, [-((size + 1) // 2)])
+def _median(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["self"])
+    size = math.prod(build.shape(x))
+    return _values(build, node, build.reshape(x, (size,)), 0, [-((size + 1) // 2)])
 
 
 @rule(aten.median.dim, aten.nanmedian.dim)
-def _median_dim(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    x, dim = lift.node(args["self"]), args["dim"]
-    size = lift.shape(x)[dim] if lift.shape(x) else 1
-    return [_values(lift, node, x, dim, [-((size + 1) // 2)]), None]
+def _median_dim(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    x, dim = build.node(args["self"]), args["dim"]
+    size = build.shape(x)[dim] if build.shape(x) else 1
+    return [_values(build, node, x, dim, [-((size + 1) // 2)]), None]
 
 
 @rule(
@@ -115,27 +114,27 @@ def _median_dim(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
     aten.nanquantile.scalar,
     aten.nanquantile.default,
 )
-def _quantile(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _quantile(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     """Order statistics, and fixed means of two that are neighbours."""
-    x, dim = lift.node(args["self"]), args["dim"]
+    x, dim = build.node(args["self"]), args["dim"]
     if dim is None:
-        x, dim = lift.reshape(x, (math.prod(lift.shape(x)),)), 0
-    if not lift.shape(x):
+        x, dim = build.reshape(x, (math.prod(build.shape(x)),)), 0
+    if not build.shape(x):
         return x
-    dim %= len(lift.shape(x))
-    size = lift.shape(x)[dim]
+    dim %= len(build.shape(x))
+    size = build.shape(x)[dim]
     dtype = node.meta["val"].dtype
     given = args["q"]
-    given = known(lift, given) if isinstance(given, fx.Node) else torch.tensor(given, dtype=dtype)
+    given = known(build, given) if isinstance(given, fx.Node) else torch.tensor(given, dtype=dtype)
     places = (given.to(dtype) * (size - 1)).reshape(-1)
     rows = [_between(place, args["interpolation"]) for place in places.tolist()]
     used = sorted({p for row in rows for p, _ in row})
-    y = ranked(lift, x, dim, [-1 - p for p in used])
+    y = ranked(build, x, dim, [-1 - p for p in used])
     taps = [[(used.index(p), c) for p, c in row] for row in rows]
-    y = lift.along(y, dim, Stencil.of(len(used), taps))
-    rank = len(lift.shape(y))
+    y = build.along(y, dim, Stencil.of(len(used), taps))
+    rank = len(build.shape(y))
     order = [dim, *(d for d in range(rank) if d != dim)]  # one for each q, in front
-    return lift.reshape(lift.emit(aten.permute.default, y, order), tuple(node.meta["val"].shape))
+    return build.reshape(build.emit(aten.permute.default, y, order), tuple(node.meta["val"].shape))
 
 
 def _between(place: float, interpolation: str) -> list[tuple[int, Any]]:
@@ -151,10 +150,10 @@ CUMULATIVE = {aten.cummax.default: LARGEST, aten.cummin.default: SMALLEST}
 
 
 @rule(*CUMULATIVE)
-def _cumulative(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
-    x = lift.node(args["self"])
-    if not lift.shape(x):
+def _cumulative(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
+    x = build.node(args["self"])
+    if not build.shape(x):
         return [x, None]
-    size = lift.shape(x)[args["dim"]]
+    size = build.shape(x)[args["dim"]]
     rows = ([(p, ONE) for p in range(o + 1)] for o in range(size))
-    return [lift.along(x, args["dim"], Stencil.of(size, rows), CUMULATIVE[target(node)]), None]
+    return [build.along(x, args["dim"], Stencil.of(size, rows), CUMULATIVE[target(node)]), None]

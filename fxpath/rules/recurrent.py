@@ -9,39 +9,40 @@ alone makes an effective bias W_hh h_0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxpath.graph import ops
+from fxpath.graph.builder import Builder
+from fxpath.graph.refusal import Refusal
 from fxpath.rules.affine import bias_along, only_first_active
 from fxpath.rules.common import Args
 from fxpath.rules.refused import TRAINING
-from fxpath.rules.registry import Refusal, rule
-
-if TYPE_CHECKING:
-    from fxpath.passes.lift import Lift
+from fxpath.rules.registry import rule
 
 aten = torch.ops.aten
 
 
 @rule(aten.rnn_relu_cell.default)
-def _cell(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    only_first_active(lift, args, "w_ih", "w_hh", "b_ih", "b_hh")
+def _cell(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    only_first_active(build, args, "w_ih", "w_hh", "b_ih", "b_hh")
     parameters = [args[key] for key in ("w_ih", "w_hh", "b_ih", "b_hh")]
-    seen = _inputs(lift, node, lift.node(args["input"]), parameters)
-    fed_back = None if lift.is_zero(args["hx"]) else _from_start(lift, node, args["hx"], parameters)
-    return _next(lift, node, seen, fed_back, parameters)
+    seen = _inputs(build, node, build.node(args["input"]), parameters)
+    fed_back = (
+        None if build.is_zero(args["hx"]) else _from_start(build, node, args["hx"], parameters)
+    )
+    return _next(build, node, seen, fed_back, parameters)
 
 
 @rule(aten.rnn_relu.input)
-def _rnn(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
+def _rnn(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
     if args["train"] and args["dropout"]:
         raise Refusal(*TRAINING)
-    if any(lift.is_active(each) for each in args["params"]):
+    if any(build.is_active(each) for each in args["params"]):
         raise Refusal("its weights depend on activations", "keep the weights constant")
-    x = lift.node(args["input"])
+    x = build.node(args["input"])
     time = 1 if args["batch_first"] else 0
     directions, each = (2 if args["bidirectional"] else 1), (4 if args["has_biases"] else 2)
     finals = []
@@ -51,17 +52,17 @@ def _rnn(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
             number = layer * directions + direction
             parameters = args["params"][number * each : (number + 1) * each]
             start = None
-            if not lift.is_zero(args["hx"]):
-                start = _from_start(lift, node, args["hx"], parameters, number)
-            steps = _run(lift, node, x, time, start, parameters, reverse=direction == 1)
+            if not build.is_zero(args["hx"]):
+                start = _from_start(build, node, args["hx"], parameters, number)
+            steps = _run(build, node, x, time, start, parameters, reverse=direction == 1)
             finals.append(steps[0] if direction else steps[-1])
-            outputs.append(_joined(lift, steps, time))
-        x = outputs[0] if directions == 1 else lift.emit(aten.cat.default, outputs, 2)
-    return [x, _joined(lift, finals, 0)]
+            outputs.append(_joined(build, steps, time))
+        x = outputs[0] if directions == 1 else build.emit(aten.cat.default, outputs, 2)
+    return [x, _joined(build, finals, 0)]
 
 
 def _run(
-    lift: Lift,
+    build: Builder,
     node: fx.Node,
     x: fx.Node,
     time: int,
@@ -70,49 +71,57 @@ def _run(
     reverse: bool,
 ) -> list[fx.Node]:
     """States of one layer in one direction, in the order of the sequence."""
-    seen = _inputs(lift, node, x, parameters)
-    shape = lift.shape(seen)
+    seen = _inputs(build, node, x, parameters)
+    shape = build.shape(seen)
     steps: dict[int, fx.Node] = {}
     order = range(shape[time])
     for t in reversed(order) if reverse else order:
-        piece = lift.emit(aten.slice.Tensor, seen, time, t, t + 1)
-        piece = lift.reshape(piece, (*shape[:time], *shape[time + 1 :]))
-        steps[t] = _next(lift, node, piece, fed_back, parameters)
-        fed_back = lift.emit(ops.linear, steps[t], lift.weight(parameters[1], node))
+        piece = build.emit(aten.slice.Tensor, seen, time, t, t + 1)
+        piece = build.reshape(piece, (*shape[:time], *shape[time + 1 :]))
+        steps[t] = _next(build, node, piece, fed_back, parameters)
+        fed_back = build.emit(ops.linear, steps[t], build.weight(parameters[1], node))
     return [steps[t] for t in order]
 
 
 def _from_start(
-    lift: Lift, node: fx.Node, states: fx.Node, parameters: Sequence[Any], number: int | None = None
+    build: Builder,
+    node: fx.Node,
+    states: fx.Node,
+    parameters: Sequence[Any],
+    number: int | None = None,
 ) -> fx.Node:
     """What the initial state adds to the first step; one of several if it is numbered."""
-    if not lift.is_active(states):
+    if not build.is_active(states):
         if number is not None:
-            states = lift.compute(aten.select.int, states, 0, number)
-        constant = lift.compute(aten.linear.default, states, parameters[1])
-        return lift.emit(ops.constant, lift.weight(constant, node, "bias"))
-    state = lift.node(states)
+            states = build.compute(aten.select.int, states, 0, number)
+        constant = build.compute(aten.linear.default, states, parameters[1])
+        return build.emit(ops.constant, build.weight(constant, node, "bias"))
+    state = build.node(states)
     if number is not None:
-        piece = lift.emit(aten.slice.Tensor, state, 0, number, number + 1)
-        state = lift.reshape(piece, lift.shape(state)[1:])
-    return lift.emit(ops.linear, state, lift.weight(parameters[1], node))
+        piece = build.emit(aten.slice.Tensor, state, 0, number, number + 1)
+        state = build.reshape(piece, build.shape(state)[1:])
+    return build.emit(ops.linear, state, build.weight(parameters[1], node))
 
 
-def _inputs(lift: Lift, node: fx.Node, x: fx.Node, parameters: Sequence[Any]) -> fx.Node:
-    y = lift.emit(ops.linear, x, lift.weight(parameters[0], node))
-    return bias_along(lift, y, parameters[2] if len(parameters) > 2 else None, node, -1)
+def _inputs(build: Builder, node: fx.Node, x: fx.Node, parameters: Sequence[Any]) -> fx.Node:
+    y = build.emit(ops.linear, x, build.weight(parameters[0], node))
+    return bias_along(build, y, parameters[2] if len(parameters) > 2 else None, node, -1)
 
 
 def _next(
-    lift: Lift, node: fx.Node, seen: fx.Node, fed_back: fx.Node | None, parameters: Sequence[Any]
+    build: Builder,
+    node: fx.Node,
+    seen: fx.Node,
+    fed_back: fx.Node | None,
+    parameters: Sequence[Any],
 ) -> fx.Node:
     if fed_back is not None:
-        seen = lift.emit(ops.add, seen, fed_back)
+        seen = build.emit(ops.add, seen, fed_back)
     bias = parameters[3] if len(parameters) > 3 else None
-    return lift.emit(ops.relu, bias_along(lift, seen, bias, node, -1))
+    return build.emit(ops.relu, bias_along(build, seen, bias, node, -1))
 
 
-def _joined(lift: Lift, steps: Sequence[fx.Node], dim: int) -> fx.Node:
-    shape = lift.shape(steps[0])
+def _joined(build: Builder, steps: Sequence[fx.Node], dim: int) -> fx.Node:
+    shape = build.shape(steps[0])
     each = (*shape[:dim], 1, *shape[dim:])
-    return lift.emit(aten.cat.default, [lift.reshape(step, each) for step in steps], dim)
+    return build.emit(aten.cat.default, [build.reshape(step, each) for step in steps], dim)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpath.rules.registry import Refusal
+from fxpath.graph.refusal import RANDOM, READ_OUT, Refusal
 
 Reason = tuple[str, str]
 
@@ -93,19 +93,10 @@ NOT_REAL = (
     "it reads the bytes of activations as another number format",
     "convert with .to(dtype) instead",
 )
-READ_OUT = (
-    "it reads a number out of a tensor, by which the program goes on",
-    "keep it a tensor, or a constant of the module",
-)
-INFINITE = (
-    "it reads a constant with infinite or NaN entries",
-    "use finite constants (a mask of -inf belongs to a softmax, which no path-norm covers)",
-)
 UNPOOLING = (
     "it puts values to positions that depend on activations, which may jump",
     "use interpolation or a transposed convolution",
 )
-RANDOM = ("its result is random", "remove the noise in eval mode")
 
 EXPLAINED: dict[str, Reason] = {
     **dict.fromkeys(

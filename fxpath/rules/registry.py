@@ -1,38 +1,27 @@
 """The table: exact ATen overload -> rule.
 
-A rule is called with the pass that lifts the graph, the node, and the node's arguments bound to the
-names of the operation's schema (defaults filled in).  It returns the lifted node, or a list of them
-for operations with several results, or raises :class:`Refusal`.
+A rule is called with the builder of the lifted graph, the node, and the node's arguments bound to
+the names of the operation's schema (defaults filled in).  It returns the lifted node, or a list of
+them for operations with several results, or raises :class:`~fxpath.graph.refusal.Refusal`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 from torch._ops import OpOverload
 
-if TYPE_CHECKING:
-    from fxpath.passes.lift import Lift
+from fxpath.graph.builder import Builder
 
-__all__ = ["RULES", "Refusal", "Rule", "rule"]
+__all__ = ["RULES", "Rule", "rule"]
 
 #: Lifted counterparts of the activations that an operation returns, in the order of its results.
 Lifted = fx.Node | list[fx.Node | None]
-Rule = Callable[["Lift", fx.Node, dict[str, Any]], Lifted]
+Rule = Callable[[Builder, fx.Node, dict[str, Any]], Lifted]
 
 RULES: dict[OpOverload, Rule] = {}
-
-
-class Refusal(Exception):
-    """An operation has no exact rule; says why, and what can be done."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        """Keep both halves of the message."""
-        super().__init__(reason)
-        self.reason = reason
-        self.remedy = remedy
 
 
 def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:

@@ -6,20 +6,19 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops, stencil
+from fxpath.graph.builder import Builder
+from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
 from fxpath.graph.stencil import Stencil, per_axis, rational
 from fxpath.rules.common import Args, apply, known
 from fxpath.rules.pooling import ALL_MAX_POOLS
-from fxpath.rules.registry import Refusal, rule
-
-if TYPE_CHECKING:
-    from fxpath.passes.lift import Lift
+from fxpath.rules.registry import rule
 
 aten = torch.ops.aten
 
@@ -28,42 +27,42 @@ aten = torch.ops.aten
 
 
 @rule(aten.pad.default)
-def _pad(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _padded(lift, node, args["self"], args["pad"], args["mode"], args["value"])
+def _pad(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _padded(build, node, args["self"], args["pad"], args["mode"], args["value"])
 
 
 @rule(aten.constant_pad_nd.default)
-def _constant_pad(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _padded(lift, node, args["self"], args["pad"], "constant", args["value"])
+def _constant_pad(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _padded(build, node, args["self"], args["pad"], "constant", args["value"])
 
 
 @rule(aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default)
-def _reflection_pad(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _padded(lift, node, args["self"], args["padding"], "reflect", None)
+def _reflection_pad(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _padded(build, node, args["self"], args["padding"], "reflect", None)
 
 
 @rule(
     aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default
 )
-def _replication_pad(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return _padded(lift, node, args["self"], args["padding"], "replicate", None)
+def _replication_pad(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return _padded(build, node, args["self"], args["padding"], "replicate", None)
 
 
 def _padded(
-    lift: Lift, node: fx.Node, value: fx.Node, widths: Sequence[int], mode: str, fill: Any
+    build: Builder, node: fx.Node, value: fx.Node, widths: Sequence[int], mode: str, fill: Any
 ) -> fx.Node:
-    x = lift.node(value)
+    x = build.node(value)
     axes = len(widths) // 2
-    sizes = lift.shape(x)[-axes:]
+    sizes = build.shape(x)[-axes:]
     pairs = [(widths[2 * i], widths[2 * i + 1]) for i in reversed(range(axes))]
     stencils = [
         stencil.pad(size, before, after, mode)
         for size, (before, after) in zip(sizes, pairs, strict=True)
     ]
     if fill is None or fill == 0 or mode != "constant":
-        return apply(lift, x, stencils)
+        return apply(build, x, stencils)
     if fill == -math.inf and all(user.target in ALL_MAX_POOLS for user in node.users):
-        y = apply(lift, x, stencils)
+        y = apply(build, x, stencils)
         y.meta["unpadded"] = (x, stencils)
         return y
     if math.isnan(fill):
@@ -76,8 +75,8 @@ def _padded(
     inside = torch.ones((), dtype=torch.float64)
     for each in stencils:
         inside = inside[..., None] * (each.reads > 0)
-    bias = lift.buffer((1 - inside) * fill, "padding")
-    return lift.emit(ops.shift, apply(lift, x, stencils), lift.emit(ops.coefficient, bias))
+    bias = build.buffer((1 - inside) * fill, "padding")
+    return build.emit(ops.shift, apply(build, x, stencils), build.emit(ops.coefficient, bias))
 
 
 # -- upsampling ------------------------------------------------------------------------------------
@@ -97,20 +96,20 @@ LINEAR = {
 
 
 def _upsample(
-    lift: Lift, node: fx.Node, args: Args, axes: int, run: Callable[[Tensor, Any, Any], Tensor]
+    build: Builder, node: fx.Node, args: Args, axes: int, run: Callable[[Tensor, Any, Any], Tensor]
 ) -> fx.Node:
     """Read each axis' taps off the operation itself, in one dimension."""
-    x = lift.node(args["input"])
+    x = build.node(args["input"])
     factors = per_axis(args["scale_factors"], axes) if args["scale_factors"] else [None] * axes
     sizes = [
         None if f is not None else n
         for f, n in zip(factors, node.meta["val"].shape[-axes:], strict=True)
     ]
     stencils = []
-    for size, out, factor in zip(lift.shape(x)[-axes:], sizes, factors, strict=True):
+    for size, out, factor in zip(build.shape(x)[-axes:], sizes, factors, strict=True):
         given = (None if out is None else [out], None if factor is None else [factor])
         stencils.append(stencil.resample(size, functools.partial(_on_axis, run, given)))
-    return apply(lift, x, stencils)
+    return apply(build, x, stencils)
 
 
 def _on_axis(run: Callable[..., Tensor], given: tuple[Any, Any], eye: Tensor) -> Tensor:
@@ -118,17 +117,17 @@ def _on_axis(run: Callable[..., Tensor], given: tuple[Any, Any], eye: Tensor) ->
 
 
 @rule(*NEAREST)
-def _upsample_nearest(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _upsample_nearest(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     axes, name = NEAREST[target(node)]
-    return _upsample(lift, node, args, axes, getattr(aten, name).vec)
+    return _upsample(build, node, args, axes, getattr(aten, name).vec)
 
 
 @rule(*LINEAR)
-def _upsample_linear(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _upsample_linear(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     def run(eye: Tensor, size: Any, factor: Any) -> Tensor:
         return aten.upsample_linear1d.vec(eye, size, args["align_corners"], factor)
 
-    return _upsample(lift, node, args, LINEAR[target(node)], run)
+    return _upsample(build, node, args, LINEAR[target(node)], run)
 
 
 TWO_AXES = {
@@ -139,7 +138,7 @@ TWO_AXES = {
 
 
 @rule(*TWO_AXES)
-def _upsample_two_axes(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _upsample_two_axes(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     def run(eye: Tensor, size: Any, factor: Any) -> Tensor:
         # Two equal columns: on images of width 1 the operation itself mixes up its memory formats.
         images = eye[0][:, None, :, None].repeat(1, 1, 1, 2)
@@ -151,66 +150,66 @@ def _upsample_two_axes(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
         )
         return resized[None, :, 0, :, 0]
 
-    return _upsample(lift, node, args, 2, run)
+    return _upsample(build, node, args, 2, run)
 
 
 # -- sums of differences ---------------------------------------------------------------------------
 
 
 @rule(aten.diff.default)
-def _diff(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _diff(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     pieces = [args["prepend"], args["self"], args["append"]]
-    parts = [lift.node(piece) for piece in pieces if piece is not None]
-    rank = len(lift.shape(parts[0]))
+    parts = [build.node(piece) for piece in pieces if piece is not None]
+    rank = len(build.shape(parts[0]))
     dim, times = args["dim"] % rank, args["n"]
-    x = parts[0] if len(parts) == 1 else lift.emit(aten.cat.default, parts, dim)
-    size = lift.shape(x)[dim]
+    x = parts[0] if len(parts) == 1 else build.emit(aten.cat.default, parts, dim)
+    size = build.shape(x)[dim]
     taps = [(-1) ** (times - k) * math.comb(times, k) for k in range(times + 1)]
     rows = [[(o + k, c) for k, c in enumerate(taps)] for o in range(node.meta["val"].shape[dim])]
-    return lift.along(x, dim, Stencil.of(size, rows))
+    return build.along(x, dim, Stencil.of(size, rows))
 
 
-def _trapezoids(lift: Lift, args: Args, size: int, dim: int) -> list[Fraction]:
+def _trapezoids(build: Builder, args: Args, size: int, dim: int) -> list[Fraction]:
     """Half the width of each interval between two positions."""
     if "dx" in args:
         return [rational(float(args["dx"])) / 2] * (size - 1)
-    places = known(lift, args["x"])
+    places = known(build, args["x"])
     if places.dim() != 1:
         raise Refusal("its positions differ from row to row", "give one list of positions")
     return [rational(width) / 2 for width in places.double().diff().tolist()]
 
 
 @rule(aten.trapezoid.dx, aten.trapezoid.x)
-def _trapezoid(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x = lift.node(args["y"])
-    dim = args["dim"] % len(lift.shape(x))
-    size = lift.shape(x)[dim]
-    halves = _trapezoids(lift, args, size, dim)
+def _trapezoid(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["y"])
+    dim = args["dim"] % len(build.shape(x))
+    size = build.shape(x)[dim]
+    halves = _trapezoids(build, args, size, dim)
     row = [(p + side, half) for p, half in enumerate(halves) for side in (0, 1)]
-    y = lift.along(x, dim, Stencil.of(size, [row]))
-    return lift.reshape(y, tuple(node.meta["val"].shape))
+    y = build.along(x, dim, Stencil.of(size, [row]))
+    return build.reshape(y, tuple(node.meta["val"].shape))
 
 
 # -- windows and grids -----------------------------------------------------------------------------
 
 
 @rule(aten.col2im.default)
-def _col2im(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _col2im(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     """Windows added up where they overlap: the transpose of cutting them out."""
-    x = lift.node(args["self"])
+    x = build.node(args["self"])
     sizes = tuple(args["output_size"])
     spec = [args[key] for key in ("kernel_size", "dilation", "padding", "stride")]
     # Zero stands for padding.
     marked = torch.arange(1.0, math.prod(sizes) + 1, dtype=torch.float64).reshape(1, 1, *sizes)
     flat = aten.im2col.default(marked, *spec).long().reshape(-1) - 1
     shape = tuple(node.meta["val"].shape)
-    y = lift.reshape(x, (*shape[:-2], len(flat)))
+    y = build.reshape(x, (*shape[:-2], len(flat)))
     dim = len(shape) - 2
     rows: list[list[tuple[int, int]]] = [[] for _ in range(math.prod(sizes))]
     for k, position in enumerate(flat.tolist()):
         if position >= 0:
             rows[position].append((k, 1))
-    return lift.reshape(lift.along(y, dim, Stencil.of(len(flat), rows)), shape)
+    return build.reshape(build.along(y, dim, Stencil.of(len(flat), rows)), shape)
 
 
 #: Coefficients up to which a map over all positions at once is read off the operation.
@@ -218,20 +217,20 @@ LARGEST_GRID = 1 << 24
 
 
 @rule(aten.grid_sampler.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)
-def _grid_sample(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    if lift.is_active(args["grid"]):
+def _grid_sample(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    if build.is_active(args["grid"]):
         raise Refusal(
             "it samples at positions that depend on activations, which is not piecewise linear",
             "sample at positions that are constant, kept in a buffer",
         )
-    grid = lift.constant(args["grid"])
+    grid = build.constant(args["grid"])
     if grid is None:
         raise Refusal(
             "it samples at positions that are computed from parameters: no weights of a layer",
             "keep the grid in a buffer",
         )
-    x = lift.node(args["input"])
-    batch, channels, *sizes = lift.shape(x)
+    x = build.node(args["input"])
+    batch, channels, *sizes = build.shape(x)
     count, out = math.prod(sizes), tuple(node.meta["val"].shape[2:])
     if count * math.prod(out) > LARGEST_GRID:
         raise Refusal(
@@ -242,13 +241,13 @@ def _grid_sample(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     rest = [args[k] for k in ("interpolation_mode", "padding_mode", "align_corners")]
     samples = []
     for i in range(batch):
-        own = x if batch == 1 else lift.emit(aten.slice.Tensor, x, 0, i, i + 1)
+        own = x if batch == 1 else build.emit(aten.slice.Tensor, x, 0, i, i + 1)
         sampled = aten.grid_sampler.default(eye, grid[i : i + 1].double(), *rest)
         matrix = sampled.reshape(count, -1).T
         rows: list[list[tuple[int, Any]]] = [[] for _ in range(len(matrix))]
         for o, p in matrix.nonzero().tolist():
             rows[o].append((p, rational(float(matrix[o, p]))))
-        flat = lift.reshape(own, (1, channels, count))
-        y = lift.along(flat, 2, Stencil.of(count, rows))
-        samples.append(lift.reshape(y, (1, channels, *out)))
-    return samples[0] if batch == 1 else lift.emit(aten.cat.default, samples, 0)
+        flat = build.reshape(own, (1, channels, count))
+        y = build.along(flat, 2, Stencil.of(count, rows))
+        samples.append(build.reshape(y, (1, channels, *out)))
+    return samples[0] if batch == 1 else build.emit(aten.cat.default, samples, 0)

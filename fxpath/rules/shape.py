@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxpath.graph.builder import Builder
+from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
 from fxpath.graph.stencil import Stencil
 from fxpath.rules.common import places, spread
 from fxpath.rules.refused import NOT_REAL
-from fxpath.rules.registry import Refusal, rule
-
-if TYPE_CHECKING:
-    from fxpath.passes.lift import Lift
+from fxpath.rules.registry import rule
 
 aten = torch.ops.aten
 Args = dict[str, Any]
@@ -38,31 +37,31 @@ Args = dict[str, Any]
     aten.atleast_3d.default,
     aten.view.dtype,
 )
-def _reshape(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _reshape(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     if node.target is aten.view.dtype and node.meta["val"].dtype != args["self"].meta["val"].dtype:
         raise Refusal(*NOT_REAL)
-    return lift.reshape(lift.node(args["self"]), tuple(node.meta["val"].shape))
+    return build.reshape(build.node(args["self"]), tuple(node.meta["val"].shape))
 
 
-def permute(lift: Lift, x: fx.Node, dims: list[int]) -> fx.Node:
+def permute(build: Builder, x: fx.Node, dims: list[int]) -> fx.Node:
     """Reorder axes; nothing is emitted where the order stays."""
     dims = [d % len(dims) for d in dims]
-    return x if dims == sorted(dims) else lift.emit(aten.permute.default, x, dims)
+    return x if dims == sorted(dims) else build.emit(aten.permute.default, x, dims)
 
 
 @rule(aten.permute.default)
-def _permute(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return permute(lift, lift.node(args["self"]), list(args["dims"]))
+def _permute(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return permute(build, build.node(args["self"]), list(args["dims"]))
 
 
 @rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
-def _transpose(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x = lift.node(args["self"])
-    dims = list(range(len(lift.shape(x))))
+def _transpose(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["self"])
+    dims = list(range(len(build.shape(x))))
     a, b = (args[k] for k in list(args)[1:3])
     if dims:
         dims[a], dims[b] = dims[b], dims[a]
-    return permute(lift, x, dims)
+    return permute(build, x, dims)
 
 
 @rule(
@@ -72,83 +71,83 @@ def _transpose(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     aten.mH.default,
     aten.adjoint.default,
 )
-def _t(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x = lift.node(args["self"])
-    dims = list(range(len(lift.shape(x))))
+def _t(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["self"])
+    dims = list(range(len(build.shape(x))))
     reverses = node.target in (aten.t.default, aten.numpy_T.default)
     last = dims[::-1] if reverses else [*dims[:-2], dims[-1], dims[-2]]
-    return permute(lift, x, last)
+    return permute(build, x, last)
 
 
 @rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
-def _movedim(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x = lift.node(args["self"])
-    rank = len(lift.shape(x))
+def _movedim(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["self"])
+    rank = len(build.shape(x))
     source, target = (
         [d % rank for d in ([v] if isinstance(v, int) else v)]
         for v in (args["source"], args["destination"])
     )
     rest = iter(d for d in range(rank) if d not in source)
     order = [source[target.index(d)] if d in target else next(rest) for d in range(rank)]
-    return permute(lift, x, order)
+    return permute(build, x, order)
 
 
 @rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
-def _expand(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    return lift.expand(lift.node(args["self"]), tuple(node.meta["val"].shape))
+def _expand(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    return build.expand(build.node(args["self"]), tuple(node.meta["val"].shape))
 
 
 @rule(aten.repeat.default, aten.tile.default)
-def _repeat(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x = lift.node(args["self"])
+def _repeat(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["self"])
     shape = tuple(node.meta["val"].shape)
-    x = lift.reshape(x, (1,) * (len(shape) - len(lift.shape(x))) + lift.shape(x))
+    x = build.reshape(x, (1,) * (len(shape) - len(build.shape(x))) + build.shape(x))
     for dim, out in enumerate(shape):
-        size = lift.shape(x)[dim]
-        x = lift.along(x, dim, Stencil.select(size, [p % size for p in range(out)]))
+        size = build.shape(x)[dim]
+        x = build.along(x, dim, Stencil.select(size, [p % size for p in range(out)]))
     return x
 
 
 @rule(aten.repeat_interleave.self_int)
-def _repeat_interleave(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, dim = lift.node(args["self"]), args["dim"]
+def _repeat_interleave(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x, dim = build.node(args["self"]), args["dim"]
     if dim is None:
-        x, dim = lift.reshape(x, (-1,)), 0
-    size = lift.shape(x)[dim]
+        x, dim = build.reshape(x, (-1,)), 0
+    size = build.shape(x)[dim]
     positions = [p for p in range(size) for _ in range(args["repeats"])]
-    return lift.along(x, dim, Stencil.select(size, positions))
+    return build.along(x, dim, Stencil.select(size, positions))
 
 
 @rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
-def _cat(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _cat(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     # torch lets an empty vector stand among tensors of any rank.
     tensors = args["tensors"]
     pieces = [x for x in tensors if tuple(x.meta["val"].shape) != (0,)] or tensors
-    return lift.emit(aten.cat.default, [lift.node(x) for x in pieces], args["dim"])
+    return build.emit(aten.cat.default, [build.node(x) for x in pieces], args["dim"])
 
 
 @rule(aten.hstack.default)
-def _hstack(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    pieces = [lift.node(x) for x in args["tensors"]]
-    return lift.emit(aten.cat.default, pieces, int(len(node.meta["val"].shape) > 1))
+def _hstack(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    pieces = [build.node(x) for x in args["tensors"]]
+    return build.emit(aten.cat.default, pieces, int(len(node.meta["val"].shape) > 1))
 
 
 @rule(aten.vstack.default, aten.dstack.default, aten.column_stack.default)
-def _stack_with_axes(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _stack_with_axes(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     """Pieces that lack axes are given them first."""
     least, dim = JOINED[target(node)]
     pieces = []
     for each in args["tensors"]:
-        x = lift.node(each)
-        shape = lift.shape(x)
+        x = build.node(each)
+        shape = build.shape(x)
         if len(shape) < least:
             if node.target is aten.column_stack.default:
                 shape = (*shape, *(1,) * (least - len(shape)))
             elif len(shape) < 2:
                 shape = (1, *(shape or (1,)))
             shape = (*shape, *(1,) * (least - len(shape)))
-        pieces.append(lift.reshape(x, shape))
-    return lift.emit(aten.cat.default, pieces, dim)
+        pieces.append(build.reshape(x, shape))
+    return build.emit(aten.cat.default, pieces, dim)
 
 
 #: Axes that the pieces have at least, and the one along which they are joined.
@@ -160,69 +159,69 @@ JOINED = {
 
 
 @rule(aten.block_diag.default)
-def _block_diag(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _block_diag(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     rows, columns = shape = tuple(node.meta["val"].shape)
     terms, row, column = [], 0, 0
     for each in args["tensors"]:
-        x = lift.node(each)
-        x = lift.reshape(x, (1,) * (2 - len(lift.shape(x))) + lift.shape(x))
-        height, width = lift.shape(x)
+        x = build.node(each)
+        x = build.reshape(x, (1,) * (2 - len(build.shape(x))) + build.shape(x))
+        height, width = build.shape(x)
         where = places(shape)[row : row + height, column : column + width]
-        terms.append(spread(lift, x, where, shape))
+        terms.append(spread(build, x, where, shape))
         row, column = row + height, column + width
-    return lift.add(terms, shape)
+    return build.add(terms, shape)
 
 
 @rule(aten.broadcast_tensors.default, aten.meshgrid.default, aten.meshgrid.indexing)
-def _broadcast(lift: Lift, node: fx.Node, args: Args) -> list[fx.Node | None]:
+def _broadcast(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
     grid = node.target is not aten.broadcast_tensors.default
     pieces: list[fx.Node | None] = []
     for i, (each, value) in enumerate(zip(args["tensors"], node.meta["val"], strict=True)):
-        x, shape = lift.node(each), list(value.shape)
+        x, shape = build.node(each), list(value.shape)
         if grid:
             swapped = args.get("indexing") == "xy" and i < 2 and len(shape) > 1
             axis = 1 - i if swapped else i
-            x = lift.reshape(x, [shape[d] if d == axis else 1 for d in range(len(shape))])
-        pieces.append(lift.expand(x, shape))
+            x = build.reshape(x, [shape[d] if d == axis else 1 for d in range(len(shape))])
+        pieces.append(build.expand(x, shape))
     return pieces
 
 
 @rule(aten.stack.default)
-def _stack(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _stack(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     shape = list(node.meta["val"].shape)
     dim = args["dim"] % len(shape)
     shape[dim] = 1
-    pieces = [lift.reshape(lift.node(x), shape) for x in args["tensors"]]
-    return lift.emit(aten.cat.default, pieces, dim)
+    pieces = [build.reshape(build.node(x), shape) for x in args["tensors"]]
+    return build.emit(aten.cat.default, pieces, dim)
 
 
 @rule(aten.pixel_shuffle.default)
-def _pixel_shuffle(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, r = lift.node(args["self"]), args["upscale_factor"]
-    *lead, c, h, w = lift.shape(x)
+def _pixel_shuffle(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x, r = build.node(args["self"]), args["upscale_factor"]
+    *lead, c, h, w = build.shape(x)
     n = len(lead)
-    x = lift.reshape(x, (*lead, c // r**2, r, r, h, w))
-    x = permute(lift, x, [*range(n), n, n + 3, n + 1, n + 4, n + 2])
-    return lift.reshape(x, tuple(node.meta["val"].shape))
+    x = build.reshape(x, (*lead, c // r**2, r, r, h, w))
+    x = permute(build, x, [*range(n), n, n + 3, n + 1, n + 4, n + 2])
+    return build.reshape(x, tuple(node.meta["val"].shape))
 
 
 @rule(aten.pixel_unshuffle.default)
-def _pixel_unshuffle(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x, r = lift.node(args["self"]), args["downscale_factor"]
-    *lead, c, h, w = lift.shape(x)
+def _pixel_unshuffle(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x, r = build.node(args["self"]), args["downscale_factor"]
+    *lead, c, h, w = build.shape(x)
     n = len(lead)
-    x = lift.reshape(x, (*lead, c, h // r, r, w // r, r))
-    x = permute(lift, x, [*range(n), n, n + 2, n + 4, n + 1, n + 3])
-    return lift.reshape(x, tuple(node.meta["val"].shape))
+    x = build.reshape(x, (*lead, c, h // r, r, w // r, r))
+    x = permute(build, x, [*range(n), n, n + 2, n + 4, n + 1, n + 3])
+    return build.reshape(x, tuple(node.meta["val"].shape))
 
 
 @rule(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
-def _channel_shuffle(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
-    x = lift.node(args["self"])
-    batch, channels, *rest = lift.shape(x)
-    x = lift.reshape(x, (batch, args["groups"], channels // args["groups"], *rest))
-    x = permute(lift, x, [0, 2, 1, *range(3, 3 + len(rest))])
-    return lift.reshape(x, (batch, channels, *rest))
+def _channel_shuffle(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["self"])
+    batch, channels, *rest = build.shape(x)
+    x = build.reshape(x, (batch, args["groups"], channels // args["groups"], *rest))
+    x = permute(build, x, [0, 2, 1, *range(3, 3 + len(rest))])
+    return build.reshape(x, (batch, channels, *rest))
 
 
 @rule(
@@ -232,7 +231,7 @@ def _channel_shuffle(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
     aten.tril.default,
     aten.triu.default,
 )
-def _as_it_is(lift: Lift, node: fx.Node, args: Args) -> fx.Node:
+def _as_it_is(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     """Selections with a layout of their own: the operation itself does it to any kind of value."""
     x, *rest = args.values()
-    return lift.emit(target(node), lift.node(x), *rest)
+    return build.emit(target(node), build.node(x), *rest)

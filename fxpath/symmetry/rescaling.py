@@ -14,7 +14,7 @@ from fxpath.graph import ops
 from fxpath.model import Captured, Given, Model, Shapes, check_finite, named_tensors
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
-from fxpath.passes.front import take_in
+from fxpath.passes import Setting, take_in
 from fxpath.passes.unsign import unsign
 from fxpath.symmetry.groups import ChannelGroups, find_groups, open_groups
 from fxpath.symmetry.least_norm import least_norm_factors
@@ -54,7 +54,7 @@ def channel_groups(
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     captured, signed = take_in(model, given)
-    return find_groups(captured, unsign(signed))
+    return find_groups(captured, unsign(signed, Setting(captured)))
 
 
 @plain_mode()
@@ -117,7 +117,7 @@ def rescale(
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     captured, signed = take_in(model, given)
-    lifted = unsign(signed)
+    lifted = unsign(signed, Setting(captured))
     found = open_groups(captured, lifted)
     values = torch.ones(len(found), dtype=torch.float64)
     rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
@@ -213,7 +213,7 @@ def normalize(
         raise ValueError(f"method={method!r}: known are {', '.join(map(repr, METHODS))}")
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     captured, signed = take_in(model, given)
-    lifted = unsign(signed)
+    lifted = unsign(signed, Setting(captured))
     check_finite({captured.tensors[key]: tensor for key, tensor in captured.live().items()})
     found = open_groups(captured, lifted)
     values = METHODS[method](captured, lifted, found)

@@ -8,26 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxpath.graph.aten import MADE_FROM_SHAPE
 from fxpath.graph.edit import inputs_first
-from fxpath.graph.made import MADE_FROM_SHAPE, fill_of, read_by
+from fxpath.graph.made import fill_of, read_by
 from fxpath.graph.schema import target
 from fxpath.model import Captured
 
-__all__ = ["Constants"]
+__all__ = ["Constants", "active_nodes"]
+
+
+def active_nodes(graph: fx.Graph, captured: Captured) -> set[fx.Node]:
+    """Nodes of a captured graph whose values depend on the network's inputs."""
+    active: set[fx.Node] = set()
+    for node in graph.nodes:
+        fed = node.op == "placeholder" and node.name not in captured.tensors
+        if fed or (node.op == "call_function" and any(n in active for n in read_by(node))):
+            active.add(node)
+    return active
 
 
 class Constants:
-    """Evaluates constants, each step once; knows what is active, and what the graph is made for."""
+    """Evaluates constants of a captured graph, each step once.
 
-    def __init__(self, captured: Captured) -> None:
+    Attributes:
+        baked: placeholders of those tensors of the model whose numbers were asked for.
+    """
+
+    def __init__(self, graph: fx.Graph, captured: Captured) -> None:
         """Nothing is evaluated before it is asked for."""
         self.captured = captured
-        self._active: set[fx.Node] = set()
+        self.baked: dict[fx.Node, None] = {}
+        self._active = active_nodes(graph, captured)
         self._constants: dict[fx.Node, Any] = {}
-        self._baked: set[fx.Node] = set()
+        self._asked: set[fx.Node] = set()
 
     def is_active(self, value: Any) -> bool:
-        """Whether a value of the original graph depends on the network's inputs."""
+        """Whether a value of the captured graph depends on the network's inputs."""
         return isinstance(value, fx.Node) and value in self._active
 
     def is_zero(self, value: Any) -> bool:
@@ -45,12 +61,11 @@ class Constants:
         if not isinstance(value, fx.Node):
             return torch.tensor(value)
         found = self.peek(value)
-        if found is not None and value not in self._baked:
-            # The graph is made for it.
-            for node in _tensors(value):
-                name = self.captured.tensors[node.name]
-                self.captured.baked.setdefault(name, self._live[node.name].detach().clone())
-            self._baked.add(value)
+        if found is not None and value not in self._asked:
+            self._asked.add(value)
+            # The graph is made for what these hold.
+            read = inputs_first(value, (), read_by)
+            self.baked.update(dict.fromkeys(n for n in read if n.op == "placeholder"))
         return found
 
     def peek(self, value: fx.Node) -> Tensor | None:
@@ -84,8 +99,3 @@ class Constants:
     @functools.cached_property
     def _live(self) -> dict[str, Tensor]:
         return self.captured.live()
-
-
-def _tensors(value: fx.Node) -> list[fx.Node]:
-    """The tensors of the model that a value is computed from."""
-    return [n for n in inputs_first(value, (), read_by) if n.op == "placeholder"]

@@ -1,20 +1,19 @@
-"""From a model to its signed graph: what every verb does first."""
+"""With what a refused model would pass: a cut before the offending operations, or other outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from torch import fx, nn
 
-from fxpath.capture import capture
-from fxpath.capture.sources import unreliable
 from fxpath.errors import BLANK, Problem, SupportReport, UnsupportedModelError
 from fxpath.model import Captured, Given, Model
-from fxpath.passes.fold import fold_batch_norm
-from fxpath.passes.lift import lift
 
-__all__ = ["take_in"]
+__all__ = ["with_advice"]
+
+#: Whether a model is taken in for what is asked of it.
+Passes = Callable[[Given], bool]
 
 #: Cuts that are tried before the advice stays a general one; each costs a trace.
 _TRIES = 2
@@ -22,38 +21,24 @@ _TRIES = 2
 _HEAD = 1 / 4
 
 
-def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
-    """Capture a model, fold its batch norms and write its signed graph.
+def with_advice(
+    error: UnsupportedModelError, model: Model, given: Given, captured: Captured, passes: Passes
+) -> UnsupportedModelError:
+    """A refusal that names the cut or the outputs with which the model passes, if there are any.
 
-    Raises:
-        UnsupportedModelError: listing every operation without an exact rule, with the ``until=`` or
-            ``outputs=`` that passes where there is one.
-        ValueError: for inputs that do not fit, an unknown ``until`` or ``outputs``.
+    Args:
+        error: the refusal.
+        model: the model.
+        given: what was asked for.
+        captured: the model as captured.
+        passes: whether the model is taken in if something else is asked for.
     """
-    captured = capture(model, given)
-    try:
-        return captured, _lifted(captured)
-    except UnsupportedModelError as error:
-        advice = _advice(model, given, captured, error.report)
-        # A refusal says for which input it was made.
-        report = replace(_with_advice(error.report, advice), inputs=captured.inputs)
-        raise UnsupportedModelError(report) from error
+    advice = _advice(model, given, captured, error.report, passes)
+    # A refusal says for which input it was made.
+    return UnsupportedModelError(replace(_named(error.report, advice), inputs=captured.inputs))
 
 
-def _lifted(captured: Captured) -> fx.GraphModule:
-    problems = unreliable(captured)
-    fold_batch_norm(captured)
-    try:
-        module = lift(captured)
-    except UnsupportedModelError as error:
-        named = {problem.node for problem in problems}
-        problems += [problem for problem in error.report.problems if problem.node not in named]
-    if problems:
-        raise UnsupportedModelError(SupportReport(tuple(problems)))
-    return module
-
-
-def _with_advice(report: SupportReport, advice: str) -> SupportReport:
+def _named(report: SupportReport, advice: str) -> SupportReport:
     """Name what passes, if anything does, in place of the blank or behind the remedy."""
     if not advice:
         return report
@@ -66,7 +51,9 @@ def _with_advice(report: SupportReport, advice: str) -> SupportReport:
     return SupportReport(tuple(named(problem) for problem in report.problems))
 
 
-def _advice(model: Model, given: Given, captured: Captured, report: SupportReport) -> str:
+def _advice(
+    model: Model, given: Given, captured: Captured, report: SupportReport, passes: Passes
+) -> str:
     """The argument with which the model passes; empty if none was found."""
     graph = captured.graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -74,11 +61,11 @@ def _advice(model: Model, given: Given, captured: Captured, report: SupportRepor
     clean = _clean_outputs(graph, captured.outputs, bad)
     if clean and given.outputs is None:
         outputs = clean[0] if len(clean) == 1 else clean
-        if _passes(model, replace(given, outputs=outputs)):
+        if passes(replace(given, outputs=outputs)):
             return f"outputs={outputs!r}"
     if given.until is None and isinstance(model, nn.Module):
         for name in list(_cuts(graph, bad))[:_TRIES]:
-            if _passes(model, replace(given, until=name, outputs=None)):
+            if passes(replace(given, until=name, outputs=None)):
                 return f'until="{name}"'
     return ""
 
@@ -90,15 +77,6 @@ def _clean_outputs(
     results = next(iter(reversed(graph.nodes))).args[0]
     tainted = {key for key, result in zip(keys, results, strict=True) if bad & _ancestors(result)}
     return [key for key in dict.fromkeys(keys) if key not in tainted]
-
-
-def _passes(model: Model, given: Given) -> bool:
-    try:
-        _lifted(capture(model, given))
-    # The cut is a guess: its output may be none of floating point, or refused for another reason.
-    except ValueError:
-        return False
-    return True
 
 
 def _cuts(graph: fx.Graph, bad: set[fx.Node]) -> Iterator[str]:

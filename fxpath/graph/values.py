@@ -1,4 +1,4 @@
-"""What the lifting pass asks of values in the captured graph."""
+"""What is asked of values in a captured graph."""
 
 from __future__ import annotations
 
@@ -9,25 +9,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from fxpath.graph.refusal import READ_OUT, UNKNOWN_SHAPE, Refusal
+from fxpath.graph.schema import bind
 from fxpath.graph.stencil import Stencil
-from fxpath.rules.refused import READ_OUT
-from fxpath.rules.registry import Refusal
 
-aten = torch.ops.aten
-
-SPARSE = (
-    "its weights are stored sparsely, and scores have an entry for each weight",
-    "store them as a dense tensor (weight.to_dense())",
-)
-UNKNOWN_SHAPE = (
-    "the number of entries that it returns depends on values, so torch.export does not know it",
-    "select by a list of positions (mask.nonzero()) that is kept in a buffer",
-)
-#: Weights are lifted by value: what a view needs to know of memory may not hold for them.
-BY_VALUE = {
-    aten.view.default: aten.reshape.default,
-    aten._unsafe_view.default: aten.reshape.default,
-}
 FORMATS = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -39,8 +24,14 @@ def settled(value: Any) -> Any:
     if not isinstance(value, Tensor) or all(isinstance(n, int) for n in value.shape):
         return value
     if any(not is_concrete_int(n) for n in value.shape):
-        raise Refusal(*UNKNOWN_SHAPE)
+        return value
     return value.new_empty([int(n) for n in value.shape], device="meta")
+
+
+def check_shape(value: Any) -> None:
+    """Refuse results whose extents depend on values."""
+    if isinstance(value, Tensor) and not all(isinstance(n, int) for n in value.shape):
+        raise Refusal(*UNKNOWN_SHAPE)
 
 
 def real(value: Any) -> float:
@@ -50,15 +41,13 @@ def real(value: Any) -> float:
     return float(value)
 
 
-def is_sparse(value: fx.Node) -> bool:
+def is_sparse(held: Any) -> bool:
     """Whether a value is stored by its non-zero entries alone."""
-    held = value.meta.get("val")
     return isinstance(held, Tensor) and held.layout != torch.strided
 
 
-def check_format(value: fx.Node) -> None:
+def check_format(held: Any) -> None:
     """Refuse weights that are no plain real numbers."""
-    held = value.meta.get("val")
     if not isinstance(held, Tensor):
         raise Refusal(*READ_OUT)
     dtype = held.dtype
@@ -96,3 +85,11 @@ def ancestors(output: fx.Node) -> set[fx.Node]:
         found.update(new)
         stack.extend(new)
     return found
+
+
+def frozen(norm: fx.Node) -> bool:
+    """Whether a batch norm uses its running statistics."""
+    bound = bind(norm)
+    if bound.get("training", False) or bound.get("use_input_stats", False):
+        return False
+    return isinstance(bound["running_mean"], fx.Node) and isinstance(bound["running_var"], fx.Node)

@@ -1,0 +1,29 @@
+"""What passes are told besides the graph that they rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxpath.model import Captured
+
+__all__ = ["Pass", "Setting"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Whose network it is, and for which norm.
+
+    Attributes:
+        captured: the model as captured: names of tensors, and what they hold.
+        q: exponent of the path-norm.
+    """
+
+    captured: Captured
+    q: float = 1.0
+
+
+#: Every pass takes a graph module, which it leaves as it is, and returns another one.
+Pass = Callable[[fx.GraphModule, Setting], fx.GraphModule]
