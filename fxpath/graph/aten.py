@@ -46,6 +46,18 @@ INSTANCE_NORM = aten.instance_norm.default
 #: With frozen statistics an instance norm is the same map.
 BATCH_NORMS: set[Any] = {aten.batch_norm.default, INSTANCE_NORM, *WITH_STATISTICS}
 
+#: Maxima over windows -> their number of axes.
+MAX_POOLS: dict[Any, int] = {
+    aten.max_pool1d.default: 1,
+    aten.max_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+}
+MAX_POOLS_WITH_INDICES: dict[Any, int] = {
+    aten.max_pool1d_with_indices.default: 1,
+    aten.max_pool2d_with_indices.default: 2,
+    aten.max_pool3d_with_indices.default: 3,
+}
+
 # -- what hands its argument on --------------------------------------------------------------------
 
 DROPOUTS: set[Any] = {

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.costs import multiply_adds
-from fxpath.graph.edit import drop_dead
+from fxpath.graph.edit import drop_dead, form
 from fxpath.graph.links import Kernel, extents
 from fxpath.graph.schema import arguments
 from fxpath.graph.writer import Writer
@@ -162,6 +162,7 @@ class _Lowering(Writer):
         if shift is None:
             return
         coordinate.replace_input_with(folded, weight)
+        coordinate.meta["val"] = form(weight.meta["val"])
         with self.graph.inserting_before(shift):
             fixed = self.emit(ops.coefficient, factor)
             affine = self.emit(ops.affine, layer, fixed, arguments(shift)[1], axis)

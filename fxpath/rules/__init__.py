@@ -2,10 +2,10 @@
 
 Weights: ``affine`` (convolutions, linear maps, batch norms), ``products`` (everything that
 multiplies or adds), ``recurrent``.  Neurons: ``activation`` (ReLU and its relatives), ``pooling``
-(maxima, means, sums), ``ranks`` (order statistics), ``norms``.  Fixed maps: ``resampling``
-(padding, interpolation), ``indexing`` and ``assignment`` (entries read from and written to constant
-positions), ``shape`` (what only moves entries).  ``refused`` explains the best-known operations
-that the theory does not cover.
+(maxima, means, sums), ``ranks`` (order statistics), ``norms``.  Fixed maps: ``padding``,
+``resampling`` (interpolation), ``indexing`` and ``assignment`` (entries read from and written to
+constant positions), ``shape`` (what only moves entries).  ``refused`` explains the best-known
+operations that the theory does not cover.
 """
 
 from fxpath.rules import (
@@ -14,6 +14,7 @@ from fxpath.rules import (
     assignment,
     indexing,
     norms,
+    padding,
     pooling,
     products,
     ranks,
@@ -31,6 +32,7 @@ __all__ = [
     "assignment",
     "indexing",
     "norms",
+    "padding",
     "pooling",
     "products",
     "ranks",

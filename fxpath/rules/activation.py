@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.aten import CAST, RESHAPE
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import Refusal
 from fxpath.rules.affine import only_first_active
@@ -120,7 +121,7 @@ def _prelu(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     shape = [1] * len(build.shape(x))
     if len(shape) > 1:
         shape[1] = -1
-    return build.emit(ops.slope, x, build.emit(aten.reshape.default, slopes, shape))
+    return build.emit(ops.slope, x, build.emit(RESHAPE, slopes, shape))
 
 
 @rule(aten.threshold.default)
@@ -192,7 +193,7 @@ def _bound_neurons(build: Builder, bound: fx.Node) -> fx.Node:
     """Constant neurons: bounds are architecture, so they carry no score."""
     static = build.static(bound)
     if not static.meta["val"].is_floating_point():
-        static = build.emit(aten.to.dtype, static, torch.float32)
+        static = build.emit(CAST, static, torch.float32)
     return build.emit(ops.constant, build.emit(ops.coefficient, static))
 
 

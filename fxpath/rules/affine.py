@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxpath.graph import ops
-from fxpath.graph.aten import BATCH_NORMS, INSTANCE_NORM
+from fxpath.graph.aten import BATCH_NORMS, INSTANCE_NORM, RESHAPE
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.stencil import pad, per_axis
@@ -29,7 +29,7 @@ def bias_along(build: Builder, x: fx.Node, bias: Any, user: fx.Node, axis: int) 
     shape = [1] * len(build.shape(x))
     if shape:
         shape[axis] = -1
-    return build.emit(ops.shift, x, build.emit(aten.reshape.default, weight, shape))
+    return build.emit(ops.shift, x, build.emit(RESHAPE, weight, shape))
 
 
 def only_first_active(build: Builder, args: Args, *constants: str) -> None:

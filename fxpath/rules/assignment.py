@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
-from fxpath.graph.aten import RELABELLING
+from fxpath.graph.aten import CAT, RELABELLING
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import INFINITE, Refusal
 from fxpath.graph.schema import arguments, bind, target
@@ -257,7 +257,7 @@ def _grouped(
     for k, position in enumerate(where.reshape(-1).tolist()):
         rows[position].append((n + k, ONE))
     flat = [build.reshape(x, (-1,)) for x in (base, piece)]
-    both = build.emit(aten.cat.default, flat, 0)
+    both = build.emit(CAT, flat, 0)
     ranks = LARGEST if how == "amax" else SMALLEST
     y = build.along(both, 0, Stencil.of(n + where.numel(), rows), ranks)
     return build.reshape(y, shape)

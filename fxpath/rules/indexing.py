@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxpath.graph.aten import PERMUTE
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
@@ -253,4 +254,4 @@ def _rot90(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     turns = args["k"] % 4
     for dim in {0: (), 1: (b,), 2: (a, b), 3: (a,)}[turns]:
         x = select(build, x, dim, reversed(range(build.shape(x)[dim])))
-    return x if turns % 2 == 0 else build.emit(aten.permute.default, x, order)
+    return x if turns % 2 == 0 else build.emit(PERMUTE, x, order)

@@ -10,26 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops, stencil
+from fxpath.graph.aten import MAX_POOLS, MAX_POOLS_WITH_INDICES
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
 from fxpath.graph.stencil import ONE, Stencil, per_axis
 from fxpath.rules.common import LARGEST, SMALLEST, Args, apply, axes, pooled, summed
+from fxpath.rules.padding import without_padding
 from fxpath.rules.registry import rule
 
 aten = torch.ops.aten
 
-MAX_POOLS = {
-    aten.max_pool1d.default: 1,
-    aten.max_pool2d.default: 2,
-    aten.max_pool3d.default: 3,
-}
-MAX_POOLS_WITH_INDICES = {
-    aten.max_pool1d_with_indices.default: 1,
-    aten.max_pool2d_with_indices.default: 2,
-    aten.max_pool3d_with_indices.default: 3,
-}
-ALL_MAX_POOLS = {*MAX_POOLS, *MAX_POOLS_WITH_INDICES}
 AVG_POOLS = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
 
 
@@ -42,20 +33,19 @@ def _whole(size: int) -> Stencil:
 
 
 def _max_pool(build: Builder, args: Args, axes_: int) -> fx.Node:
-    x = build.node(args["self"])
+    sizes = build.shape(build.node(args["self"]))
     kernel, padding = per_axis(args["kernel_size"], axes_), per_axis(args["padding"], axes_)
     stride = per_axis(args["stride"] or kernel, axes_)
     dilation = per_axis(args["dilation"], axes_)
     stencils = [
         stencil.max_pool(size, kernel[i], stride[i], padding[i], dilation[i], args["ceil_mode"])
-        for i, size in enumerate(build.shape(x)[-axes_:])
+        for i, size in enumerate(sizes[-axes_:])
     ]
-    if "unpadded" in x.meta:
-        # Minus infinity is no edge: the windows read past it.  Axes are matched from the last one.
-        shape = build.shape(x)
-        x, pads = x.meta["unpadded"]
+    x, pads = without_padding(build, args["self"])
+    if pads:
+        # The windows read past the padding.  Axes are matched from the last one.
         rank = max(len(stencils), len(pads))
-        both = ([*map(_whole, shape[-rank:][: rank - len(s)]), *s] for s in (stencils, pads))
+        both = ([*map(_whole, sizes[-rank:][: rank - len(s)]), *s] for s in (stencils, pads))
         stencils = [window.after(pad) for window, pad in zip(*both, strict=True)]
     if not all(bool(each.reads.all()) for each in stencils):
         raise Refusal(

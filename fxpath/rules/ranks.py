@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpath.graph.aten import PERMUTE
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import bind, target
@@ -134,7 +135,7 @@ def _quantile(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     y = build.along(y, dim, Stencil.of(len(used), taps))
     rank = len(build.shape(y))
     order = [dim, *(d for d in range(rank) if d != dim)]  # one for each q, in front
-    return build.reshape(build.emit(aten.permute.default, y, order), tuple(node.meta["val"].shape))
+    return build.reshape(build.emit(PERMUTE, y, order), tuple(node.meta["val"].shape))
 
 
 def _between(place: float, interpolation: str) -> list[tuple[int, Any]]:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxpath.graph import ops
+from fxpath.graph.aten import CAT, SLICE
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import Refusal
 from fxpath.rules.affine import bias_along, only_first_active
@@ -57,7 +58,7 @@ def _rnn(build: Builder, node: fx.Node, args: Args) -> list[fx.Node | None]:
             steps = _run(build, node, x, time, start, parameters, reverse=direction == 1)
             finals.append(steps[0] if direction else steps[-1])
             outputs.append(_joined(build, steps, time))
-        x = outputs[0] if directions == 1 else build.emit(aten.cat.default, outputs, 2)
+        x = outputs[0] if directions == 1 else build.emit(CAT, outputs, 2)
     return [x, _joined(build, finals, 0)]
 
 
@@ -76,7 +77,7 @@ def _run(
     steps: dict[int, fx.Node] = {}
     order = range(shape[time])
     for t in reversed(order) if reverse else order:
-        piece = build.emit(aten.slice.Tensor, seen, time, t, t + 1)
+        piece = build.emit(SLICE, seen, time, t, t + 1)
         piece = build.reshape(piece, (*shape[:time], *shape[time + 1 :]))
         steps[t] = _next(build, node, piece, fed_back, parameters)
         fed_back = build.emit(ops.linear, steps[t], build.weight(parameters[1], node))
@@ -98,7 +99,7 @@ def _from_start(
         return build.emit(ops.constant, build.weight(constant, node, "bias"))
     state = build.node(states)
     if number is not None:
-        piece = build.emit(aten.slice.Tensor, state, 0, number, number + 1)
+        piece = build.emit(SLICE, state, 0, number, number + 1)
         state = build.reshape(piece, build.shape(state)[1:])
     return build.emit(ops.linear, state, build.weight(parameters[1], node))
 
@@ -124,4 +125,4 @@ def _next(
 def _joined(build: Builder, steps: Sequence[fx.Node], dim: int) -> fx.Node:
     shape = build.shape(steps[0])
     each = (*shape[:dim], 1, *shape[dim:])
-    return build.emit(aten.cat.default, [build.reshape(step, each) for step in steps], dim)
+    return build.emit(CAT, [build.reshape(step, each) for step in steps], dim)

@@ -1,82 +1,26 @@
-"""Rules: padding, resampling, and other linear maps with coefficients that are fixed."""
+"""Rules: resampling, and other linear maps with coefficients that are fixed."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxpath.graph import ops, stencil
+from fxpath.graph import stencil
+from fxpath.graph.aten import CAT, SLICE
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
 from fxpath.graph.stencil import Stencil, per_axis, rational
 from fxpath.rules.common import Args, apply, known
-from fxpath.rules.pooling import ALL_MAX_POOLS
 from fxpath.rules.registry import rule
 
 aten = torch.ops.aten
-
-
-# -- padding ---------------------------------------------------------------------------------------
-
-
-@rule(aten.pad.default)
-def _pad(build: Builder, node: fx.Node, args: Args) -> fx.Node:
-    return _padded(build, node, args["self"], args["pad"], args["mode"], args["value"])
-
-
-@rule(aten.constant_pad_nd.default)
-def _constant_pad(build: Builder, node: fx.Node, args: Args) -> fx.Node:
-    return _padded(build, node, args["self"], args["pad"], "constant", args["value"])
-
-
-@rule(aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default)
-def _reflection_pad(build: Builder, node: fx.Node, args: Args) -> fx.Node:
-    return _padded(build, node, args["self"], args["padding"], "reflect", None)
-
-
-@rule(
-    aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default
-)
-def _replication_pad(build: Builder, node: fx.Node, args: Args) -> fx.Node:
-    return _padded(build, node, args["self"], args["padding"], "replicate", None)
-
-
-def _padded(
-    build: Builder, node: fx.Node, value: fx.Node, widths: Sequence[int], mode: str, fill: Any
-) -> fx.Node:
-    x = build.node(value)
-    axes = len(widths) // 2
-    sizes = build.shape(x)[-axes:]
-    pairs = [(widths[2 * i], widths[2 * i + 1]) for i in reversed(range(axes))]
-    stencils = [
-        stencil.pad(size, before, after, mode)
-        for size, (before, after) in zip(sizes, pairs, strict=True)
-    ]
-    if fill is None or fill == 0 or mode != "constant":
-        return apply(build, x, stencils)
-    if fill == -math.inf and all(user.target in ALL_MAX_POOLS for user in node.users):
-        y = apply(build, x, stencils)
-        y.meta["unpadded"] = (x, stencils)
-        return y
-    if math.isnan(fill):
-        raise Refusal("it fills with NaN", "pad with a finite constant")
-    if not math.isfinite(fill):
-        raise Refusal(
-            "infinite padding is no edge only where a max-pooling reads it directly",
-            "pad with a finite constant, or right before the max-pooling",
-        )
-    inside = torch.ones((), dtype=torch.float64)
-    for each in stencils:
-        inside = inside[..., None] * (each.reads > 0)
-    bias = build.buffer((1 - inside) * fill, "padding")
-    return build.emit(ops.shift, apply(build, x, stencils), build.emit(ops.coefficient, bias))
 
 
 # -- upsampling ------------------------------------------------------------------------------------
@@ -162,7 +106,7 @@ def _diff(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     parts = [build.node(piece) for piece in pieces if piece is not None]
     rank = len(build.shape(parts[0]))
     dim, times = args["dim"] % rank, args["n"]
-    x = parts[0] if len(parts) == 1 else build.emit(aten.cat.default, parts, dim)
+    x = parts[0] if len(parts) == 1 else build.emit(CAT, parts, dim)
     size = build.shape(x)[dim]
     taps = [(-1) ** (times - k) * math.comb(times, k) for k in range(times + 1)]
     rows = [[(o + k, c) for k, c in enumerate(taps)] for o in range(node.meta["val"].shape[dim])]
@@ -241,7 +185,7 @@ def _grid_sample(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     rest = [args[k] for k in ("interpolation_mode", "padding_mode", "align_corners")]
     samples = []
     for i in range(batch):
-        own = x if batch == 1 else build.emit(aten.slice.Tensor, x, 0, i, i + 1)
+        own = x if batch == 1 else build.emit(SLICE, x, 0, i, i + 1)
         sampled = aten.grid_sampler.default(eye, grid[i : i + 1].double(), *rest)
         matrix = sampled.reshape(count, -1).T
         rows: list[list[tuple[int, Any]]] = [[] for _ in range(len(matrix))]
@@ -250,4 +194,4 @@ def _grid_sample(build: Builder, node: fx.Node, args: Args) -> fx.Node:
         flat = build.reshape(own, (1, channels, count))
         y = build.along(flat, 2, Stencil.of(count, rows))
         samples.append(build.reshape(y, (1, channels, *out)))
-    return samples[0] if batch == 1 else build.emit(aten.cat.default, samples, 0)
+    return samples[0] if batch == 1 else build.emit(CAT, samples, 0)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpath.graph.aten import CAT, PERMUTE
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
@@ -46,7 +47,7 @@ def _reshape(build: Builder, node: fx.Node, args: Args) -> fx.Node:
 def permute(build: Builder, x: fx.Node, dims: list[int]) -> fx.Node:
     """Reorder axes; nothing is emitted where the order stays."""
     dims = [d % len(dims) for d in dims]
-    return x if dims == sorted(dims) else build.emit(aten.permute.default, x, dims)
+    return x if dims == sorted(dims) else build.emit(PERMUTE, x, dims)
 
 
 @rule(aten.permute.default)
@@ -123,13 +124,13 @@ def _cat(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     # torch lets an empty vector stand among tensors of any rank.
     tensors = args["tensors"]
     pieces = [x for x in tensors if tuple(x.meta["val"].shape) != (0,)] or tensors
-    return build.emit(aten.cat.default, [build.node(x) for x in pieces], args["dim"])
+    return build.emit(CAT, [build.node(x) for x in pieces], args["dim"])
 
 
 @rule(aten.hstack.default)
 def _hstack(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     pieces = [build.node(x) for x in args["tensors"]]
-    return build.emit(aten.cat.default, pieces, int(len(node.meta["val"].shape) > 1))
+    return build.emit(CAT, pieces, int(len(node.meta["val"].shape) > 1))
 
 
 @rule(aten.vstack.default, aten.dstack.default, aten.column_stack.default)
@@ -147,7 +148,7 @@ def _stack_with_axes(build: Builder, node: fx.Node, args: Args) -> fx.Node:
                 shape = (1, *(shape or (1,)))
             shape = (*shape, *(1,) * (least - len(shape)))
         pieces.append(build.reshape(x, shape))
-    return build.emit(aten.cat.default, pieces, dim)
+    return build.emit(CAT, pieces, dim)
 
 
 #: Axes that the pieces have at least, and the one along which they are joined.
@@ -192,7 +193,7 @@ def _stack(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     dim = args["dim"] % len(shape)
     shape[dim] = 1
     pieces = [build.reshape(build.node(x), shape) for x in args["tensors"]]
-    return build.emit(aten.cat.default, pieces, dim)
+    return build.emit(CAT, pieces, dim)
 
 
 @rule(aten.pixel_shuffle.default)

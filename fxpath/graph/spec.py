@@ -1,0 +1,151 @@
+"""What holds after each pass: operations, shapes, names, notes.
+
+A pass may rely on it, and whoever writes one checks it with :func:`violations`; the tests do after
+every pass.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from fxpath.graph import ops
+from fxpath.graph.aten import BATCH_NORMS, CAT, EXPAND, PERMUTE, RESHAPE, SLICE
+from fxpath.graph.constants import active_nodes
+from fxpath.graph.edit import form
+from fxpath.graph.leaves import LEAVES
+from fxpath.graph.links import static
+from fxpath.graph.schema import arguments, target
+from fxpath.graph.values import frozen
+from fxpath.model import Captured
+
+__all__ = ["NOTES", "STAGES", "violations"]
+
+#: Every key of ``node.meta`` that is fxpath's own, and what it says.  ``val`` is torch's: shape and
+#: format of the result.
+NOTES = {
+    "origin": "the captured operation that a node stands for, or a part of it",
+    "coordinate": "folded graphs: the name under which an effective parameter is scored",
+    "input": "sources: position of the input",
+    "baked": "placeholders: the graph was made for the numbers that the tensor held",
+    "stencil": "fixed maps: axis, and the map along it in exact coefficients",
+    "leaf": "number of an effective parameter or fixed number, in the order of their use",
+    "fixed": "leaves: whether it is architecture",
+    "static": "whether a node depends on the model's tensors alone",
+    "full": "reduced graphs: the nodes at full resolution that it stands for",
+    "whole": "convolutions that are kept at full resolution",
+}
+
+_EFFECTIVE = {ops.normalizer, ops.folded_weight, ops.folded_bias}
+_MOVES = {CAT, EXPAND, PERMUTE, RESHAPE, SLICE}
+_SIGNS = {ops.relu, ops.absolute, ops.negative, ops.minimum}
+_LIFTED = {
+    *(ops.source, ops.constant, ops.conv, ops.linear, ops.matmul, ops.einsum, ops.scale),
+    *(ops.shift, ops.slope, ops.along, ops.pool, ops.add, ops.maximum, ops.clamp, ops.total),
+}
+_REDUCED = {*(_LIFTED - {ops.along, ops.pool}), ops.mix}
+
+#: What the activations of a graph are made by, after each pass; weights may be computed by any ATen
+#: operation, and are read through ``ops.coordinate`` and ``ops.coefficient``.
+STAGES: dict[str, set[Any]] = {
+    "signed": {*_LIFTED, *_MOVES, *_SIGNS},
+    "lifted": {*_LIFTED, *_MOVES},
+    "reduced": {*_REDUCED, *_MOVES},
+    "lowered": {*_REDUCED, *_MOVES, ops.window, ops.affine},
+}
+
+
+def violations(module: fx.GraphModule, stage: str, captured: Captured) -> list[str]:
+    """What does not hold of a graph after a pass; empty if all does.
+
+    Args:
+        module: what the pass returned.
+        stage: ``"folded"``, or one of :data:`STAGES`.
+        captured: the captured model.
+    """
+    module.graph.lint()
+    found = [*_names(module.graph)]
+    if stage == "folded":
+        return [*found, *_folded(module.graph, captured)]
+    for node in module.graph.nodes:
+        found += [f"{node.name}: {what}" for what in _node(module, node, STAGES[stage])]
+    return found
+
+
+def _names(graph: fx.Graph) -> Iterator[str]:
+    for name, count in Counter(node.name for node in graph.nodes).items():
+        if count > 1:
+            yield f"{name}: {count} nodes have this name"
+
+
+def _folded(graph: fx.Graph, captured: Captured) -> Iterator[str]:
+    """No norm is left that is an affine map of its input alone."""
+    active = active_nodes(graph, captured)
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target not in _EFFECTIVE and not _is_aten(node):
+            yield f"{node.name}: {node.target} is no ATen operation"
+        if node.target in BATCH_NORMS and frozen(node):
+            x, *weights = node.all_input_nodes
+            statistics = [n for n in node.users if n.target is operator.getitem and n.args[1] != 0]
+            if x in active and not statistics and not any(n in active for n in weights):
+                yield f"{node.name}: a frozen norm is left"
+
+
+def _is_aten(node: fx.Node) -> bool:
+    return node.target is operator.getitem or isinstance(node.target, OpOverload)
+
+
+def _node(module: fx.GraphModule, node: fx.Node, allowed: set[Any]) -> Iterator[str]:
+    unknown = node.meta.keys() - NOTES.keys() - {"val"}
+    if unknown:
+        yield f"notes that are not declared: {', '.join(sorted(unknown))}"
+    if node.op == "get_attr":
+        held = module.get_buffer(str(node.target))
+        if not _alike(form(held), node.meta["val"]):
+            yield "its shape is not that of its tensor"
+    if node.op != "call_function":
+        return
+    if static(node):
+        if node.target not in {*_EFFECTIVE, *LEAVES, *_WEIGHTS} and not _is_aten(node):
+            yield f"a weight is computed by {node.target}"
+    elif node.target not in allowed:
+        yield f"{getattr(node.target, '__name__', node.target)} is no operation of this stage"
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    if not _alike(form(target(node)(*args, **kwargs)), node.meta["val"]):
+        yield "its shape is not that of its operation"
+    if "stencil" in node.meta:
+        yield from _stencil(module, node)
+
+
+#: What is done with effective parameters after their absolute value.
+_WEIGHTS = {ops.scale, ops.shift, ops.mix, ops.negative}
+
+
+def _alike(made: Any, noted: Any) -> bool:
+    if isinstance(made, (list, tuple)):
+        return len(made) == len(noted) and all(map(_alike, made, noted))
+    if not isinstance(made, Tensor) or not isinstance(noted, Tensor):
+        return isinstance(made, Tensor) == isinstance(noted, Tensor)
+    return made.shape == noted.shape and made.dtype == noted.dtype
+
+
+def _stencil(module: fx.GraphModule, node: fx.Node) -> Iterator[str]:
+    """The tensors of a fixed map are those of its exact description."""
+    dim, stencil = node.meta["stencil"]
+    if node.target is SLICE:
+        read = torch.arange(stencil.size)[slice(*arguments(node)[2:])]
+        if not torch.equal(read, stencil.position) or not stencil.is_selection:
+            yield "it picks other positions than its stencil"
+        return
+    made = [x.to(torch.float64) for x in stencil.tensors()]
+    held = [module.get_buffer(str(a.target)).to(torch.float64) for a in arguments(node)[2:4]]
+    if dim != arguments(node)[1] or not all(map(torch.equal, made, held)):
+        yield "its tensors are not those of its stencil"
