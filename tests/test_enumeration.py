@@ -408,6 +408,9 @@ def assert_scores_equal_enumeration(net: Net) -> None:
     analysis = fxpath.analyze(module, shapes_of(net), dtype=torch.float64)
     assert analysis.path_norm == pytest.approx(dag.path_norm(), rel=1e-9, abs=0)
     assert_same_shares(analysis.scores, dag.shares())
+    unscored = {name for name, _ in module.named_parameters()} - analysis.scores.keys()
+    assert analysis.unscored.keys() == unscored
+    assert all("part of" in r or r == "slope" for r in analysis.unscored.values())
 
 
 @bounded(30)

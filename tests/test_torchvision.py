@@ -85,6 +85,11 @@ def test_agrees_with_the_reference(name: str) -> None:
             )
             continue
         analysis = fxpath.analyze(source, shape, dtype=dtype)
+        named = {parameter for parameter, _ in model.named_parameters()}
+        assert {*analysis.scores, *analysis.unscored} == named
+        # Heads of training apart, no parameter of these networks does nothing.
+        idle = {n for n, reason in analysis.unscored.items() if "part of" not in reason}
+        assert all(n.lower().startswith("aux") for n in idle)
         assert_close_norm(analysis.path_norm, expected.path_norm, rtol)
         assert analysis.log10_path_norm == pytest.approx(expected.log10_path_norm, abs=rtol)
         # Some in float64, where float32 would make zeros of small shares.

@@ -5,9 +5,10 @@ Three sources, in this order:
 1. torchvision's models are known by their class: 224 x 224 images for nearly all of them.
 2. A first linear layer names its number of features: `(in_features,)`.
 3. A first convolution names its channels, and the linear layer behind it leaves only a few lengths
-   (or side lengths of a square image) that fit. A net of total stride s, whose last positions are
-   dropped by rounding, accepts s lengths in a row; the multiple of s among them is the length that
-   it was made for: 28 or 32 for a LeNet, 224 for a VGG without adaptive pooling.
+   (or side lengths of a square image) that fit: small ones and the customary ones are tried. A net
+   of total stride s, whose last positions are dropped by rounding, accepts s lengths in a row; the
+   multiple of s among them is the length that it was made for: 28 or 32 for a LeNet, 224 for a VGG
+   without adaptive pooling.
 
 An image net that accepts every size and answers always in the same shape (global or adaptive
 pooling) gets 224 x 224, by convention. For a 1-d net there is no such convention, and a net whose
@@ -19,14 +20,11 @@ in eval mode: the model itself never runs.
 
 from __future__ import annotations
 
-import enum
-import math
 import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -55,50 +53,32 @@ _TORCHVISION: dict[str, Shape] = {
     "SwinTransformer3d": _CLIP,
 }
 _USUAL_SIDE = 224
-_KNOWN_SIDES = (28, 32, 64, 96, 128, 224, 256)
+#: Sides of images and lengths of signals that are tried, the customary ones of each first.
+_SIDES = (
+    *(224, 32, 28, 64, 128, 256, 96, 84, 112, 160, 192, 200, 240, 288, 299, 320, 384, 448, 512),
+    *range(1, 65),
+)
+_LENGTHS = (
+    *(1000, 16000, 48000, 8000, 22050, 24000, 32000, 44100, 80000, 96000, 2500, 5000, 10000),
+    *(300, 360, 400, 500, 600, 720, 750, 784, 2000, 3000, 4000, *(2**n for n in range(9, 17))),
+    *range(1, 257),
+)
 
-# Longest candidate by number of spatial axes: two seconds of sound, a large photograph.
+# What no size of its own reaches, by number of spatial axes: two seconds of sound, a large photo.
 _LONGEST = {1: 2**17, 2: 2**10}
 # Two samples, not one: a convolution would take a single sample for an unbatched one, and a batch
 # axis that `view(-1, features)` has changed shows.
 _BATCH = 2
-_PRODUCTS = (
-    *(torch.mm, torch.Tensor.mm),
-    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
-)
-
-
-class _Fit(enum.Enum):
-    """How a candidate size went through the skeleton."""
-
-    TOO_SMALL = enum.auto()
-    FITS = enum.auto()
-    TOO_LARGE = enum.auto()
-
-
-def _gets_too_much(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether a linear map or a reshape that failed had more features to read than it wants."""
-    if func in (F.linear, *_PRODUCTS) and len(args) > 1:
-        return bool(args[0].shape[-1] > args[1].shape[-1 if func is F.linear else 0])
-    if func in (torch.Tensor.view, torch.Tensor.reshape, torch.reshape):
-        sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
-        # The first size is the batch axis, as a number or as -1.
-        return args[0].numel() // _BATCH > math.prod(sizes[1:]) > 0
-    return False
 
 
 class _ShapesOnly(TorchFunctionMode):
     """Runs every torch function on meta tensors, which have a shape and no data.
 
     Fake tensors would do the same for five times the price, and log every failure.
-
-    Attributes:
-        too_large: Whether a linear map or a reshape failed on more features than it wants.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.too_large = False
         # By identity; the tensor is kept so that its id stays its own.
         self._metas: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -111,11 +91,7 @@ class _ShapesOnly(TorchFunctionMode):
     ) -> Any:
         # In-place functions, too, change the meta tensor and not the model's.
         args, kwargs = tree_map_only(torch.Tensor, self._to_meta, (args, kwargs or {}))
-        try:
-            return func(*args, **kwargs)
-        except Exception:
-            self.too_large = _gets_too_much(func, args)
-            raise
+        return func(*args, **kwargs)
 
     def _to_meta(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
@@ -136,40 +112,36 @@ class _Probe:
         self._skeleton = skeleton
         like = next((p for p in skeleton.parameters() if p.is_floating_point()), torch.empty(0))
         self._dtype = like.dtype
-        self._results: dict[Shape, tuple[_Fit, list[Shape]]] = {}
+        self._results: dict[Shape, list[Shape] | None] = {}
         self.failure = ""
 
-    def fit(self, shape: Shape) -> _Fit:
-        """How one candidate shape (without the batch axis) went."""
-        return self._run(shape)[0]
+    def fits(self, shape: Shape) -> bool:
+        """Whether one candidate shape (without the batch axis) goes through."""
+        return self.outputs(shape) is not None
 
-    def outputs(self, shape: Shape) -> list[Shape]:
-        """The shapes of all output tensors, without the batch axis."""
-        return self._run(shape)[1]
-
-    def _run(self, shape: Shape) -> tuple[_Fit, list[Shape]]:
+    def outputs(self, shape: Shape) -> list[Shape] | None:
+        """The shapes of all output tensors, without the batch axis, if it goes through."""
         if shape not in self._results:
             self._results[shape] = self._try(shape)
         return self._results[shape]
 
-    def _try(self, shape: Shape) -> tuple[_Fit, list[Shape]]:
-        watch = _ShapesOnly()
+    def _try(self, shape: Shape) -> list[Shape] | None:
+        # The device is for tensors that the forward method creates.
+        device = torch.device("meta")
         try:
-            # The device is for tensors that the forward method creates.
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("meta"), watch:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), device, _ShapesOnly():
                 x = torch.empty(_BATCH, *shape, dtype=self._dtype)
                 outputs = [y for y in tree_leaves(self._skeleton(x)) if isinstance(y, torch.Tensor)]
         # Whatever a user's forward raises, it means that this candidate does not fit; the text
         # goes into the error if no other one does.
         except Exception as error:
             self.failure = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
-            return (_Fit.TOO_LARGE if watch.too_large else _Fit.TOO_SMALL), []
+            return None
         # `view(-1, features)` of a map that is too large makes several samples out of one.
-        batches = {y.shape[0] if y.dim() else 0 for y in outputs}
-        if batches != {_BATCH}:
+        if {y.shape[0] if y.dim() else 0 for y in outputs} != {_BATCH}:
             self.failure = "the output does not have the input's batch axis"
-            return (_Fit.TOO_LARGE if max(batches, default=0) > _BATCH else _Fit.TOO_SMALL), []
-        return _Fit.FITS, [tuple(y.shape[1:]) for y in outputs]
+            return None
+        return [tuple(y.shape[1:]) for y in outputs]
 
 
 def infer_input_shape(model: nn.Module) -> Shape:
@@ -230,7 +202,7 @@ def _probed(model: nn.Module, layers: list[nn.Module]) -> tuple[Shape, bool]:
     for layer in layers:
         if isinstance(layer, nn.Linear):
             shape: Shape | str = (layer.in_features,)
-            if probe.fit((layer.in_features,)) is not _Fit.FITS:
+            if not probe.fits((layer.in_features,)):
                 shape = f"{layer.in_features} features do not go through ({probe.failure})"
         elif isinstance(layer, nn.Conv2d):
             shape = _image_shape(probe, layer.in_channels)
@@ -286,65 +258,50 @@ def _first_layers(model: nn.Module) -> list[nn.Module]:
 
 def _image_shape(probe: _Probe, channels: int) -> Shape | str:
     """The shape of the square image that fits, or why there is none."""
-    longest = _LONGEST[2]
-    large, usual = (channels, longest, longest), (channels, _USUAL_SIDE, _USUAL_SIDE)
-    if probe.fit(large) is _Fit.FITS:
-        if probe.fit(usual) is _Fit.FITS and probe.outputs(usual) == probe.outputs(large):
+    usual = (channels, _USUAL_SIDE, _USUAL_SIDE)
+    if _takes_any(probe, channels):
+        large = (channels, _LONGEST[2], _LONGEST[2])
+        if probe.fits(usual) and probe.outputs(usual) == probe.outputs(large):
             return usual
         return "its output grows with the image, so that no size is its own"
-    side = _only_size(lambda side: probe.fit((channels, side, side)), longest)
+    side = _only_size(lambda side: probe.fits((channels, side, side)), _SIDES)
     if side is not None:
         return (channels, side, side)
-    # A size that the code insists on (an assertion, a table of positions) gives no direction.
-    fitting = [n for n in _KNOWN_SIDES if probe.fit((channels, n, n)) is _Fit.FITS]
-    if len(fitting) == 1:
-        return (channels, fitting[0], fitting[0])
-    return f"no square image of up to {longest} pixels goes through ({probe.failure})"
+    return f"no square image of a customary size goes through ({probe.failure})"
 
 
 def _takes_any(probe: _Probe, channels: int) -> bool:
     """Whether images of every size go through, so that the usual one is a convention."""
-    return probe.fit((channels, _LONGEST[2], _LONGEST[2])) is _Fit.FITS
+    return probe.fits((channels, _LONGEST[2], _LONGEST[2]))
 
 
 def _signal_shape(probe: _Probe, channels: int) -> Shape | str:
     """The channels and length of the signal that fits, or why there is none."""
-    longest = _LONGEST[1]
-    if probe.fit((channels, longest)) is _Fit.FITS:
+    if probe.fits((channels, _LONGEST[1])):
         return "it accepts signals of any length, and the path-norm may depend on it"
-    length = _only_size(lambda length: probe.fit((channels, length)), longest)
+    length = _only_size(lambda length: probe.fits((channels, length)), _LENGTHS)
     if length is not None:
         return (channels, length)
-    return f"no signal of up to {longest} steps goes through ({probe.failure})"
+    return f"no signal of a customary length goes through ({probe.failure})"
 
 
-def _only_size(fit: Callable[[int], _Fit], longest: int) -> int | None:
-    """The size that a net was made for, among those from 1 to `longest` that fit it.
+def _only_size(fits: Callable[[int], bool], known: Iterable[int]) -> int | None:
+    """The size that a net was made for, if one of those that are known fits it.
 
-    The sizes that fit are an interval, found by bisection. Rounding down by a total stride s lets
-    s sizes in a row through, and s in a row hold exactly one multiple of s.
+    Rounding down by a total stride s lets s sizes in a row through, and s in a row hold exactly one
+    multiple of s.
 
     Example:
-        >>> def fit(n):
-        ...     return _Fit.TOO_SMALL if n < 193 else _Fit.FITS if n <= 224 else _Fit.TOO_LARGE
-        >>> _only_size(fit, 1024)
+        >>> _only_size(lambda n: 193 <= n <= 224, (28, 200))
         224
     """
-    # Below `low` everything is too small, above `high` everything is too large.
-    low, high = 1, longest
-    inside = (low + high) // 2
-    while (verdict := fit(inside)) is not _Fit.FITS:
-        low, high = (inside + 1, high) if verdict is _Fit.TOO_SMALL else (low, inside - 1)
-        if low > high:
-            return None
-        inside = (low + high) // 2
-    first, last = inside, inside
-    while low < first:
-        middle = (low + first) // 2
-        low, first = (low, middle) if fit(middle) is _Fit.FITS else (middle + 1, first)
-    while last < high:
-        middle = (last + high + 1) // 2
-        last, high = (middle, high) if fit(middle) is _Fit.FITS else (last, middle - 1)
+    first = last = next((size for size in known if fits(size)), 0)
+    if not first:
+        return None
+    while first > 1 and fits(first - 1):
+        first -= 1
+    while fits(last + 1):
+        last += 1
     stride = last - first + 1
     return last // stride * stride
 

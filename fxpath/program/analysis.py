@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, TypedDict
@@ -11,6 +12,7 @@ from typing import Any, TypedDict
 from tabulate import tabulate
 from torch import Tensor
 
+from fxpath.program.coverage import find_unscored, summary
 from fxpath.program.layers import Layer, find_layers, neuron_shares
 from fxpath.program.program import PathProgram
 
@@ -48,6 +50,11 @@ class Analysis:
         scores: parameter name -> tensor of its shape: the *shares* Path-Mag / path-norm, the part
             of all path mass that runs through each entry.  For q other than 1 shares of
             ``||Phi(theta)||_q^q``.
+        unscored: name of each parameter that is not in ``scores`` -> why: ``slope`` and ``bound``
+            (they belong to the architecture), ``normalization factor, part of 0.weight`` (what a
+            frozen batch norm multiplies the weight before it by), ``part of 0.weight`` (the layer's
+            weight is computed from it, and scored as such), ``same tensor as 0.weight``, ``unused``
+            (no output depends on it) or ``not reached by a path``.
         neuron_shares: layer name -> share of path mass through each of its output channels,
             ``[channels]``.
 
@@ -58,6 +65,8 @@ class Analysis:
         >>> analysis = fxpath.analyze(model, (2,))
         >>> round(analysis.path_norm, 5), analysis.scores["0.weight"].tolist()
         (8.0, [[0.375, 0.125], [0.0, 0.5]])
+        >>> fxpath.analyze(torch.nn.Sequential(model, torch.nn.PReLU()), (2,)).unscored
+        {'1.weight': 'slope'}
     """
 
     def __init__(self, program: PathProgram) -> None:
@@ -68,6 +77,9 @@ class Analysis:
         self.scores: dict[str, Tensor] = evaluation.shares
         self.path_norm: float = evaluation.path_norm
         self.log10_path_norm: float = evaluation.log10_path_norm
+        given = program.given
+        cut = given is not None and (given.until, given.outputs) != (None, None)
+        self.unscored = find_unscored(program.captured, program.lifted, self.scores, cut)
         self._evaluation = evaluation
         layers = find_layers(program.lifted)
         self._layers = list(layers)
@@ -131,16 +143,19 @@ class Analysis:
             "log10_path_norm": log10 if math.isfinite(log10) else None,
             "parameters": sum(score.numel() for score in self.scores.values()),
             "layers": [{**row, "shape": list(row["shape"])} for row in self.layers],
+            "unscored": dict(self.unscored),
         }
 
     def __str__(self) -> str:
         table = tabulate(self._cells(), headers="keys")
-        return f"{self._headline()}\ninput {self.inputs}\n{self._legend()}\n\n{table}"
+        text = f"{self._headline()}\ninput {self.inputs}\n{self._legend()}\n\n{table}"
+        return "\n".join([text, *textwrap.wrap(self._coverage(), 100)])
 
     def _repr_html_(self) -> str:
         table = tabulate(self._cells(), headers="keys", tablefmt="html")
         text = html.escape(f"{self._headline()}; input {self.inputs}. {self._legend()}")
-        return f"<p>{text}</p>{table}"
+        coverage = f"<p>{html.escape(self._coverage())}</p>" if self.unscored else ""
+        return f"<p>{text}</p>{table}{coverage}"
 
     def __repr__(self) -> str:
         return f"<Analysis: {self._headline()}, input {self.inputs}>"
@@ -159,6 +174,9 @@ class Analysis:
             "share: path mass that crosses the layer; p10, p50, p90: quantiles of "
             "Path-Mag / path-norm"
         )
+
+    def _coverage(self) -> str:
+        return summary(self.unscored) if self.unscored else ""
 
     def _cells(self) -> list[dict[str, str]]:
         """Table cells, at most 100 columns in all."""
