@@ -1,6 +1,6 @@
 """The listed path-lifting against the tests' own oracle and the identities of Def. A.5.
 
-The oracle (`enumeration.py`) wires its graph from a description of the network by loops; what is
+The oracle (`oracles/enumeration.py`) wires its graph from a description of the network by loops; what is
 tested here reads its graph off the captured operations.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxpath
-from tests.enumeration import Net
-from tests.test_enumeration import bounded, nets
+from tests.oracles.networks import Net
+from tests.support.generated import bounded, nets
 
 MAX_PATHS = 3000
 
