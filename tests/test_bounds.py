@@ -37,7 +37,7 @@ def test_the_check_of_these_tests_can_fail() -> None:
 # No violation -------------------------------------------------------------------------
 
 
-@bounded(50)
+@bounded(30)
 @given(
     nets(),
     st.sampled_from(sorted(CHANGES)),
@@ -61,7 +61,7 @@ def test_no_input_of_the_ball_exceeds_a_bound(
     assert torch.linalg.vector_norm(bound.per_output, norm).item() == pytest.approx(bound.value)
 
 
-@bounded(30)
+@bounded(15)
 @given(nets(), st.sampled_from(sorted(CHANGES)), st.integers(0, 10**6))
 def test_no_input_of_a_batch_exceeds_its_bound(net: Net, how: str, seed: int) -> None:
     model = net.module()

@@ -358,5 +358,5 @@ def test_as_a_process(nets: Path) -> None:
     result = run("check", "nothing")
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
-    result = run("analyze", "squeezenet1_1", "--input-shape", "3,64,64")
+    result = run("analyze", "some_nets:mlp")
     assert (result.returncode, result.stderr) == (0, "")

@@ -88,7 +88,7 @@ def assert_same(found: Found, expected: Found, tolerance: float = 1e-10) -> None
         assert gap <= tolerance * float(share.max()), f"shares of {name} differ by {gap}"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     dims=st.sampled_from([1, 1, 2, 2, 3]),
     seed=st.integers(0, 10**6),
