@@ -14,8 +14,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fxpath.program.program import build as program
-from tests.reference import reference
-from tests.zoo import INPUTS, build
+from tests.oracles.reference import reference
+from tests.support.zoo import INPUTS, build
 
 HEADERS = (
     *("model", "input", "log10 path-norm"),

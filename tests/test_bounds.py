@@ -4,67 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from enumeration import Net
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_enumeration import MAX_PATHS, bounded, nets
-from test_metric import CHANGES, changed, inputs_of, lenet, rescale
-from test_theory import randomized
 from torch import Tensor, nn
 
 import fxpath
+from tests.oracles.networks import Net
+from tests.support.attack import assert_never_above, attack, outputs
+from tests.support.changes import CHANGES, changed, inputs_of, lenet, rescale
+from tests.support.generated import MAX_PATHS, bounded, nets
+from tests.support.nets import randomize
 
 SHAPE = (1, 14, 14)
-
-
-def outputs(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    """All outputs of a batch, ``[batch, outputs]``."""
-    result = model(*inputs)
-    tensors = result if isinstance(result, tuple) else (result,)
-    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
-
-
-def attack(
-    model: nn.Module,
-    other: nn.Module,
-    shapes: Sequence[Sequence[int]],
-    radius: float,
-    norm: float,
-    seed: int,
-    check: Callable[[Tensor], None],
-) -> None:
-    """Call ``check`` with differences of outputs: random inputs, corners, gradient ascent."""
-    generator = torch.Generator().manual_seed(seed)
-    points = [
-        torch.rand((8, *shape), generator=generator, dtype=torch.float64) * 2 - 1
-        for shape in shapes
-    ]
-    for x in points:
-        x[:4].sign_()
-    points = [(x * radius).requires_grad_() for x in points]
-    for _ in range(12):
-        gap = outputs(model, points) - outputs(other, points)
-        check(gap.detach())
-        size = torch.linalg.vector_norm(gap, norm, dim=1).sum()
-        gradients = torch.autograd.grad(size, points, allow_unused=True)
-        with torch.no_grad():
-            for x, gradient in zip(points, gradients, strict=True):
-                if gradient is not None:
-                    x.add_(gradient.sign() * radius / 4).clamp_(-radius, radius)
-
-
-def assert_never_above(bound: fxpath.Bound, gap: Tensor) -> None:
-    """A difference of outputs, ``[batch, outputs]``, is within every bound up to rounding."""
-    size = torch.linalg.vector_norm(gap, bound.norm, dim=1).max().item()
-    for name, value in bound.bounds.items():
-        assert size <= value * (1 + 1e-9) + 1e-10, name
-    assert bool((gap.abs().amax(0) <= bound.per_output * (1 + 1e-9) + 1e-10).all())
 
 
 def test_the_check_of_these_tests_can_fail() -> None:
@@ -81,7 +37,7 @@ def test_the_check_of_these_tests_can_fail() -> None:
 # No violation -------------------------------------------------------------------------
 
 
-@bounded(50)
+@bounded(30)
 @given(
     nets(),
     st.sampled_from(sorted(CHANGES)),
@@ -105,7 +61,7 @@ def test_no_input_of_the_ball_exceeds_a_bound(
     assert torch.linalg.vector_norm(bound.per_output, norm).item() == pytest.approx(bound.value)
 
 
-@bounded(30)
+@bounded(15)
 @given(nets(), st.sampled_from(sorted(CHANGES)), st.integers(0, 10**6))
 def test_no_input_of_a_batch_exceeds_its_bound(net: Net, how: str, seed: int) -> None:
     model = net.module()
@@ -129,9 +85,16 @@ def test_no_input_of_a_batch_exceeds_its_bound(net: Net, how: str, seed: int) ->
 
 
 def clamped(activation: nn.Module) -> nn.Sequential:
-    return randomized(
-        nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 6), activation, nn.Linear(6, 2))
-    ).double()
+    return (
+        randomize(
+            nn.Sequential(
+                nn.Linear(4, 6), activation, nn.Linear(6, 6), activation, nn.Linear(6, 2)
+            ),
+            weights=True,
+        )
+        .eval()
+        .double()
+    )
 
 
 class Clamp(nn.Module):
@@ -211,11 +174,16 @@ def test_a_clamp_caps_the_inductive_bound() -> None:
 
 
 def test_learned_slopes_that_differ_are_covered_by_the_inductive_bound_alone() -> None:
-    model = randomized(
-        nn.Sequential(
-            nn.Conv2d(1, 3, 3), nn.PReLU(3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+    model = (
+        randomize(
+            nn.Sequential(
+                nn.Conv2d(1, 3, 3), nn.PReLU(3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+            ),
+            weights=True,
         )
-    ).double()
+        .eval()
+        .double()
+    )
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([0.25, -0.5, 2.0]))
     other = changed(model, "close", 0)
@@ -328,12 +296,11 @@ def test_lipschitz_constant_in_x_leaves_bias_paths_out() -> None:
 
 
 def fully_connected(bias: bool = False) -> nn.Sequential:
-    return randomized(
+    return randomize(
         nn.Sequential(
             nn.Linear(4, 6, bias=bias), nn.ReLU(), nn.Linear(6, 5, bias=bias), nn.ReLU(),
             nn.Linear(5, 3, bias=bias),
-        ).double()
-    )  # fmt: skip
+        ).double(), weights=True).eval()  # fmt: skip
 
 
 def rows(table: str) -> dict[str, float]:

@@ -14,8 +14,8 @@ import fxpath
 from fxpath.criteria import canonical_magnitude, relative_to_layer
 from fxpath.symmetry import least_norm
 from fxpath.symmetry.balancing import Masses, balance
-from tests.reference import randomize
-from tests.test_canonical import assert_equal, minimized, mlp, norm_of, taken
+from tests.support.canonical import assert_equal, minimized, mlp, norm_of, taken
+from tests.support.nets import randomize
 
 # Computed weights
 

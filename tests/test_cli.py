@@ -19,113 +19,9 @@ import fxpath
 import fxpath_main
 from fxpath import cli
 from fxpath.capture.loading import load_model
+from tests.support.command_line import fails, seeded_mlp
 
 models = pytest.importorskip("torchvision.models")
-
-NETS = """
-import torch
-from torch import nn
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-
-
-def with_head():
-    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Softmax(1), nn.Sigmoid())
-
-
-def huge():
-    layers = [nn.Linear(4, 4) for _ in range(200)]
-    for layer in layers:
-        nn.init.constant_(layer.weight, 1e3)
-    return nn.Sequential(*layers)
-
-
-def branching():
-    class Branching(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) if x.sum() > 0 else x
-
-    return Branching(4, 4)
-
-
-def two_outputs():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 2), nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.a(x), self.b(x)
-
-    return Two()
-
-
-def two_inputs():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 2), nn.Linear(3, 2)
-
-        def forward(self, x, *, y):
-            return self.a(x) + self.b(y)
-
-    return Two()
-
-
-def pooled():
-    return nn.Sequential(
-        nn.Conv2d(3, 2, 7, stride=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
-    )
-
-
-def pooled_head():
-    return nn.Sequential(*pooled(), nn.Sigmoid())
-
-
-def shapeless():
-    return nn.Conv2d(3, 4, 3)
-
-
-def broken():
-    raise OSError("no such data set\\nanywhere")
-
-
-number = 3
-instance = mlp()
-"""
-
-
-@pytest.fixture
-def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a module of small nets, as the current one."""
-    (tmp_path / "some_nets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "some_nets", raising=False)
-    return tmp_path
-
-
-def seeded_mlp(nets: Path) -> nn.Module:
-    """The net that `fxpath analyze some_nets:mlp` builds."""
-    import some_nets  # type: ignore[import-not-found]
-
-    torch.manual_seed(0)
-    return some_nets.mlp()
-
-
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line on standard error of a command that must fail."""
-    try:
-        code = cli.main(argv)
-    except SystemExit as error:
-        code = error.code
-    out, err = capsys.readouterr()
-    assert code == 2
-    assert out == ""
-    assert re.fullmatch(r"fxpath: error: [^\n]+\n", err), err
-    return err
 
 
 # analyze
@@ -462,5 +358,5 @@ def test_as_a_process(nets: Path) -> None:
     result = run("check", "nothing")
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
-    result = run("analyze", "squeezenet1_1", "--input-shape", "3,64,64")
+    result = run("analyze", "some_nets:mlp")
     assert (result.returncode, result.stderr) == (0, "")

@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 
 import fxpath
 from fxpath import cli
-from tests.test_cli import fails, nets, seeded_mlp
-
-__all__ = ["nets"]
+from tests.support.command_line import fails, seeded_mlp
 
 
 def test_weights_with_zeros_are_written(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import fxpath
 from fxpath.program.kernels import generated
+from tests.support.nets import randomize
 
 
 class Residual(nn.Module):
@@ -44,14 +45,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def randomize(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
-
-
 def test_new_weights_run_through_the_graph_that_was_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -63,7 +56,7 @@ def test_new_weights_run_through_the_graph_that_was_compiled(
     compiled = counters["stats"]["unique_graphs"]
     assert compiled == 2  # the scores, and the norm alone
     for seed in range(3):
-        randomize(model, seed)
+        randomize(model, seed, weights=True)
         expected = fxpath.analyze(model, SHAPE)
         scores = program.scores()
         assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-6)
@@ -79,7 +72,7 @@ def test_scores_go_into_the_tensors_that_were_given() -> None:
     buffers = {name: torch.full_like(share, -1.0) for name, share in program.scores().items()}
     places = {name: buffer.data_ptr() for name, buffer in buffers.items()}
     for seed in range(2):
-        randomize(model, seed)
+        randomize(model, seed, weights=True)
         given = program.scores(out=buffers)
         expected = fxpath.analyze(model, SHAPE).scores
         for name, buffer in buffers.items():
@@ -98,7 +91,7 @@ def test_generated_code_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Residual()
     program = fxpath.compile(model, SHAPE)
     for seed in range(2):
-        randomize(model, seed)
+        randomize(model, seed, weights=True)
         expected = fxpath.analyze(model, SHAPE)
         for name, share in program.scores().items():
             torch.testing.assert_close(share, expected.scores[name], rtol=1e-5, atol=1e-9)
@@ -155,7 +148,7 @@ def test_exchanged_axes_and_other_number_formats(reduce: bool) -> None:
     model = Mixer()
     program = fxpath.compile(model, (3, 4), reduce=reduce)
     for seed, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float32)):
-        randomize(model.to(dtype), seed)
+        randomize(model.to(dtype), seed, weights=True)
         expected = fxpath.analyze(model, (3, 4), dtype=torch.float32)
         assert program.path_norm() == pytest.approx(expected.path_norm, rel=1e-5)
         for name, share in program.scores().items():

@@ -1,7 +1,7 @@
 """The listed path-lifting against the tests' own oracle and the identities of Def. A.5.
 
-The oracle (`enumeration.py`) wires its graph from a description of the network by loops; what is
-tested here reads its graph off the captured operations.
+The oracle (`oracles/networks.py`) wires its graph from a description of the network by loops; what
+is tested here reads its graph off the captured operations.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxpath
-from tests.enumeration import Net
-from tests.test_enumeration import bounded, nets
+from tests.oracles.networks import Net
+from tests.support.generated import bounded, nets
 
 MAX_PATHS = 3000
 
@@ -33,7 +33,7 @@ def table(
 
 
 @given(nets(reuse=True))
-@bounded(50)
+@bounded(30)
 def test_phi_and_activations_equal_the_oracle(net: Net) -> None:
     module = net.module()
     dag = net.dag(module)
@@ -55,7 +55,7 @@ def test_phi_and_activations_equal_the_oracle(net: Net) -> None:
 
 
 @given(nets(reuse=True))
-@bounded(50)
+@bounded(20)
 def test_identity_4_and_the_path_norm(net: Net) -> None:
     module = net.module()
     assume(net.dag(module).count_paths() <= MAX_PATHS)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fxpath
-from tests.reference import randomize
-from tests.test_prune import SHAPE, net
+from tests.support.nets import randomize
+from tests.support.pruning import SHAPE, net
 
 # Files and training -------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fxpath
 from fxpath.capture import capture
 from fxpath.model import Given
-from tests.test_capture import Net, norm, refused
+from tests.support.capturing import Net, norm, refused
 
 Between = Callable[[Any, Tensor], Tensor]
 

@@ -9,31 +9,33 @@ import math
 
 import pytest
 import torch
-from blackbox import (
-    Call,
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fxpath
+from tests.oracles.blackbox import (
     Case,
-    Coordinates,
     Expected,
     Sandwich,
-    Step,
-    affine,
     assert_norm,
     assert_scores,
-    batch_norm,
     case,
     check,
-    clamp,
     expected,
+)
+from tests.oracles.steps import (
+    Call,
+    Coordinates,
+    Step,
+    affine,
+    batch_norm,
+    clamp,
     homogeneous,
     maximum,
     minimum,
     power,
     quotient,
 )
-from torch import Tensor, nn
-from torch.nn import functional
-
-import fxpath
 
 
 def lift(step: Step, *values: list[float] | Tensor, q: float = 1) -> list[float]:

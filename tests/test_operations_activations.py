@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blackbox import (
-    Call,
-    Case,
-    affine,
-    case,
-    check,
-    clamp,
-    homogeneous,
-    maximum,
-    minimum,
-    parameters,
-)
 from torch import nn
 from torch.nn import functional
+
+from tests.oracles.blackbox import Case, case, check, parameters
+from tests.oracles.steps import Call, affine, clamp, homogeneous, maximum, minimum
 
 SHAPE = (3, 4)
 BRIEF = ("spatial",)

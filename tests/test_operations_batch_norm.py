@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from blackbox import Case, Step, affine, batch_norm, case, check, homogeneous, parameters
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tests.oracles.blackbox import Case, case, check, parameters
+from tests.oracles.steps import Step, affine, batch_norm, homogeneous
 
 CONV = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
 TRANSPOSED = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]

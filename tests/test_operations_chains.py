@@ -13,20 +13,11 @@ from random import Random
 
 import pytest
 import torch
-from blackbox import (
-    Call,
-    Case,
-    Step,
-    affine,
-    batch_norm,
-    case,
-    check,
-    clamp,
-    homogeneous,
-    maximum,
-)
 from torch import nn
 from torch.nn import functional
+
+from tests.oracles.blackbox import Case, case, check
+from tests.oracles.steps import Call, Step, affine, batch_norm, clamp, homogeneous, maximum
 
 CONV = [nn.Conv1d, nn.Conv2d]
 MAX_POOL = [nn.MaxPool1d, nn.MaxPool2d]

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from blackbox import Call, Case, affine, case, check, parameters, quotient
 from torch import nn
 from torch.nn import functional
+
+from tests.oracles.blackbox import Case, case, check, parameters
+from tests.oracles.steps import Call, affine, quotient
 
 CONV = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
 TRANSPOSED = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from blackbox import Case, affine, case, check, maximum, minimum, parameters
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tests.oracles.blackbox import Case, case, check, parameters
+from tests.oracles.steps import affine, maximum, minimum
 
 SIZES = [(11,), (7, 6), (4, 5, 4)]
 SMALL = [(5,), (4, 3), (3, 2, 3)]

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from blackbox import Case, affine, case, check, maximum, minimum, parameters
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fxpath
+from tests.oracles.blackbox import Case, case, check, parameters
+from tests.oracles.steps import affine, maximum, minimum
 
 SHAPE = (4, 6)
 IMAGE = (2, 4, 5)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blackbox import Case, case, check, maximum, minimum, parameters, ranks
 from torch import Tensor
+
+from tests.oracles.blackbox import Case, case, check, parameters
+from tests.oracles.steps import maximum, minimum, ranks
 
 SHAPE = (4, 6)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from blackbox import randomize
 from torch import Tensor, nn
 
 import fxpath
+from tests.support.nets import randomize
 
 SHAPE = (4, 3)  # steps and features of one sample
 
@@ -71,7 +71,7 @@ def test_rnn_is_its_unrolled_network(name: str, start: bool) -> None:
     for final in (False, True):
         pair = [Recurrent(written, start, final, **OPTIONS[name]) for written in (False, True)]
         for model in pair:
-            randomize(model.double())
+            randomize(model.double(), weights=True)
         x = torch.randn(1, *SHAPE, dtype=torch.float64)
         torch.testing.assert_close(pair[0](x), pair[1](x))
         found, wanted = (fxpath.analyze(model, SHAPE) for model in pair)
@@ -101,7 +101,7 @@ class Cells(nn.Module):
 
 def test_cells_are_an_rnn() -> None:
     cells, rnn = Cells().double(), Recurrent(False, False, True, batch_first=True).double()
-    randomize(cells)
+    randomize(cells, weights=True)
     with torch.no_grad():
         for name, parameter in cells.cell.named_parameters():
             getattr(rnn.rnn, f"{name}_l0").copy_(parameter)

@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from blackbox import Call
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fxpath
+from tests.oracles.steps import Call
 
 SHAPE = (4, 6)
+
+
 IMAGE = (4, 6, 6)
+
+
 INF = float("inf")
 
 
@@ -197,6 +201,8 @@ UNARY: dict[str, Callable[..., Any]] = {
     "cdist": lambda x: torch.cdist(x, x),
     "cosine_similarity": lambda x: functional.cosine_similarity(x, x, 1),
 }
+
+
 IMAGES: dict[str, Callable[..., Any]] = {
     "group_norm": nn.GroupNorm(1, 4),
     "instance_norm": nn.InstanceNorm2d(4),
@@ -208,6 +214,8 @@ IMAGES: dict[str, Callable[..., Any]] = {
     "grid_sampl": lambda x: functional.grid_sample(x, x[:, :2].movedim(1, -1), align_corners=False),
     "dropout": lambda x: functional.dropout2d(x, 0.5, training=True),
 }
+
+
 BINARY: dict[str, Callable[..., Any]] = {
     "mul": torch.mul,
     "div": torch.div,
@@ -378,39 +386,6 @@ def test_source_line_of_a_function_call() -> None:
         assert problem.module_path == "1"
         assert "test_operations_refused.py" in problem.source_line
         assert "the line that the report shows" in problem.source_line
-
-
-class Branching(nn.Module):
-    """Control flow that depends on the data."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        if self.kind == "if":
-            return y if y.sum() > 0 else -2 * y
-        if self.kind == "while":
-            while y.abs().max() > 1:
-                y = y / 2
-            return y
-        if self.kind == "item":
-            return y * float(y.max())
-        if self.kind == "mask":
-            return y[y > 0]
-        return y[: int(y.sum().abs()) + 1]
-
-
-@pytest.mark.parametrize("kind", ["if", "while", "item", "mask", "slice"])
-def test_data_dependent_control_flow(kind: str) -> None:
-    model = Branching(kind)
-    report = fxpath.check(model, (3,))
-    assert not report
-    assert report.problems and all(p.reason and p.remedy for p in report.problems)
-    with pytest.raises(fxpath.UnsupportedModelError):
-        fxpath.analyze(model, (3,))
 
 
 def test_training_mode_is_not_training_hard_coded() -> None:

@@ -6,19 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from blackbox import (
-    Call,
-    Case,
-    affine,
-    case,
-    check,
-    clamp,
-    homogeneous,
-    maximum,
-    parameters,
-)
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tests.oracles.blackbox import Case, case, check, parameters
+from tests.oracles.steps import Call, affine, clamp, homogeneous, maximum
 
 pad = functional.pad
 INF = float("inf")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from blackbox import randomize
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fxpath
+from tests.support.nets import randomize
 
 F = functional
 INF = float("inf")
@@ -39,7 +39,7 @@ class Twin(nn.Module):
 def _made(op: Callable[..., Tensor]) -> Twin:
     model = Twin(op).double()
     model(torch.zeros(1, 2, dtype=torch.float64))
-    randomize(model)
+    randomize(model, weights=True)
     return model
 
 

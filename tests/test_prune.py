@@ -15,39 +15,11 @@ from torch import Tensor, nn
 
 import fxpath
 from fxpath.pruning.selection import cut, cut_capped
-from tests.enumeration import Net
-from tests.reference import randomize
-from tests.test_enumeration import MAX_PATHS, bounded, nets
-from tests.zoo import build
-
-SHAPE = (3, 9, 9)
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, groups=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32, 4),
-    )
-    return randomize(model, 0)
-
-
-def cut_entries(pruned: fxpath.Pruned) -> set[tuple[str, int]]:
-    return entries_of(pruned.masks)
-
-
-def entries_of(masks: dict[str, Tensor]) -> set[tuple[str, int]]:
-    return {
-        (name, place)
-        for name, mask in masks.items()
-        for place in (~mask).flatten().nonzero()[:, 0].tolist()
-    }
+from tests.oracles.networks import Net
+from tests.support.generated import MAX_PATHS, bounded, nets
+from tests.support.nets import randomize
+from tests.support.pruning import SHAPE, cut_entries, entries_of, net
+from tests.support.zoo import build
 
 
 def ranking(scores: dict[str, Tensor]) -> list[tuple[str, int]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fxpath
-from tests.reference import randomize
-from tests.test_prune import SHAPE, cut_entries, net
+from tests.support.nets import randomize
+from tests.support.pruning import SHAPE, cut_entries, net
 
 
 def test_a_pruned_model_keeps_its_zeros() -> None:

@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 
 import fxpath
 from fxpath.pairs.quantization import _round
-from tests.reference import randomize
-from tests.test_enumeration import bounded
+from tests.support.generated import bounded
+from tests.support.nets import randomize
 
 
 def net() -> nn.Sequential:

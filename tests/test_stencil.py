@@ -26,7 +26,7 @@ from fxpath.graph.stencil import Stencil
 from fxpath.model import Given
 from fxpath.passes.classes import find_classes
 from fxpath.program.program import build
-from tests.test_reduction import Dag
+from tests.support.spatial import Dag
 
 VALUES: list[Coefficient] = [
     *(0, 1, 2, -1, Fraction(1, 3), Fraction(2, 3), Fraction(-1, 7)),

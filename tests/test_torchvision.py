@@ -14,8 +14,8 @@ from torchvision.models import convnext, maxvit
 from torchvision.models import swin_transformer as swin
 
 import fxpath
-from tests.reference import reference
-from tests.zoo import INPUTS, build, build_hollow, refused
+from tests.oracles.reference import reference
+from tests.support.zoo import INPUTS, build, build_hollow, refused
 
 NORM_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 SCORE_TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-8}

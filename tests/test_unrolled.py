@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_theory import randomized
 from torch import Tensor, nn
 
 import fxpath
@@ -18,6 +17,7 @@ from fxpath.pairs.domination import find_domination
 from fxpath.pairs.matching import make_pair
 from fxpath.pairs.normalized import Normalized
 from fxpath.pairs.unrolled import Network, Part
+from tests.support.nets import randomize
 
 
 class Net(nn.Module):
@@ -126,7 +126,7 @@ NETS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
 def test_edges_one_by_one(name: str, close: bool) -> None:
     shape, make = NETS[name]
     torch.manual_seed(0)
-    model = randomized(make()).double()
+    model = randomize(make(), weights=True).eval().double()
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():

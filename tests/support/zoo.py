@@ -14,10 +14,13 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tests.reference import randomize
+from tests.support.nets import randomize
 
 SMALL = (3, 33, 33)  # most networks reduce it to 2 x 2 or 1 x 1
+
+
 MEDIUM = (3, 65, 65)
+
 
 INPUTS: dict[str, tuple[int, ...]] = {
     "alexnet": (3, 95, 95),

@@ -1,0 +1,1 @@
+"""The tests; what they compare with is in `oracles`, what they share in `support`."""

@@ -1,0 +1,1 @@
+"""What the package is held against; nothing here shares code or idea with it."""

@@ -1,0 +1,1 @@
+"""Networks, generators and checks that several tests share."""
