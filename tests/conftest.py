@@ -1,13 +1,20 @@
 """Every test starts from the same seeds and uses a bounded number of threads."""
 
+import functools
 import os
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import fx
+
+from fxpath import passes
+from fxpath.graph.spec import violations
+from fxpath.passes import Pass
 
 pytest.register_assert_rewrite("tests.oracles", "tests.support")
 
@@ -15,6 +22,30 @@ from tests.support.command_line import NETS  # noqa: E402
 
 # Under pytest-xdist the workers share the cores; alone, more than four threads only add noise.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))
+
+
+def _kept_to(stage: str, step: Pass) -> Pass:
+    """A pass whose result is held against what shall hold after it."""
+
+    @functools.wraps(step)
+    def checked(module: fx.GraphModule, setting: passes.Setting, *more: Any) -> fx.GraphModule:
+        result = step(module, setting, *more)
+        found = violations(result, stage, setting.captured)
+        assert not found, found
+        return result
+
+    return checked
+
+
+# Whatever a test does, each pass keeps what is written in fxpath.graph.spec.
+for stage, name in {
+    "folded": "fold",
+    "signed": "lift",
+    "lifted": "unsign",
+    "reduced": "reduce",
+    "lowered": "lower",
+}.items():
+    setattr(passes, name, _kept_to(stage, getattr(passes, name)))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ every pass.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch._ops import OpOverload
 from fxpath.graph import ops
 from fxpath.graph.aten import BATCH_NORMS, CAT, EXPAND, PERMUTE, RESHAPE, SLICE
 from fxpath.graph.constants import active_nodes
-from fxpath.graph.edit import form
+from fxpath.graph.edit import Forms, form
 from fxpath.graph.leaves import LEAVES
 from fxpath.graph.links import static
 from fxpath.graph.schema import arguments, target
@@ -73,8 +74,9 @@ def violations(module: fx.GraphModule, stage: str, captured: Captured) -> list[s
     found = [*_names(module.graph)]
     if stage == "folded":
         return [*found, *_folded(module.graph, captured)]
+    made = Forms()
     for node in module.graph.nodes:
-        found += [f"{node.name}: {what}" for what in _node(module, node, STAGES[stage])]
+        found += [f"{node.name}: {what}" for what in _node(module, node, STAGES[stage], made)]
     return found
 
 
@@ -103,7 +105,7 @@ def _is_aten(node: fx.Node) -> bool:
     return node.target is operator.getitem or isinstance(node.target, OpOverload)
 
 
-def _node(module: fx.GraphModule, node: fx.Node, allowed: set[Any]) -> Iterator[str]:
+def _node(module: fx.GraphModule, node: fx.Node, allowed: set[Any], made: Forms) -> Iterator[str]:
     unknown = node.meta.keys() - NOTES.keys() - {"val"}
     if unknown:
         yield f"notes that are not declared: {', '.join(sorted(unknown))}"
@@ -118,8 +120,8 @@ def _node(module: fx.GraphModule, node: fx.Node, allowed: set[Any]) -> Iterator[
             yield f"a weight is computed by {node.target}"
     elif node.target not in allowed:
         yield f"{getattr(node.target, '__name__', node.target)} is no operation of this stage"
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    if not _alike(form(target(node)(*args, **kwargs)), node.meta["val"]):
+    called = functools.partial(target(node), **node.kwargs) if node.kwargs else target(node)
+    if not _alike(made(called, node.args), node.meta["val"]):
         yield "its shape is not that of its operation"
     if "stencil" in node.meta:
         yield from _stencil(module, node)
