@@ -111,8 +111,9 @@ def test_norm_of_zero() -> None:
     for name, scores in analysis.scores.items():
         assert torch.equal(scores, torch.zeros_like(scores)), name
         assert torch.equal(analysis.path_magnitude(name), torch.zeros_like(scores)), name
-    json.dumps(analysis.to_dict())
-    assert str(analysis)
+    data = json.loads(json.dumps(analysis.to_dict(), allow_nan=False))
+    assert data["path_norm"] == 0 and data["log10_path_norm"] is None
+    assert "path-norm 0 (log10 -inf)" in str(analysis)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -18,8 +18,8 @@ def randomize(model: M, seed: int = 0, *, weights: bool = False) -> M:
     """Random statistics and weights for every batch norm, and random biases, in place.
 
     Batch norm weights and biases of both signs and biases of the order of the weights make every
-    mistake in folding visible. With ``weights`` all other parameters are drawn too: one entry in
-    five of a matrix is 0, none of a bias.
+    mistake in folding visible. With ``weights`` all other parameters are drawn too; of a matrix
+    that is called a weight one entry in five is 0.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn: set[int] = set()
@@ -43,12 +43,13 @@ def randomize(model: M, seed: int = 0, *, weights: bool = False) -> M:
             bias = getattr(module, "bias", None)
             if isinstance(bias, Tensor):
                 fill(bias, uniform(bias, -0.3, 0.3))
-        for parameter in model.parameters() if weights else ():
+        for name, parameter in model.named_parameters() if weights else ():
             if id(parameter) not in drawn:
                 values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 if parameter.dim() > 1:
-                    values *= torch.rand(values.shape, generator=generator) > 0.2
                     values *= math.sqrt(2 / parameter[0].numel())
+                    if "weight" in name:
+                        values *= torch.rand(values.shape, generator=generator) > 0.2
                 parameter.copy_(values)
     return model
 
