@@ -15,7 +15,7 @@ from torch import fx, nn
 from benchmarks.timing import load_module
 from fxpath.capture import capture
 from fxpath.model import Captured, Given
-from fxpath.passes import Setting, fold, lift, lower, reduce, unsign
+from fxpath.passes import Setting, fold, lift, lower, reduce
 from fxpath.program.program import build
 
 SHAPE = (3, 224, 224)
@@ -31,7 +31,7 @@ def model() -> nn.Module:
 def fold_and_lift(captured: Captured) -> fx.GraphModule:
     """The two passes that rewrite the captured graph."""
     setting = Setting(captured)
-    return unsign(lift(fold(captured.graph_module, setting), setting), setting)
+    return lift(fold(captured.graph_module, setting), setting)
 
 
 def test_capture(benchmark: BenchmarkFixture, model: nn.Module) -> None:

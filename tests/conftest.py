@@ -40,8 +40,7 @@ def _kept_to(stage: str, step: Pass) -> Pass:
 # Whatever a test does, each pass keeps what is written in fxpath.graph.spec.
 for stage, name in {
     "folded": "fold",
-    "signed": "lift",
-    "lifted": "unsign",
+    "lifted": "lift",
     "reduced": "reduce",
     "lowered": "lower",
 }.items():

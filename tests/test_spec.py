@@ -12,7 +12,7 @@ from fxpath.capture import capture
 from fxpath.graph import ops
 from fxpath.graph.spec import NOTES, violations
 from fxpath.model import Captured, Given
-from fxpath.passes import Setting, fold, lift, lower, reduce, unsign
+from fxpath.passes import Setting, fold, lift, lower, reduce
 
 NET = nn.Sequential(
     nn.Conv2d(2, 4, 3, padding=1),
@@ -42,8 +42,7 @@ def test_every_pass_keeps_the_spec_and_the_graph_that_it_is_given(captured: Capt
     module = captured.graph_module
     for stage, step in (
         ("folded", fold),
-        ("signed", lift),
-        ("lifted", unsign),
+        ("lifted", lift),
         ("reduced", reduce),
         ("lowered", lower),
     ):
@@ -107,9 +106,9 @@ def test_damage_is_found(
     captured: Captured, damage: Callable[[fx.GraphModule], None], said: str
 ) -> None:
     module = lifted(captured)
-    assert violations(module, "signed", captured) == []
+    assert violations(module, "lifted", captured) == []
     damage(module)
-    found = violations(module, "signed", captured)
+    found = violations(module, "lifted", captured)
     assert {what.split(": ", 1)[1] for what in found} == {said}
 
 

@@ -7,8 +7,8 @@ care for
 range: a source of ones, entries of theta in absolute value, sums instead of maxima.
 
 The graph that the rules write is *signed*: it says ReLU, absolute value and sign, which bound, and
-which rank of a window, so that two networks can be told apart.  Path mass knows none of that, and
-:mod:`fxpath.passes.unsign` takes it out before anything is computed.
+which rank of a window, so that two networks can be told apart and values can be computed.  Path
+mass ignores all of that: see ``fxpath.graph.links.seen_through``.
 
 Operations that only move entries (``aten.reshape``, ``aten.permute``, ``aten.cat``) appear in a
 lifted graph under their own name: they do the same to every kind of value.
@@ -353,6 +353,10 @@ def negative(x: Tensor) -> Tensor:
 def minimum(x: Tensor, y: Tensor) -> Tensor:
     """The smaller one of two: 2-max-pooling like :func:`maximum`, of the other rank."""
     return x + y
+
+
+#: Words between an activation and what reads it that path mass ignores.
+IGNORED = (relu, absolute, negative)
 
 
 def total(outputs: Sequence[Tensor]) -> Tensor:

@@ -45,20 +45,18 @@ NOTES = {
 
 _EFFECTIVE = {ops.normalizer, ops.folded_weight, ops.folded_bias}
 _MOVES = {CAT, EXPAND, PERMUTE, RESHAPE, SLICE}
-_SIGNS = {ops.relu, ops.absolute, ops.negative, ops.minimum}
-_LIFTED = {
-    *(ops.source, ops.constant, ops.conv, ops.contract, ops.scale),
-    *(ops.shift, ops.slope, ops.along, ops.pool, ops.add, ops.maximum, ops.clamp, ops.total),
+_SUMS = {
+    *(ops.source, ops.constant, ops.conv, ops.contract, ops.scale, ops.shift, ops.slope),
+    *(ops.add, ops.maximum, ops.clamp, ops.total),
 }
-_REDUCED = {*(_LIFTED - {ops.along, ops.pool}), ops.mix}
 
 #: What the activations of a graph are made by, after each pass; weights may be computed by any ATen
 #: operation, and are read through ``ops.coordinate`` and ``ops.coefficient``.
 STAGES: dict[str, set[Any]] = {
-    "signed": {*_LIFTED, *_MOVES, *_SIGNS},
-    "lifted": {*_LIFTED, *_MOVES},
-    "reduced": {*_REDUCED, *_MOVES},
-    "lowered": {*_REDUCED, *_MOVES, ops.window},
+    "lifted": {*_SUMS, *_MOVES, ops.along, ops.pool, ops.minimum, *ops.IGNORED},
+    "reduced": {*_SUMS, *_MOVES, ops.mix},
+    # Without the reduction, fixed maps stay as they are.
+    "lowered": {*_SUMS, *_MOVES, ops.mix, ops.window, ops.along, ops.pool, ops.minimum},
 }
 
 

@@ -148,15 +148,6 @@ class Stencil:
         row, position = self.row[mine], first.position[theirs]
         return Stencil.sparse(first.size, self.out, row, position, codes, tuple(table))
 
-    def unsigned(self) -> Stencil:
-        """The same map with the sizes of its coefficients."""
-        if all(c >= 0 for c in self.table):
-            return self
-        sizes: dict[Coefficient, int] = {}
-        codes = [sizes.setdefault(c if c > 0 else -c, len(sizes)) for c in self.table]
-        code = torch.tensor(codes, dtype=torch.int64)[self.code]
-        return Stencil(self.size, self.out, self.row, self.position, code, tuple(sizes))
-
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Positions (int64) and coefficients (float64), both ``[out, taps]``, padded with zeros."""
         taps = max(1, int(self.reads.max())) if self.out else 1

@@ -50,10 +50,10 @@ class Erasure:
             UnsupportedModelError: listing every operation without an exact rule.
             ValueError: for a NaN or infinite parameter, a shape that cannot be inferred.
         """
-        captured, signed = take_in(model, given)
-        graphs = rewrite(signed, Setting(captured))
-        program = PathProgram(captured, graphs, format_of(captured, signed), 1.0, given=given)
-        return cls(program, side_of(captured, signed))
+        captured, lifted = take_in(model, given)
+        graphs = rewrite(lifted, Setting(captured))
+        program = PathProgram(captured, graphs, format_of(captured, lifted), 1.0, given=given)
+        return cls(program, side_of(captured, lifted))
 
     def metric(self, tensors: Mapping[str, Tensor]) -> PathMetric:
         """The path-metric to the model with other tensors, by placeholder.

@@ -47,15 +47,15 @@ def make_pair(
         UnsupportedModelError: as :func:`fxpath.analyze`.
     """
     ours = build(model, given, reduced=False)
-    mine = side_of(ours.captured, ours.signed)
+    mine = side_of(ours.captured, ours.lifted)
     return Pair(ours.lifted, mine, _held_against(mine, other, given)).remember()
 
 
-def side_of(captured: Captured, signed: fx.GraphModule) -> Side:
+def side_of(captured: Captured, lifted: fx.GraphModule) -> Side:
     """A captured model as one side of a pair; ``replace(side, tensors=...)`` is the other one."""
-    leaves = [node for node in signed.graph.nodes if "leaf" in node.meta]
+    leaves = [node for node in lifted.graph.nodes if "leaf" in node.meta]
     leaves.sort(key=lambda node: int(node.meta["leaf"]))
-    return Side(captured, signed, _detached(captured.live()), leaves)
+    return Side(captured, lifted, _detached(captured.live()), leaves)
 
 
 def _held_against(mine: Side, other: Other, given: Given) -> Side:
@@ -77,10 +77,10 @@ def _other_side(mine: Side, other: Model, given: Given) -> Side:
     """A model held against a captured one: its leaves in the order of the first one's."""
     theirs = build(other, given, reduced=False)
     _check_other(theirs.captured.tensors, theirs.captured.live())
-    same = _match(mine.module, theirs.signed)
+    same = _match(mine.module, theirs.lifted)
     _check_casts(mine.captured, theirs.captured)
     leaves = [same[leaf] for leaf in mine.nodes]
-    return Side(theirs.captured, theirs.signed, _detached(theirs.captured.live()), leaves)
+    return Side(theirs.captured, theirs.lifted, _detached(theirs.captured.live()), leaves)
 
 
 def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ def _traced_again(
 
 
 def _match(first: fx.GraphModule, second: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """Pairs of corresponding nodes of two signed graphs.
+    """Pairs of corresponding nodes of two lifted graphs.
 
     Raises:
         ValueError: naming the first operation in which they differ.

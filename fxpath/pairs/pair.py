@@ -136,7 +136,7 @@ def agreement(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two networks: as captured, its signed graph, its tensors, and leaves in order."""
+    """One of the two networks: as captured, its lifted graph, its tensors, and leaves in order."""
 
     captured: Captured
     module: fx.GraphModule

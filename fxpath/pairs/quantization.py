@@ -17,8 +17,7 @@ from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
-from fxpath.passes import Setting, take_in
-from fxpath.passes.unsign import unsign
+from fxpath.passes import take_in
 
 __all__ = ["Quantized", "quantize"]
 
@@ -109,8 +108,7 @@ def quantize(
     if rounding not in ("zero", "nearest"):
         raise ValueError(f'rounding={rounding!r}: pass "zero" or "nearest"')
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
-    captured, signed = take_in(model, given)
-    lifted = unsign(signed, Setting(captured))
+    captured, lifted = take_in(model, given)
     live = captured.live()
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
     steps: dict[str, Tensor] = {}

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.interpret import Weighing
+from fxpath.graph.links import seen_through
 from fxpath.graph.schema import arguments
 from fxpath.pairs import edges
 from fxpath.pairs.edges import Unrolled
@@ -58,7 +59,7 @@ class Network:
         expansions = []
         outputs: list[fx.Node] = list(arguments(total)[0])
         for i, output in enumerate(arguments(full)[0]):
-            partitions = enumerate(found[0].reachable[output])
+            partitions = enumerate(found[0].reachable[seen_through(output)])
             merged = [(dim, p.of) for dim, p in partitions if not p.is_trivial]
             # The reduction sums equal outputs before it adds them up; here they stay apart.
             for _ in merged:

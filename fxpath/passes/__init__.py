@@ -6,8 +6,7 @@ Each pass is one file and one function of one signature, graph module in, graph 
 
 - ``fold``: frozen batch norms become part of the maps before them, or steps of their own;
 - ``lift``: ATen becomes the vocabulary of :mod:`fxpath.graph.ops`, operation by operation, by the
-  rules of :mod:`fxpath.rules`.  The graph is signed: it says ReLU, absolute value and sign;
-- ``unsign``: what path mass does not depend on is dropped;
+  rules of :mod:`fxpath.rules`;
 - ``reduce``: positions that are equal for all weights are kept once; ``classes`` finds them,
   ``bases`` chooses whether a tensor is kept by value or in sums;
 - ``lower``: each layer is computed in the way that is fastest.
@@ -29,7 +28,6 @@ from fxpath.passes.lift import lift
 from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
 from fxpath.passes.setting import Pass, Setting
-from fxpath.passes.unsign import unsign
 
 __all__ = [
     "Pass",
@@ -41,7 +39,6 @@ __all__ = [
     "reduce",
     "rewrite",
     "take_in",
-    "unsign",
 ]
 
 
@@ -50,27 +47,24 @@ class Rewritten:
     """A network after each pass.
 
     Attributes:
-        signed: as the rules write it, with activations and signs.
-        lifted: what path mass depends on, at full resolution.
+        lifted: as the rules write it, at full resolution, with activations and signs.
         reduced: the same after the spatial reduction; ``lifted`` itself without it.
         lowered: the graph that is run.
     """
 
-    signed: fx.GraphModule
     lifted: fx.GraphModule
     reduced: fx.GraphModule
     lowered: fx.GraphModule
 
 
-def rewrite(signed: fx.GraphModule, setting: Setting, whole: bool = False) -> Rewritten:
+def rewrite(lifted: fx.GraphModule, setting: Setting, whole: bool = False) -> Rewritten:
     """All passes behind the rules, one after the other; ``whole`` leaves out the reduction."""
-    lifted = unsign(signed, setting)
     reduced = lifted if whole else reduce(lifted, setting)
-    return Rewritten(signed, lifted, reduced, lower(reduced, setting))
+    return Rewritten(lifted, reduced, lower(reduced, setting))
 
 
 def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
-    """Capture a model, fold its batch norms and write its signed graph.
+    """Capture a model, fold its batch norms and write its lifted graph.
 
     Raises:
         UnsupportedModelError: listing every operation without an exact rule, with the ``until=`` or
@@ -88,10 +82,10 @@ def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
 
     captured = capture(model, given)
     try:
-        signed = _lifted(captured)
+        lifted = _lifted(captured)
     except UnsupportedModelError as error:
         raise with_advice(error, model, given, captured, passes) from error
-    return _bound(captured, signed), signed
+    return _bound(captured, lifted), lifted
 
 
 def _lifted(captured: Captured) -> fx.GraphModule:
@@ -107,9 +101,9 @@ def _lifted(captured: Captured) -> fx.GraphModule:
     return module
 
 
-def _bound(captured: Captured, signed: fx.GraphModule) -> Captured:
-    """A captured model that knows for which entries of its tensors the signed graph was made."""
-    names = [node.name for node in signed.graph.nodes if node.meta.get("baked")]
+def _bound(captured: Captured, lifted: fx.GraphModule) -> Captured:
+    """A captured model that knows for which entries of its tensors the lifted graph was made."""
+    names = [node.name for node in lifted.graph.nodes if node.meta.get("baked")]
     if not names:
         return captured
     live = captured.live()

@@ -32,7 +32,7 @@ def lift(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     """Lift a captured model.
 
     Returns:
-        A signed graph module that takes the model's tensors (placeholders named as in the captured
+        A graph module that takes the model's tensors (placeholders named as in the captured
         graph) and returns the path-norm, without care for range.
 
     Raises:

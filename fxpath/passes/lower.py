@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from fxpath.graph import ops
 from fxpath.graph.costs import multiply_adds
 from fxpath.graph.edit import drop_dead, form
-from fxpath.graph.links import Kernel, extents
+from fxpath.graph.links import Kernel, extents, seen_through
 from fxpath.graph.schema import arguments
 from fxpath.graph.writer import Writer
 from fxpath.passes.setting import Setting
@@ -62,6 +62,11 @@ class _Lowering(Writer):
         self.graph.output(self.graph.graph_copy(module.graph, copied))
 
     def run(self) -> fx.GraphModule:
+        for node in self.graph.nodes:
+            seen = seen_through(node)
+            if seen is not node:
+                node.replace_all_uses_with(seen)
+        drop_dead(self.graph)
         steps = {ops.conv: self._window, ops.mix: self._merge}
         for target, step in steps.items():
             # Backwards: a chain of maps is merged from its end.

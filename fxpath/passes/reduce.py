@@ -18,7 +18,7 @@ from fxpath.graph import ops
 from fxpath.graph.aten import CAT, EXPAND, PERMUTE, RESHAPE
 from fxpath.graph.costs import multiply_adds
 from fxpath.graph.exact import exact_sums
-from fxpath.graph.links import Link, extents, identity, static
+from fxpath.graph.links import Link, extents, identity, seen_through, static
 from fxpath.graph.schema import arguments, bias_of, target
 from fxpath.graph.stencil import Stencil, floats
 from fxpath.graph.writer import Writer
@@ -60,9 +60,11 @@ class _Reduction(Writer):
             if node.op == "get_attr":
                 self.env[node] = self.buffer(self.module.get_buffer(node.target), "constant")
             elif static(node):
-                self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+                known = self.env[arguments(node)[0]] if node.target is ops.negative else None
+                self.env[node] = known or self.graph.node_copy(node, self.env.__getitem__)
             else:
-                self.env[node] = self._reduce(node)
+                seen = seen_through(node)
+                self.env[node] = self._reduce(node) if seen is node else self.env[seen]
                 self.env[node].meta.setdefault("origin", node.meta.get("origin"))
                 # One node may stand for several.
                 self.env[node].meta["full"] = *self.env[node].meta.get("full", ()), node
@@ -78,7 +80,7 @@ class _Reduction(Writer):
         if node.target is ops.constant:
             return self.emit(ops.constant, self._static(node, arguments(node)[0]))
         if node.target is ops.total:
-            return self.emit(ops.total, [self._sum(a) for a in arguments(node)[0]])
+            return self.emit(ops.total, [self._sum(seen_through(a)) for a in arguments(node)[0]])
         if node.target is CAT:
             dim = int(arguments(node)[1]) % len(extents(node))
             if self._basis(node)[dim].is_trivial:
@@ -93,10 +95,11 @@ class _Reduction(Writer):
         if node.target is RESHAPE:
             shape = [len(p) for p in self._basis(node)]
             return self.emit(RESHAPE, next(iter(mapped.values())), shape)
-        args = list(fx.map_arg(arguments(node), lambda n: mapped.get(n) or self.env[n]))
+        args = list(fx.map_arg(arguments(node), lambda n: mapped.get(seen_through(n)) or self.env[n]))
         if bias_of(node) is not None:
             args[2] = self._bias(node)
-        return self.emit(target(node), *args)
+        function = ops.maximum if node.target is ops.minimum else target(node)
+        return self.emit(function, *args)
 
     def _source(self, node: fx.Node) -> fx.Node:
         basis = self._basis(node)

@@ -18,7 +18,6 @@ from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.passes import Setting, fold, take_in
 from fxpath.passes.reduce import reduce
-from fxpath.passes.unsign import unsign
 from fxpath.paths.dag import Dag, Entry
 from fxpath.paths.expand import expand
 from fxpath.program.path_norm import PathNorm, Total
@@ -193,11 +192,11 @@ def path_lifting(
     xs = [] if x is None else [x] if isinstance(x, Tensor) else list(x)
     if xs and input_shape is None and example_inputs is None:
         input_shape = [tuple(each.shape) for each in xs]
-    captured, signed = take_in(
+    captured, lifted = take_in(
         model, Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     )
     live = captured.live()
-    _check_count(_count(unsign(signed, Setting(captured)), captured, live), limit)
+    _check_count(_count(lifted, captured, live), limit)
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
     dag = expand(replace(captured, graph_module=fold(captured.graph_module, Setting(captured))))
     _check_count(dag.count_paths(), limit)

@@ -43,8 +43,7 @@ class PathProgram:
         graph_module: the rewritten network, an FX graph module over the vocabulary of
             ``fxpath.graph.ops``; it prints, lints, and called on the model's tensors returns the
             path-norm without care for range.
-        signed: the network as the rules write it, with activations and signs.
-        lifted: what path mass depends on, at full resolution, before the spatial reduction.
+        lifted: the network as the rules write it, with activations and signs, at full resolution.
         reduced: the same after it, before each layer is lowered to what computes it fastest.
         dtype: number format of the evaluation; float64 takes over where float32 cannot hold the
             span of one tensor.
@@ -74,7 +73,7 @@ class PathProgram:
         """Programs are made by :func:`fxpath.compile`."""
         self.captured = captured
         self.given = given
-        self.signed, self.lifted, self.reduced = graphs.signed, graphs.lifted, graphs.reduced
+        self.lifted, self.reduced = graphs.lifted, graphs.reduced
         self.graph_module = graphs.lowered
         self.dtype = dtype if q == 1 else torch.float64
         self.q = q
@@ -154,7 +153,7 @@ class PathProgram:
             ValueError: for any other ``q``.
         """
         setting = Setting(self.captured, _exponent(q))
-        graphs = rewrite(self.signed, setting, self._whole)
+        graphs = rewrite(self.lifted, setting, self._whole)
         return PathProgram(self.captured, graphs, self.dtype, setting.q, given=self.given)
 
     @property
@@ -362,13 +361,13 @@ def build(
         raise ValueError(
             f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64"
         )
-    captured, signed = take_in(model, given)
-    own = format_of(captured, signed)
-    graphs = rewrite(signed, Setting(captured, exponent), not reduced)
+    captured, lifted = take_in(model, given)
+    own = format_of(captured, lifted)
+    graphs = rewrite(lifted, Setting(captured, exponent), not reduced)
     return PathProgram(captured, graphs, dtype or own, exponent, compiled, given)
 
 
-def format_of(captured: Captured, signed: fx.GraphModule) -> torch.dtype:
+def format_of(captured: Captured, lifted: fx.GraphModule) -> torch.dtype:
     """The number format of a model's program, by its tensors.
 
     Raises:
@@ -376,7 +375,7 @@ def format_of(captured: Captured, signed: fx.GraphModule) -> torch.dtype:
     """
     live = captured.live()
     # What the graph was made for alone, bounds that bound nothing say, was looked at by its rules.
-    read = {n.target for n in signed.graph.nodes if n.op == "placeholder" and n.users}
+    read = {n.target for n in lifted.graph.nodes if n.op == "placeholder" and n.users}
     check_finite({captured.tensors[name]: tensor for name, tensor in live.items() if name in read})
     double = any(tensor.dtype == torch.float64 for tensor in live.values())
     return torch.float64 if double else torch.float32

@@ -8,7 +8,7 @@ from torch import fx
 
 from fxpath.errors import module_path
 from fxpath.graph.costs import multiply_adds
-from fxpath.graph.links import extents, static
+from fxpath.graph.links import extents, seen_through, static
 
 __all__ = ["SizeRow", "sizes"]
 
@@ -40,7 +40,8 @@ def sizes(lifted: fx.GraphModule, program: fx.GraphModule) -> list[SizeRow]:
     pending = 0
     for node in program.graph.nodes:
         pending += multiply_adds(node) if node.op == "call_function" else 0
-        for source in node.meta.get("full", (node,) if lifted is program else ())[-1:]:
+        full = node.meta.get("full", (node,) if lifted is program else ())
+        for source in [each for each in full if seen_through(each) is each][-1:]:
             kept[source.name], macs[source.name] = node, pending
             pending = 0
     rows = []

@@ -63,7 +63,7 @@ def compare(
         The smaller model as :func:`fxpath.passes.take_in` gives it, or what is wrong with it.
     """
     try:
-        other, signed = take_in(smaller, given)
+        other, lifted = take_in(smaller, given)
     except UnsupportedModelError as error:
         problem = error.report.problems[0]
         nodes = _blamed(captured, problem.module_path, [problem.source_line, *_calls(error)])
@@ -77,7 +77,7 @@ def compare(
     theirs = _Double(other, other.live() | rounded)
     pairs = zip(ours.outputs(), theirs.outputs(), strict=True)
     if all(_agree(a, b) for a, b in pairs):
-        return other, signed
+        return other, lifted
     return _first_difference(ours, theirs, found, gone)
 
 

@@ -60,19 +60,17 @@ class Constants:
         self,
         model: nn.Module,
         captured: Captured,
-        signed: fx.GraphModule,
         lifted: fx.GraphModule,
         found: Channels,
         channels: Tensor,
     ) -> None:
-        """``lifted`` is ``signed`` without signs: nodes have the same names."""
         self.channels = channels
         self._model, self._captured, self._found = model, captured, found
         self._lifted, self._ties = lifted, places(model)
         self._nodes = {node.name: node for node in lifted.graph.nodes}
         self._readings: dict[str, Reading] = {}
         if bool(channels.any()):
-            self._readings = read_values(signed, captured.live(), self._chosen)
+            self._readings = read_values(lifted, captured.live(), self._chosen)
 
     def _read(self, name: str) -> Tensor:
         """Channels of what a node reads."""

@@ -142,7 +142,6 @@ class _Dead:
         self._constants = Constants(
             network.model,
             network.captured,
-            network.program.signed,
             network.lifted,
             found,
             constant,

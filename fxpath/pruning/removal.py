@@ -197,7 +197,7 @@ class Network:
         self.program = build(model, given)
         self.captured = self.program.captured
         self.given = _written_down(given, self.captured)
-        self._side = side_of(self.captured, self.program.signed)
+        self._side = side_of(self.captured, self.program.lifted)
         self.lifted = self.program.lifted
         with torch.no_grad():
             self.found = Channels(self.captured, self.lifted)
@@ -300,7 +300,7 @@ def finished(
         choice: the channels that are gone.
         plan: what was removed.
         smaller: the model that is left.
-        lifted: its lifted or signed graph.
+        lifted: its lifted graph.
         certificate: the path-metric between the two.
     """
     unread = unread_modules(network.model, network.captured) if choice.channels else []

@@ -1,4 +1,4 @@
-"""What neurons compute: the signed graph run in float64, with inputs of zero."""
+"""What neurons compute: the lifted graph run in float64, with inputs of zero."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Reading:
 
 
 def read_values(
-    signed: fx.GraphModule,
+    lifted: fx.GraphModule,
     tensors: Mapping[str, Tensor],
     chosen: Callable[[str, Tensor], Tensor | None],
 ) -> dict[str, Reading]:
     """What operations with a weight read where all inputs of the network are zero.
 
     Args:
-        signed: a signed graph.
+        lifted: a lifted graph.
         tensors: the model's tensors by the names of its placeholders.
         chosen: the entries to keep of what a node (by name) reads; ``None`` for no reading of it.
     """
-    values = _Values(signed, chosen)
+    values = _Values(lifted, chosen)
     with torch.no_grad():
         values.run(tensors)
     return values.readings
@@ -59,14 +59,14 @@ class _Value:
 
 
 class _Values(Interpretation):
-    """Runs the signed graph: what the model computes, in float64 whatever its own format is."""
+    """Runs the lifted graph: what the model computes, in float64 whatever its own format is."""
 
     activation = _Value
 
     def __init__(
-        self, signed: fx.GraphModule, chosen: Callable[[str, Tensor], Tensor | None]
+        self, lifted: fx.GraphModule, chosen: Callable[[str, Tensor], Tensor | None]
     ) -> None:
-        super().__init__(signed, torch.float64)
+        super().__init__(lifted, torch.float64)
         self._chosen = chosen
         self.readings: dict[str, Reading] = {}
 

@@ -121,7 +121,8 @@ class Walk(Labelling):
         return y
 
     def clamp(self, x: Labels, lo: float | None, hi: float | None) -> Labels:
-        self._clamped.append(x.ids.flatten())
+        if any(ops.bound_sizes(lo, hi)):
+            self._clamped.append(x.ids.flatten())
         if (lo or 0) > 0 or (hi or 0) < 0:
             self._loads.append((x.ids, self.node, ()))
         return super().clamp(x, lo, hi)

@@ -338,7 +338,8 @@ class Labelling(Interpretation):
         return self._new(x.ids)
 
     def clamp(self, x: Labels, lo: float | None, hi: float | None) -> Labels:
-        self.rigid.append(x.ids)
+        if any(ops.bound_sizes(lo, hi)):
+            self.rigid.append(x.ids)
         return self._new(x.ids)
 
     def add(self, x: Labels, y: Labels) -> Labels:

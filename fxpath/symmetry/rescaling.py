@@ -14,8 +14,7 @@ from fxpath.graph import ops
 from fxpath.model import Captured, Given, Model, Shapes, check_finite, named_tensors
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
-from fxpath.passes import Setting, take_in
-from fxpath.passes.unsign import unsign
+from fxpath.passes import take_in
 from fxpath.symmetry.groups import ChannelGroups, find_groups, open_groups
 from fxpath.symmetry.least_norm import least_norm_factors
 
@@ -53,8 +52,7 @@ def channel_groups(
         ValueError: for an input shape that is missing and cannot be inferred.
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
-    captured, signed = take_in(model, given)
-    return find_groups(captured, unsign(signed, Setting(captured)))
+    return find_groups(*take_in(model, given))
 
 
 @plain_mode()
@@ -116,8 +114,7 @@ def rescale(
         True
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
-    captured, signed = take_in(model, given)
-    lifted = unsign(signed, Setting(captured))
+    captured, lifted = take_in(model, given)
     found = open_groups(captured, lifted)
     values = torch.ones(len(found), dtype=torch.float64)
     rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
@@ -212,8 +209,7 @@ def normalize(
     if method not in METHODS:
         raise ValueError(f"method={method!r}: known are {', '.join(map(repr, METHODS))}")
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
-    captured, signed = take_in(model, given)
-    lifted = unsign(signed, Setting(captured))
+    captured, lifted = take_in(model, given)
     check_finite({captured.tensors[key]: tensor for key, tensor in captured.live().items()})
     found = open_groups(captured, lifted)
     values = METHODS[method](captured, lifted, found)
