@@ -21,7 +21,7 @@ from fxpath.graph import ops, stencil
 from fxpath.graph.costs import multiply_adds
 from fxpath.graph.exact import Coefficient, Rows, exact_sums, numbered
 from fxpath.graph.links import Kernel, extents, links, mark_static, row_power, static
-from fxpath.graph.schema import arguments
+from fxpath.graph.schema import bias_of
 from fxpath.graph.stencil import Stencil
 from fxpath.model import Given
 from fxpath.passes.classes import find_classes
@@ -186,13 +186,13 @@ def slow_classes(graph: fx.Graph, q: float) -> tuple[dict[fx.Node, list[list[int
                 for link in axes
                 if link.dim == dim
             ]
-            bias = arguments(node)[1] if node.target is ops.shift else None
+            bias = None if node.target is ops.constant else bias_of(node)
             axis = dim - len(extents(node)) + len(extents(bias)) if bias is not None else -1
             if node.target is ops.source:
                 reachable[node].append([0] * n)
             elif not read[node] or len(linked) < len(read[node]):
                 reachable[node].append(list(range(n)))
-            elif axis >= 0 and extents(bias)[axis] > 1:  # type: ignore[arg-type]
+            elif bias is not None and axis >= 0 and extents(bias)[axis] > 1:
                 reachable[node].append(list(range(n)))
             else:
                 labels: list[list[Hashable]] = [[] for _ in range(n)]

@@ -21,7 +21,7 @@ __all__ = ["ENDS", "Unit", "find_units"]
 #: Why channel 0 stays, and what is tied to it.
 ENDS = Kept(
     "they are channels of the model's inputs or outputs, or meet those: in a sum, a tensor, or an "
-    "operation that is not followed, such as einsum"
+    "operation that is not followed, such as an einsum over two axes"
 )
 
 

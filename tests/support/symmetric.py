@@ -151,9 +151,9 @@ UNUSUAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = 
     "shuffled": (Shuffled, (2, 3, 3), 1 + 4 + 1 + 1, 7),
     # Only the part of the matrix that is used once, by its last row.
     "tied": (Tied, (3,), 1, 1),
-    # Layers 0 to 4; layer 1 adds a constant to two channels, an einsum and a clamp follow, and the
-    # last layer reads one mixture.
-    "awkward": (Awkward, (4,), 4 + 4 + 0 + 4 + 1, 4 + 2 + 0 + 0 + 1),
+    # Layers 0 to 2, an einsum, layers 3 and 4; layer 1 adds a constant to two channels, layer 3 is
+    # clamped, and the last layer reads one mixture.
+    "awkward": (Awkward, (4,), 4 + 4 + 4 + 4 + 4 + 1, 4 + 2 + 4 + 4 + 0 + 1),
     # The convolution's channels are the positions of the sequence.
     "sequence": (sequence, (5, 3), 1 + 2, 3),
 }
