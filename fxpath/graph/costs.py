@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
@@ -12,7 +12,7 @@ from fxpath.graph.equations import letters
 from fxpath.graph.links import extents
 from fxpath.graph.schema import arguments
 
-__all__ = ["multiply_adds"]
+__all__ = ["mapping", "multiply_adds"]
 
 
 def multiply_adds(node: fx.Node, out: Sequence[int] | None = None) -> int:
@@ -41,3 +41,12 @@ def multiply_adds(node: fx.Node, out: Sequence[int] | None = None) -> int:
         sizes = letters(equation).sizes(extents(x), extents(weight))
         return positions * math.prod(sizes[letter] for letter in letters(equation).summed)
     return 0
+
+
+def mapping(shape: Sequence[int], out: Mapping[int, int]) -> int:
+    """Multiply-adds of fixed maps along axes one by one, from axis to extent behind its map."""
+    now, cost = list(shape), 0
+    for axis, size in out.items():
+        now[axis] = size
+        cost += math.prod(now) * shape[axis]
+    return cost

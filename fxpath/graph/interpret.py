@@ -5,29 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.power import power, power_of_number
 
-__all__ = ["Interpretation", "Weighing", "power"]
+__all__ = ["Interpretation", "Map", "Weighing"]
 
 Map = Callable[[Tensor], Tensor]
-
-
-def power(value: Tensor, q: float) -> Tensor:
-    """``|value| ** q`` with 0 ** 0 = 0, which counts non-zero paths for q = 0."""
-    if q == 1:
-        return value.abs()
-    if q == 0:
-        return value * 0 + (value != 0)  # NaN stays NaN
-    if q > 1:
-        return value.abs().pow(q)
-    # The derivative at 0 is infinite: no gradient there, as for the absolute value itself.
-    empty = value == 0
-    return torch.where(empty, 0.0, torch.where(empty, 1.0, value).abs().pow(q))
 
 
 @dataclass(frozen=True)
@@ -269,7 +258,8 @@ class Interpretation:
 
     def clamp(self, x: Any, lo: float | None, hi: float | None) -> Any:
         """2-max-pooling against two numbers: by default biases of their sizes."""
-        sizes = sum(bound**self.q for bound in ops.bound_sizes(lo, hi) if bound)
+        bounds = map(Fraction, ops.bound_sizes(lo, hi))
+        sizes = sum(power_of_number(bound, self.q) for bound in bounds)
         return self.shift(x, self.known(self.filled((), float(sizes))))
 
     def filled(self, shape: Sequence[int], value: float) -> Tensor:

@@ -8,11 +8,9 @@ extent (a fence).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor, fx
@@ -21,8 +19,9 @@ from fxpath.graph import ops
 from fxpath.graph.aten import CAT, EXPAND, PERMUTE, RESHAPE
 from fxpath.graph.equations import letters
 from fxpath.graph.exact import Coefficient
+from fxpath.graph.power import power_of_number
 from fxpath.graph.schema import arguments
-from fxpath.graph.stencil import ONE, Stencil
+from fxpath.graph.stencil import Stencil
 
 __all__ = [
     "Kernel",
@@ -253,15 +252,6 @@ def row_power(stencil: Stencil, q: float) -> Stencil:
     if q == 1 and all(c >= 0 for c in stencil.table):
         return stencil
     table: dict[Coefficient, int] = {}
-    codes = [table.setdefault(_power(c, q), len(table)) for c in stencil.table]
+    codes = [table.setdefault(power_of_number(c, q), len(table)) for c in stencil.table]
     code = torch.tensor(codes, dtype=torch.int64)[stencil.code]
     return replace(stencil, code=code, table=tuple(table))
-
-
-def _power(c: Any, q: float) -> Coefficient:
-    if q == 0:
-        return ONE if c else 0
-    if not float(q).is_integer():
-        return Fraction(math.pow(abs(c), q))
-    powered: Coefficient = abs(c) ** int(q)
-    return powered

@@ -16,10 +16,9 @@ from torch import Tensor, fx
 
 from fxpath.errors import module_path
 from fxpath.graph import ops
-from fxpath.graph.edit import inputs_first
 from fxpath.graph.interpret import Interpretation
-from fxpath.graph.leaves import LEAVES
-from fxpath.graph.schema import arguments, target
+from fxpath.graph.schema import arguments
+from fxpath.graph.static import evaluated
 from fxpath.model import Captured
 from fxpath.passes.setting import Setting
 
@@ -175,25 +174,10 @@ class Side:
     def _name(node: fx.Node) -> str:
         return str(arguments(node)[1]) if node.target is ops.coordinate else node.name
 
-    def evaluate(self, leaf: fx.Node) -> Any:
-        """What a leaf reads, as the model computes it, each step once."""
-        known: dict[fx.Node, Any] = {}
-        for node in inputs_first(leaf, known):
-            known[node] = self._step(node, known)
-        return known[leaf]
-
-    def _step(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-        if node.target in LEAVES:
-            return known[arguments(node)[0]]
-        if node.op == "placeholder":
-            return self.tensors[str(node.target)].detach()
-        if node.op == "get_attr":
-            buffer: Tensor = getattr(self.module, str(node.target))
-            device = next((t.device for t in self.tensors.values()), buffer.device)
-            return buffer.to(device)
-        args: Any
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        return target(node)(*args, **kwargs)
+    def evaluate(self, node: fx.Node) -> Any:
+        """What a leaf reads, or a step before it, as the model computes it."""
+        ((_, found),) = evaluated(self.module, self.tensors, [node])
+        return found
 
 
 @dataclass

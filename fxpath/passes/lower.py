@@ -12,15 +12,15 @@ Requires a lifted graph, reduced or not.  Ensures the same polynomial in |theta|
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
-from fxpath.graph.costs import multiply_adds
+from fxpath.graph.costs import mapping, multiply_adds
 from fxpath.graph.edit import drop_dead, form
 from fxpath.graph.links import Kernel, extents, seen_through
 from fxpath.graph.schema import arguments
@@ -126,7 +126,9 @@ class _Lowering(Writer):
         kernel, out, sizes = extents(weight)[2:], extents(node)[2:], extents(x)[2:]
         if transposed or "whole" in node.meta or not (before or math.prod(out) <= FEW):
             return
-        if not before and _laying(extents(x), out, kernel) > multiply_adds(node):
+        axes = zip(itertools.count(2), sizes, out, kernel, strict=False)
+        laid = {axis: o * k for axis, n, o, k in axes if (o, k) != (n, 1)}
+        if not before and mapping(extents(x), laid) > multiply_adds(node):
             return
         if any(n * o * k > LARGEST_MATRIX for n, o, k in zip(sizes, out, kernel, strict=True)):
             return
@@ -186,16 +188,6 @@ def _only_user(node: fx.Node | None, *targets: Any) -> fx.Node | None:
 def _affordable(lead: int, size: int, out: int) -> bool:
     """Whether one matrix for all positions is small, and cheap to apply."""
     return lead * size * out <= CHEAP and size * out <= LARGEST_MATRIX
-
-
-def _laying(sizes: Sequence[int], out: Sequence[int], kernel: Sequence[int]) -> int:
-    """Multiply-adds of reading each tap through a matrix, axis by axis."""
-    now, cost = list(sizes), 0
-    for axis, (o, k) in enumerate(zip(out, kernel, strict=True), 2):
-        if (o, k) != (sizes[axis], 1):
-            now[axis] = o * k
-            cost += math.prod(now) * sizes[axis]
-    return cost
 
 
 def _taps(size: int, out: int, *spec: Any) -> Tensor:

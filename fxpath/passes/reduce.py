@@ -7,7 +7,6 @@ reachable classes, or observable ones where it is kept in sums.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.aten import CAT, EXPAND, PERMUTE, RESHAPE
-from fxpath.graph.costs import multiply_adds
+from fxpath.graph.costs import mapping, multiply_adds
 from fxpath.graph.exact import exact_sums
 from fxpath.graph.links import Link, extents, identity, seen_through, static
 from fxpath.graph.schema import arguments, bias_of, target
@@ -147,14 +146,13 @@ class _Reduction(Writer):
             return False  # sums over classes do not tell what the positions hold
         kept = [len(p) for p in self._basis(argument)]
         out = [len(p) for p in self._basis(node)]
-        laid = list(kept)
-        for link in reduced:
-            laid[link.source_dim] = out[link.dim] * len(link.taps)
+        laid = {link.source_dim: out[link.dim] * len(link.taps) for link in reduced}
         spatial = {link.dim for link in axes if link.dim >= 2}
         middle = [n if d in spatial else out[d] for d, n in enumerate(extents(node))]
         whole = [n if d in spatial else kept[d] for d, n in enumerate(extents(argument))]
-        by_taps = _mixing(kept, laid) + multiply_adds(node, out)
-        by_whole = _mixing(kept, whole) + multiply_adds(node) + _mixing(middle, out)
+        by_taps = mapping(kept, laid) + multiply_adds(node, out)
+        expanded, gathered = _changed(kept, whole), _changed(middle, out)
+        by_whole = mapping(kept, expanded) + multiply_adds(node) + mapping(middle, gathered)
         return by_whole < by_taps
 
     def _whole_conv(self, node: fx.Node, argument: fx.Node, axes: Sequence[Link]) -> fx.Node:
@@ -320,14 +318,8 @@ class _Reduction(Writer):
         return self.emit(ops.mix, x, dim, self.buffer(matrix, "matrix"))
 
 
-def _mixing(before: Sequence[int], after: Sequence[int]) -> int:
-    """Multiply-adds of maps along axes, one after the other, where they change an extent."""
-    now, cost = list(before), 0
-    for dim, n in enumerate(after):
-        if n != before[dim]:
-            now[dim] = n
-            cost += math.prod(now) * before[dim]
-    return cost
+def _changed(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
+    return {d: n for d, (m, n) in enumerate(zip(before, after, strict=True)) if m != n}
 
 
 def _alike(a: Partition, b: Partition) -> bool:

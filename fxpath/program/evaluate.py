@@ -14,14 +14,14 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxpath.graph import ops
-from fxpath.graph.edit import inputs_first
-from fxpath.graph.schema import arguments, target
+from fxpath.graph.schema import arguments
+from fxpath.graph.static import evaluated
 from fxpath.modes import TRACING
 from fxpath.program import adjoints
 from fxpath.program.kernels.operator import KERNELS
 from fxpath.program.path_norm import PathNorm, Total
 
-__all__ = ["Compiled", "Run", "coordinates", "effective", "evaluate", "score_shapes"]
+__all__ = ["Compiled", "Run", "coordinates", "evaluate", "score_shapes"]
 
 
 @dataclass
@@ -117,32 +117,8 @@ def coordinates(
         for node in module.graph.nodes
         if node.target is ops.coordinate and (names is None or arguments(node)[1] in names)
     ]
-    for node, value in effective(module, tensors, read):
+    for node, value in evaluated(module, tensors, read):
         yield str(arguments(node)[1]), value
-
-
-def effective(
-    module: fx.GraphModule, tensors: Mapping[str, Tensor], read: Sequence[fx.Node]
-) -> Iterator[tuple[fx.Node, Tensor]]:
-    """Entries of theta at some ``ops.coordinate`` nodes of a lifted graph, in turn."""
-    needed: dict[fx.Node, None] = {}
-    for node in read:
-        needed.update(dict.fromkeys(inputs_first(node, needed)))
-    last = {value: node for node in needed for value in node.all_input_nodes}
-    env: dict[fx.Node, Any] = {}
-    for node in needed:
-        if node.op == "placeholder":
-            env[node] = tensors[str(node.target)].detach()
-        elif node.op == "get_attr":
-            env[node] = module.get_buffer(str(node.target))
-        elif node.target is ops.coordinate:
-            yield node, env[arguments(node)[0]]
-        else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = target(node)(*args, **kwargs)
-        for value in node.all_input_nodes:
-            if last[value] is node:
-                del env[value]
 
 
 def _can_generate() -> bool:

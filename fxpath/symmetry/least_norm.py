@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.schema import arguments
+from fxpath.graph.static import evaluated
 from fxpath.model import Captured
-from fxpath.program.evaluate import effective
 from fxpath.program.evaluation import fitted
 from fxpath.symmetry.balancing import Balance, Masses, balance, bounded
 from fxpath.symmetry.effective import EffectiveLabelling
@@ -85,7 +85,7 @@ class Canonical:
         live = self.captured.live()
         found = balance(list(_masses(self.lifted, live, self._ends)), self._groups)
         scores: dict[str, Tensor] = {}
-        for node, value in effective(self.lifted, live, list(self._ends)):
+        for node, value in evaluated(self.lifted, live, list(self._ends)):
             name = str(arguments(node)[1])
             score = _sizes(value, self._ends[node], found, dtype)
             if name in scores:  # one parameter that two batch norms make two arrays of
@@ -140,7 +140,7 @@ def _masses(
     lifted: fx.GraphModule, live: Mapping[str, Tensor], ends: Mapping[fx.Node, _Ends]
 ) -> Iterator[Masses]:
     """Sums of squares by pairs of groups, for each array of coordinates."""
-    for node, value in effective(lifted, live, list(ends)):
+    for node, value in evaluated(lifted, live, list(ends)):
         if value.numel():
             value = value.reshape(1) if value.dim() == 0 else value
             bands = _bands(str(arguments(node)[1]), value)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fxpath.graph import ops
+from fxpath.graph.power import power_into
 from fxpath.program.kernels import generated as sweeps
 from fxpath.program.kernels.operator import operator
 from fxpath.program.kernels.scales import sum_to
-from fxpath.program.kernels.weights import lift_into
 
 __all__: list[str] = []
 
@@ -103,7 +103,7 @@ def _forward(weight: Tensor, columns: Tensor, q: float, generated: bool) -> Tens
     narrow = columns.T.contiguous() if columns.shape[1] < NARROW else None
     for rows in _blocks(weight):
         part = weight[rows]
-        block = lift_into(scratch[: part.numel()].view(part.shape), part, q)
+        block = power_into(scratch[: part.numel()].view(part.shape), part, q)
         if narrow is None:
             torch.mm(block, columns, out=y[rows])
         elif len(narrow) == 1:
@@ -135,7 +135,7 @@ def _backward(
     scratch = _scratch(weight, columns)
     for rows in _blocks(weight):
         beta = int(rows.start > 0)  # nothing to add to before the first block
-        g, block = grad[rows], lift_into(out[rows], weight[rows], q)
+        g, block = grad[rows], power_into(out[rows], weight[rows], q)
         if not needed:
             pass
         elif len(result) == 1 and narrow:
@@ -219,7 +219,7 @@ def window(
     if groups == 1:
         y = _forward(flat, columns, q, generated)
     else:
-        lifted = lift_into(columns.new_empty(flat.shape), flat, q)
+        lifted = power_into(columns.new_empty(flat.shape), flat, q)
         y = ops.grouped(lifted, columns, groups)
     return y.reshape(len(weight), len(x), *extents).transpose(0, 1).contiguous(), columns
 
@@ -248,7 +248,7 @@ def window_backward(
         gradient = _backward(g, columns, flat, scores, q, generated, needed)
     else:
         split = g.reshape(groups, -1, g.shape[1])
-        lifted = lift_into(scores, flat, q).view(groups, -1, flat.shape[1])
+        lifted = power_into(scores, flat, q).view(groups, -1, flat.shape[1])
         gradient = torch.bmm(lifted.transpose(1, 2), split).reshape(columns.shape)
         lifted.mul_(torch.bmm(split, columns.reshape(groups, -1, g.shape[1]).transpose(1, 2)))
     if not needed:

@@ -8,21 +8,8 @@ import torch
 from torch import Tensor
 
 from fxpath.graph import ops
+from fxpath.graph.power import power_into
 from fxpath.program.kernels.operator import operator
-
-__all__ = ["lift_into"]
-
-
-def lift_into(out: Tensor, value: Tensor, q: float) -> Tensor:
-    """Write ``|value| ** q`` into ``out``, in the number format of ``out``; 0 ** 0 = 0."""
-    if q == 0:
-        # 0 for each number, but NaN for what is none.
-        return out.copy_(value).mul_(0).add_(value != 0)
-    if value.dtype == out.dtype:
-        torch.abs(value, out=out)
-    else:
-        out.copy_(value).abs_()
-    return out if q == 1 else out.pow_(q)
 
 
 @operator(
@@ -31,13 +18,13 @@ def lift_into(out: Tensor, value: Tensor, q: float) -> Tensor:
 )
 def lifted(value: Tensor, dtype: torch.dtype, q: float) -> Tensor:
     """``|value| ** q``."""
-    return lift_into(value.new_empty(value.shape, dtype=dtype), value, q)
+    return power_into(value.new_empty(value.shape, dtype=dtype), value, q)
 
 
 @operator("lift_(Tensor(a!) out, Tensor value, float q) -> ()", lambda out, value, q: None)
 def lift_(out: Tensor, value: Tensor, q: float) -> None:
     """``|value| ** q`` in the caller's memory."""
-    lift_into(out, value, q)
+    power_into(out, value, q)
 
 
 @operator("times_(Tensor(a!)[] outs, Tensor[] others) -> ()", lambda outs, others: None)
