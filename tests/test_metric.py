@@ -56,7 +56,7 @@ def test_metric_lies_between_its_bounds_and_is_the_value_where_exact(
         assert metric.lower <= metric.value <= metric.upper
         assert [metric.lower, metric.upper] == pytest.approx([metric.value] * 2, rel=1e-9)
         # What the max-plus pass carries, too, although entries decide here.
-        carried = metric._domination.total
+        carried = metric._comparison.domination.total
         assert carried == pytest.approx(true, rel=1e-9, abs=slack)
     else:
         assert metric.value is None

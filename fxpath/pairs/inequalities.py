@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,9 @@ from torch import Tensor
 from fxpath.graph import ops
 from fxpath.graph.costs import multiply_adds
 from fxpath.graph.links import static
+from fxpath.pairs.comparison import Comparison
 from fxpath.pairs.difference import Difference, Excess
-from fxpath.pairs.domination import find_domination
 from fxpath.pairs.inductive import Inductive
-from fxpath.pairs.normalized import Distance, Normalized
 from fxpath.pairs.pair import Pair
 from fxpath.pairs.rounding import UNIT, Doubt, doubt, relative
 from fxpath.pairs.unrolled import Network, Part
@@ -63,25 +63,18 @@ def all_bounds(
     nothing = [torch.zeros_like(x) for x in full]
     biases = Difference(pair.lifted, pair, nothing)
     constant = biases.outcome()
-    signs_agree = biases.signs_agree
     found["any_pair"] = outwards([_row(y) + _row(constant) for y in outcome])
     # All paths were seen, those from inputs and those from biases.
     ends = [y for each in (*outcome, constant) for y in each]
-    if signs_agree and (
-        all(y.excess is None for y in ends) or all(y.other_excess is None for y in ends)
-    ):
+    walk = functools.cache(lambda: _parts(pair, samples, radius))
+    compared = Comparison(pair, ends, biases.signs_agree, rounded, lambda: walk()[:2])
+    if compared.signs_agree and compared.entrywise:
         # Both norms are exact, so that the bound through m is Theorem B.1 and no other m is better.
         found["theorem_b1"] = found["any_pair"]
-        return found
-    network, parts, total = _parts(pair, samples, radius)
-    if signs_agree:
-        excluded = [_larger(ends, swap, rounded) for swap in (True, False)]
-        dominated = find_domination(network, pair, parts, excluded)
-        if dominated.holds:
-            found["theorem_b1"] = outwards(total(dominated.bounds))
-            return found
-    distance: Distance = Normalized(network, pair, parts).outcome()
-    found["any_pair_normalized"] = outwards(total(distance.common))
+    elif compared.signs_agree and compared.domination.holds:
+        found["theorem_b1"] = outwards(walk()[2](compared.domination.bounds))
+    else:
+        found["any_pair_normalized"] = outwards(walk()[2](compared.distance.common))
     return found
 
 
@@ -94,12 +87,6 @@ def _hidden(pair: Pair, fed: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
         outputs = Doubt(pair.lifted, pair, x).outcome()
         found.append(torch.cat([y.gap().flatten() for y in outputs]))
     return found
-
-
-def _larger(outputs: list[Excess], swap: bool, rounded: float) -> bool:
-    """Whether an output has more path mass in theta (``swap``: in theta'), so that one exceeds."""
-    sides = [(y.second, y.first) if swap else (y.first, y.second) for y in outputs]
-    return any(bool((a > b * (2 * rounded - 1)).any()) for a, b in sides)
 
 
 def _row(outputs: list[Excess]) -> Tensor:

@@ -14,10 +14,9 @@ from torch import Tensor, fx
 from fxpath.model import Given, Model, Shapes
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
+from fxpath.pairs.comparison import NEGLIGIBLE, Comparison
 from fxpath.pairs.difference import Difference
-from fxpath.pairs.domination import Dominated, find_domination
 from fxpath.pairs.matching import Other, make_pair
-from fxpath.pairs.normalized import Distance, Normalized
 from fxpath.pairs.pair import Pair
 from fxpath.pairs.rounding import UNIT, Doubt, doubt, erased_doubt, relative
 from fxpath.pairs.snapshot import Snapshot
@@ -31,9 +30,6 @@ __all__ = ["PathMetric", "path_metric"]
 
 #: Upper bounds by name, and whether they stay the same when either network is rescaled.
 UPPER_BOUNDS = {"m": False, "m_normalized": True, "theorem_f2": True, "lemma_3_3": True}
-
-#: Part of the metric up to which what rounding may hide is no reason against calling it exact.
-NEGLIGIBLE = 1e-9
 
 
 class PathMetric(Snapshot):
@@ -54,7 +50,7 @@ class PathMetric(Snapshot):
     """
 
     _networks = ("_pair", "_network")
-    _numbers = ("dominated", "_distance", "path_magnitude_sum")
+    _numbers = ("path_magnitude_sum",)
 
     def __init__(self, pair: Pair, reduced: fx.GraphModule | None = None) -> None:
         """Metrics are made by :func:`fxpath.path_metric`."""
@@ -67,19 +63,10 @@ class PathMetric(Snapshot):
         self.other_path_norm = _total([y.second for y in outputs])
         self._excess = _total([y.excess for y in outputs])
         self._other_excess = _total([y.other_excess for y in outputs])
-        self._entrywise = any(
-            all(part is None for part in parts)
-            for parts in ([y.excess for y in outputs], [y.other_excess for y in outputs])
-        )
         self._relative = relative(reduced)
-        # Where an output's path-norm is larger in the one network, the other does not dominate.
-        self._larger = [
-            any(bool((a > b * (1 + 2 * self._relative)).any()) for a, b in sides)
-            for sides in (
-                [(y.second, y.first) for y in outputs],
-                [(y.first, y.second) for y in outputs],
-            )
-        ]
+        self._comparison = Comparison(
+            pair, outputs, self.signs_agree, 1 + self._relative, self._walk
+        )
         self._doubt = 0.0
         if pair.erased:
             self._doubt = erased_doubt(pair) * self._excess
@@ -92,22 +79,13 @@ class PathMetric(Snapshot):
     def _network(self) -> Network:
         return Network.by_value(self._pair.lifted, self._pair.setting)
 
-    @functools.cached_property
-    @plain_mode()
-    def _domination(self) -> Dominated:
+    def _walk(self) -> tuple[Network, list[Part]]:
         self._pair.check_unchanged()
-        return find_domination(self._network, self._pair, [Part()], self._larger)
-
-    @functools.cached_property
-    @plain_mode()
-    def _distance(self) -> Distance:
-        self._pair.check_unchanged()
-        found: Distance = Normalized(self._network, self._pair).outcome()
-        return found
+        return self._network, [Part()]
 
     # -- what holds -------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def dominated(self) -> bool:
         """Whether ``|Phi(theta)| >= |Phi(theta')|`` on every path, or the other way round.
 
@@ -116,10 +94,7 @@ class PathMetric(Snapshot):
         other factors than powers of two, which is rounded itself, paths may exceed by rounding: by
         1e-9 of the difference at most, else it is not dominated.
         """
-        if self._entrywise:
-            return True
-        found = self._domination
-        return found.holds and found.total_slack <= NEGLIGIBLE * found.total
+        return self._comparison.dominated
 
     @property
     def exact(self) -> bool:
@@ -135,7 +110,14 @@ class PathMetric(Snapshot):
         """Both sides of (7), where it holds for the parameters as float64 has them."""
         if not (self.signs_agree and self.dominated):
             return None
-        return self._excess_sum if self._entrywise else self._domination.total
+        compared = self._comparison
+        return self._excess_sum if compared.entrywise else compared.domination.total
+
+    @property
+    def _slack(self) -> float:
+        """What has to be added to it for an upper bound."""
+        compared = self._comparison
+        return 0.0 if compared.entrywise else compared.domination.total_slack
 
     @property
     def value(self) -> float | None:
@@ -148,8 +130,7 @@ class PathMetric(Snapshot):
     def lower(self) -> float:
         """The lower bound (6), ``| ||Phi|| - ||Phi'|| |``: the metric itself where it is exact."""
         if self.value is not None:
-            hidden = self._doubt + (0.0 if self._entrywise else self._domination.total_slack)
-            return max(0.0, self.value * (1 - self._relative) - hidden)
+            return max(0.0, self.value * (1 - self._relative) - self._doubt - self._slack)
         # Both excesses are rounded, which their difference must not take for a distance.
         hidden = self._relative * self._excess_sum + self._doubt
         return max(0.0, (abs(self._excess - self._other_excess) - hidden) * (1 - 4 * UNIT))
@@ -158,8 +139,7 @@ class PathMetric(Snapshot):
     def upper(self) -> float:
         """The metric where it is exact, else the smallest upper bound that no rescaling changes."""
         if self._carried is not None:
-            slack = 0.0 if self._entrywise else self._domination.total_slack
-            return self._outwards(self._carried + slack)
+            return self._outwards(self._carried + self._slack)
         return min(self.bound(name) for name, invariant in UPPER_BOUNDS.items() if invariant)
 
     def bound(self, name: str) -> float:
@@ -180,7 +160,7 @@ class PathMetric(Snapshot):
             raise KeyError(f"{name!r} is no upper bound; there are {', '.join(UPPER_BOUNDS)}")
         if name == "m":
             return self._outwards(self._excess_sum)
-        found = self._distance
+        found = self._comparison.distance
         if name == "m_normalized":
             return self._outwards(found.through_common)
         return self._outwards(found.theorem_f2 if name == "theorem_f2" else found.lemma_3_3)
