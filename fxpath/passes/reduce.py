@@ -94,7 +94,9 @@ class _Reduction(Writer):
         if node.target is RESHAPE:
             shape = [len(p) for p in self._basis(node)]
             return self.emit(RESHAPE, next(iter(mapped.values())), shape)
-        args = list(fx.map_arg(arguments(node), lambda n: mapped.get(seen_through(n)) or self.env[n]))
+        args = list(
+            fx.map_arg(arguments(node), lambda n: mapped.get(seen_through(n)) or self.env[n])
+        )
         if bias_of(node) is not None:
             args[2] = self._bias(node)
         function = ops.maximum if node.target is ops.minimum else target(node)
