@@ -252,7 +252,7 @@ class Neurons(PairInterpretation, Generic[S]):
 
     def along(self, x: S, dim: int, index: Tensor, weight: Tensor) -> S:
         size = self._shape(0)[dim]
-        matrix = weight.new_zeros(index.shape[0], size).scatter_add(1, index, weight)
+        matrix = weight.new_zeros(index.shape[0], size).scatter_add(1, index, weight.abs())
         return self.mix(x, dim, matrix)
 
     def fixed(self, x: Any, function: Map) -> Any:
@@ -286,6 +286,8 @@ def _final(graph: fx.Graph) -> set[fx.Node]:
 
 def _passes(node: fx.Node) -> bool:
     """Whether an operation has no parameters and reads nothing else than what it passes on."""
+    if seen_through(node) is not node:
+        return True
     if node.target is ops.scale:
         factor = arguments(node)[1]
         return isinstance(factor, fx.Node) and factor.target is ops.coefficient
