@@ -14,7 +14,7 @@ pytest.register_assert_rewrite("tests.oracles", "tests.support")
 from tests.support.command_line import NETS  # noqa: E402
 
 # Under pytest-xdist the workers share the cores; alone, more than four threads only add noise.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
