@@ -1,15 +1,11 @@
-"""Every test starts from the same seeds and uses a bounded number of threads."""
+"""What the tests of the package share with pytest: helpers whose assertions are shown, a fixture."""
 
 import functools
-import os
-import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import fx
 
 from fxpath import passes
@@ -19,9 +15,6 @@ from fxpath.passes import Pass
 pytest.register_assert_rewrite("tests.oracles", "tests.support")
 
 from tests.support.command_line import NETS  # noqa: E402
-
-# Under pytest-xdist the workers share the cores; alone, more than four threads only add noise.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))
 
 
 def _kept_to(stage: str, step: Pass) -> Pass:
@@ -45,13 +38,6 @@ for stage, name in {
     "lowered": "lower",
 }.items():
     setattr(passes, name, _kept_to(stage, getattr(passes, name)))
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    random.seed(0)
-    torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture

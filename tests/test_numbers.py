@@ -149,7 +149,7 @@ def test_blocks_that_change_nothing(between: Between) -> None:
 def test_autocast_is_refused_where_it_rounds() -> None:
     problem = refused(Net(block(half)))
     assert "autocast" in problem.operation and "bfloat16" in problem.reason
-    assert "test_numbers.py" in problem.source_line
+    assert "capturing.py" in problem.source_line
     assert fxpath.path_norm(Net(block(half)).double(), (3,)) == pytest.approx(norm(), rel=1e-9)
 
 

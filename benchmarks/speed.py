@@ -1,9 +1,9 @@
 """The passes and one evaluation, eager and compiled, for pytest-benchmark.
 
-    python -m pytest benchmarks --benchmark-only --benchmark-autosave
-    python -m pytest benchmarks --benchmark-only --benchmark-compare
+    python -m pytest benchmarks/speed.py --benchmark-only --benchmark-autosave
+    python -m pytest benchmarks/speed.py --benchmark-only --benchmark-compare
 
-They are not part of the test run.
+They time and assert nothing, so that the test run leaves them out: its files are called test_*.py.
 """
 
 from __future__ import annotations
