@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from fxpath.graph import ops
+from fxpath.graph.equations import letters
 from fxpath.graph.links import extents
 from fxpath.graph.schema import arguments
 
@@ -28,36 +29,15 @@ def multiply_adds(node: fx.Node, out: Sequence[int] | None = None) -> int:
     if node.target is ops.mix:
         return positions * extents(arguments(node)[0])[arguments(node)[1]]
     if node.target is ops.conv:
-        x, weight, transposed, groups = (arguments(node)[i] for i in (0, 1, 5, 7))
+        x, weight, transposed, groups = (arguments(node)[i] for i in (0, 1, 6, 8))
         kernel = extents(weight)
         if not transposed:
             return positions * math.prod(kernel[1:])
         if out is None or tuple(out) == full:  # each input position is multiplied by every tap
             return math.prod(extents(x)) * math.prod(kernel[1:])
         return positions * kernel[0] // int(groups) * math.prod(kernel[2:])
-    if node.target is ops.linear:
-        return positions * extents(arguments(node)[1])[-1]
-    if node.target is ops.matmul:
-        x, _, weight_first = arguments(node)
-        return positions * extents(x)[-2 if weight_first and len(extents(x)) > 1 else -1]
-    if node.target is ops.einsum:
-        return positions * _contracted(node)
+    if node.target is ops.contract:
+        x, weight, _, equation = arguments(node)
+        sizes = letters(equation).sizes(extents(x), extents(weight))
+        return positions * math.prod(sizes[letter] for letter in letters(equation).summed)
     return 0
-
-
-def _contracted(node: fx.Node) -> int:
-    """How many products an einsum adds up for each entry of its result."""
-    x, weight, equation = arguments(node)
-    terms, output = str(equation).split("->")
-    lengths: dict[str, int] = {}
-    for term, shape in zip(terms.split(","), (extents(x), extents(weight)), strict=True):
-        # Axes that an ellipsis stands for are named by their place before its end.
-        before, _, after = term.partition("...")
-        hidden = len(shape) - len(before) - len(after)
-        names = [*before, *(f"{i}" for i in reversed(range(hidden))), *after]
-        for name, length in zip(names, shape, strict=True):
-            lengths[name] = max(length, lengths.get(name, 1))  # of length 1: broadcast
-    kept = set(output) - {"."}
-    if "..." in output:
-        kept |= {name for name in lengths if name.isdigit()}
-    return math.prod(length for name, length in lengths.items() if name not in kept)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 
-__all__ = ["Interpretation", "power"]
+__all__ = ["Interpretation", "Weighing", "power"]
+
+Map = Callable[[Tensor], Tensor]
 
 
 def power(value: Tensor, q: float) -> Tensor:
@@ -26,14 +30,43 @@ def power(value: Tensor, q: float) -> Tensor:
     return torch.where(empty, 0.0, torch.where(empty, 1.0, value).abs().pow(q))
 
 
-class Interpretation:
-    """Runs a lifted graph; subclasses implement one method per operation of the vocabulary.
+@dataclass(frozen=True)
+class Weighing:
+    """How an operation weighs: ``run(x, weight)``, without its bias.
 
-    A method is called like the function of :mod:`fxpath.graph.ops` whose name it bears.
-    Activations are of whatever type :meth:`is_activation` recognizes; weights, and all that is
-    computed from the model's tensors alone, are plain tensors.  Operations outside the vocabulary
-    only move entries, and go to :meth:`move`.
+    Attributes:
+        operation: of the vocabulary.
+        spec: its arguments behind activations, weights and bias.
     """
+
+    operation: Callable[..., Tensor]
+    spec: tuple[Any, ...] = ()
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The weighted sums."""
+        return self.operation(x, weight, None, *self.spec)
+
+
+class Interpretation:
+    """Runs a lifted graph on values of some kind; a subclass says what operations do to them.
+
+    Eight methods are enough: :meth:`source`, :meth:`constant`, :meth:`known`, :meth:`coordinate`,
+    :meth:`weigh`, :meth:`add`, :meth:`join` and :meth:`total`, if values have a method ``map`` that
+    applies a linear map with non-negative coefficients.  All others have defaults in terms of
+    these: a bias is one more neuron that is added, a maximum is a sum.
+
+    What is computed from the model's tensors alone are plain tensors until ``coordinate`` or
+    ``coefficient`` makes a weight of them.
+
+    Attributes:
+        activation: the type of activations.
+        weight: the type of weights.
+        node: the node that is evaluated.
+    """
+
+    activation: type
+    weight: type = Tensor
+    node: fx.Node
 
     def __init__(self, module: fx.GraphModule, dtype: torch.dtype, q: float = 1.0) -> None:
         """Interpret ``module`` in ``dtype`` for the l^q path-norm."""
@@ -60,28 +93,200 @@ class Interpretation:
                 return args[0]
             else:
                 self.node = node
-                env[node] = self._call(node.target, args, kwargs)
+                env[node] = self.call(node.target, args, kwargs)
             for done in self._last_use.get(node, ()):
                 del env[done]
         raise AssertionError("a graph ends with its output")
 
-    def _call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = target.__name__
-        method = getattr(self, name, None) if getattr(ops, name, None) is target else None
+    @functools.cached_property
+    def vocabulary(self) -> Mapping[Any, Callable[..., Any]]:
+        """Operation -> the method that interprets it."""
+        return {
+            ops.source: self.source,
+            ops.constant: self.constant,
+            ops.coordinate: self.coordinate,
+            ops.coefficient: self.coefficient,
+            ops.normalizer: self.normalizer,
+            ops.folded_weight: self.folded_weight,
+            ops.folded_bias: self.folded_bias,
+            ops.factored: self.factored,
+            ops.conv: self.conv,
+            ops.contract: self.contract,
+            ops.scale: self.scale,
+            ops.window: self.window,
+            ops.shift: self.shift,
+            ops.along: self.along,
+            ops.pool: self.pool,
+            ops.mix: self.mix,
+            ops.slope: self.slope,
+            ops.add: self.add,
+            ops.maximum: self.maximum,
+            ops.minimum: self.minimum,
+            ops.clamp: self.clamp,
+            ops.relu: self.relu,
+            ops.absolute: self.absolute,
+            ops.negative: self.negative,
+            ops.total: self.total,
+        }
+
+    def call(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Interpret one operation."""
+        method = self.vocabulary.get(target)
         if method is not None:
-            return method(*args, **kwargs)
-        flat = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
-        if any(self.is_activation(a) for a in flat):
+            return method(*args)
+        first = args[0] if args else None
+        if isinstance(first, (list, tuple)) and first and isinstance(first[0], self.activation):
+            return self.join(list(first), args[1] % len(self.node.meta["val"].shape))
+        if isinstance(first, (self.activation, self.weight)) and not isinstance(first, Tensor):
             return self.move(target, *args)
         return target(*args, **kwargs)
 
-    def is_activation(self, value: Any) -> bool:
-        """Whether a value is an activation of this interpretation."""
+    # -- to be said by a subclass -----------------------------------------------------------------
+
+    def source(self, shape: Sequence[int]) -> Any:
+        """Input neurons."""
         raise NotImplementedError
 
-    def move(self, target: Callable[..., Tensor], *args: Any) -> Any:
-        """An operation that only moves entries."""
+    def constant(self, bias: Any) -> Any:
+        """Neurons with a bias alone."""
         raise NotImplementedError
+
+    def weigh(self, x: Any, weight: Any, bias: Any, run: Weighing) -> Any:
+        """Weighted sums, and their bias if it is not ``None``."""
+        raise NotImplementedError
+
+    def add(self, x: Any, y: Any) -> Any:
+        """Sums of two activations."""
+        raise NotImplementedError
+
+    def join(self, pieces: list[Any], dim: int) -> Any:
+        """Activations side by side."""
+        raise NotImplementedError
+
+    def total(self, outputs: list[Any]) -> Any:
+        """What becomes of the output neurons."""
+        raise NotImplementedError
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def lifted(self, value: Tensor) -> Tensor:
+        """What numbers count on a path: ``|value| ** q``."""
+        return power(value.to(self.dtype), self.q)
+
+    def known(self, value: Tensor) -> Any:
+        """A weight of numbers that are lifted already."""
+        return value
+
+    def coordinate(self, value: Any, name: str) -> Any:
+        """Entries of theta."""
+        return self.known(self.lifted(value))
+
+    def coefficient(self, value: Tensor) -> Any:
+        """Numbers of the architecture."""
+        return self.known(self.lifted(value))
+
+    def normalizer(self, gamma: Any, var: Any, eps: float) -> Any:
+        """Gamma / sigma of a frozen batch norm."""
+        return ops.normalizer(gamma, var, eps)
+
+    def folded_weight(self, weight: Any, factor: Any, axis: int, groups: int) -> Any:
+        """A weight in front of a frozen batch norm."""
+        return ops.folded_weight(weight, factor, axis, groups)
+
+    def folded_bias(self, bias: Any, factor: Any, beta: Any, mean: Any) -> Any:
+        """A bias in front of a frozen batch norm."""
+        return ops.folded_bias(bias, factor, beta, mean)
+
+    def factored(self, weight: Any, factor: Any) -> Any:
+        """A factor for each output channel of a weight."""
+        return ops.factored(weight, factor)
+
+    def times(self, weight: Any, factor: Any) -> Any:
+        """A coefficient in front of a weight."""
+        return weight * factor
+
+    # -- weighted sums ----------------------------------------------------------------------------
+
+    def conv(self, x: Any, weight: Any, bias: Any, *spec: Any) -> Any:
+        """By default :meth:`weigh`."""
+        return self.weigh(x, weight, bias, Weighing(ops.conv, spec))
+
+    def contract(self, x: Any, weight: Any, bias: Any, equation: str) -> Any:
+        """By default :meth:`weigh`."""
+        return self.weigh(x, weight, bias, Weighing(ops.contract, (equation,)))
+
+    def scale(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        """By default :meth:`weigh`, or :meth:`times` for a weight."""
+        if not isinstance(x, self.activation):
+            return self.times(x, weight)
+        return self.weigh(x, weight, bias, Weighing(ops.scale))
+
+    def window(self, x: Any, weight: Any, bias: Any, *spec: Any) -> Any:
+        """By default :meth:`weigh`."""
+        return self.weigh(x, weight, bias, Weighing(ops.window, spec))
+
+    def shift(self, x: Any, bias: Any) -> Any:
+        """Biases: by default neurons that are added."""
+        return self.add(x, self.constant(bias))
+
+    # -- fixed maps -------------------------------------------------------------------------------
+
+    def fixed(self, x: Any, function: Map) -> Any:
+        """A linear map with coefficients >= 0, of an activation or a weight."""
+        return function(x) if isinstance(x, Tensor) else x.map(function)
+
+    def move(self, target: Callable[..., Tensor], x: Any, *args: Any) -> Any:
+        """An operation that only moves entries."""
+        return self.fixed(x, lambda value: target(value, *args))
+
+    def along(self, x: Any, dim: int, index: Tensor, weight: Tensor) -> Any:
+        """Weighted sums of positions."""
+        taps = self.lifted(weight)
+        return self.fixed(x, lambda value: ops.along(value, dim, index, taps))
+
+    def mix(self, x: Any, dim: int, matrix: Tensor) -> Any:
+        """The same as a matrix."""
+        return self.fixed(x, lambda value: ops.mix(value, dim, matrix))
+
+    def pool(self, x: Any, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]) -> Any:
+        """k-max-pooling: by default the sum over each window."""
+        return self.along(x, dim, index, weight)
+
+    def slope(self, x: Any, a: Tensor | float) -> Any:
+        """Activations 1 or a: by default the larger one of their sizes."""
+        factor = ops.steepness(a, self.dtype) ** self.q
+        return self.fixed(x, lambda value: value * factor)
+
+    # -- neurons ----------------------------------------------------------------------------------
+
+    def maximum(self, x: Any, y: Any) -> Any:
+        """2-max-pooling: by default the sum."""
+        return self.add(x, y)
+
+    def minimum(self, x: Any, y: Any) -> Any:
+        """The other rank: by default the same."""
+        return self.maximum(x, y)
+
+    def clamp(self, x: Any, lo: float | None, hi: float | None) -> Any:
+        """2-max-pooling against two numbers: by default biases of their sizes."""
+        sizes = sum(bound**self.q for bound in ops.bound_sizes(lo, hi) if bound)
+        return self.shift(x, self.known(self.filled((), float(sizes))))
+
+    def filled(self, shape: Sequence[int], value: float) -> Tensor:
+        """One number everywhere."""
+        return torch.full(tuple(shape), value, dtype=self.dtype, device=self.device)
+
+    def relu(self, x: Any) -> Any:
+        """Path mass ignores it."""
+        return x
+
+    def absolute(self, x: Any) -> Any:
+        """Path mass ignores it."""
+        return x
+
+    def negative(self, x: Any) -> Any:
+        """Path mass ignores it."""
+        return x
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

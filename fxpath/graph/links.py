@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.equations import letters
 from fxpath.graph.exact import Coefficient
 from fxpath.graph.schema import arguments
 from fxpath.graph.stencil import ONE, Stencil
@@ -144,10 +145,8 @@ def links(node: fx.Node, q: float) -> Iterator[tuple[fx.Node, list[Link]]]:
         yield from _cat(node)
     elif node.target is ops.conv:
         yield arguments(node)[0], [Link(0, 0, (identity(out[0]),)), *_conv(node)]
-    elif node.target is ops.linear:
-        yield active[0], [Link(d, d, (identity(n),)) for d, n in enumerate(out[:-1])]
-    elif node.target is ops.matmul:
-        yield active[0], _matmul(node)
+    elif node.target is ops.contract:
+        yield active[0], _contract(node)
     elif "stencil" in node.meta:
         dim, stencil = node.meta["stencil"]
         powered = {dim: row_power(stencil, q)}
@@ -197,20 +196,21 @@ def _cat(node: fx.Node) -> Iterator[tuple[fx.Node, list[Link]]]:
         yield piece, [Link(d, d, (each,)) for d, each in taps.items()]
 
 
-def _matmul(node: fx.Node) -> list[Link]:
-    """A matrix on either side mixes one axis of the activations; anything else is a fence."""
-    x, weight, weight_first = arguments(node)
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-    out, rank = extents(node), len(extents(x))
-    if len(extents(weight)) != 2 or rank < 2 or len(out) != rank:
-        return []
-    mixed = rank - 2 if weight_first else rank - 1
-    return [Link(d, d, (identity(n),)) for d, n in enumerate(out) if d != mixed]
+def _contract(node: fx.Node) -> list[Link]:
+    """Axes that an activation has alone are read as they are; the others are mixed."""
+    x, weight, _, equation = arguments(node)
+    form = letters(equation)
+    sizes = dict(zip(form.weight, extents(weight), strict=True))
+    return [
+        Link(d, form.x.index(letter), (identity(size),))
+        for d, (letter, size) in enumerate(zip(form.out, extents(node), strict=True))
+        if form.x.count(letter) == 1 and sizes.get(letter, 1) == 1
+    ]
 
 
 def _conv(node: fx.Node) -> Iterator[Link]:
     """One stencil for each tap of the kernel, along each spatial axis."""
-    x, weight, stride, padding, dilation, transposed = arguments(node)[:6]
+    x, weight, _, stride, padding, dilation, transposed = arguments(node)[:7]
     kernel = extents(weight)[2:]
     for i, k in enumerate(kernel):
         size, out = extents(x)[2 + i], extents(node)[2 + i]

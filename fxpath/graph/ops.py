@@ -22,21 +22,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxpath.graph.equations import letters
+
 __all__ = [
     "absolute",
     "add",
-    "affine",
     "along",
     "clamp",
     "coefficient",
     "constant",
+    "contract",
     "conv",
     "coordinate",
-    "einsum",
+    "factored",
     "folded_bias",
     "folded_weight",
-    "linear",
-    "matmul",
     "maximum",
     "minimum",
     "mix",
@@ -110,12 +110,19 @@ def folded_bias(bias: Tensor | None, factor: Tensor, beta: Tensor | None, mean: 
     return folded if beta is None else folded + beta.double()
 
 
+def factored(weight: Tensor, factor: Tensor) -> Tensor:
+    """A weight, and a factor for each of its output channels, which lie along its first axis."""
+    return weight * beside(factor, weight, 0)
+
+
 # -- weighted sums ---------------------------------------------------------------------------------
+# Of activations and weights, and a bias (``None``: none) that broadcasts to the result.
 
 
 def conv(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -123,20 +130,34 @@ def conv(
     output_padding: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Convolution without bias, in ``aten.convolution``'s convention."""
-    return torch.ops.aten.convolution.default(
+    """Convolution, in ``aten.convolution``'s convention but for the bias."""
+    y = torch.ops.aten.convolution.default(
         x, weight.to(x.dtype), None, stride, padding, dilation, transposed, output_padding, groups
     )
+    return _biased(y, bias)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``; shapes ``[..., in]`` and ``[out, in]``."""
-    return torch.nn.functional.linear(x, weight.to(x.dtype))
+def contract(x: Tensor, weight: Tensor, bias: Tensor | None, equation: str) -> Tensor:
+    """Sums over shared axes: see :mod:`fxpath.graph.equations`."""
+    weight = weight.to(x.dtype)
+    if letters(equation).dense:
+        return _biased(torch.nn.functional.linear(x, weight), bias)
+    return _biased(torch.einsum(equation, x, weight), bias)
+
+
+def scale(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One edge per entry: ``x * weight`` with broadcasting."""
+    return _biased(x * weight.to(x.dtype), bias)
+
+
+def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else shift(y, bias)
 
 
 def window(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     matrices: Sequence[Tensor | None],
     extents: Sequence[int],
     groups: int,
@@ -148,7 +169,7 @@ def window(
     reads an axis as it is, with one tap.
     """
     y = grouped(weight.to(x.dtype).reshape(len(weight), -1), columns(x, matrices), groups)
-    return y.reshape(len(weight), len(x), *extents).transpose(0, 1)
+    return _biased(y.reshape(len(weight), len(x), *extents).transpose(0, 1), bias)
 
 
 def grouped(weight: Tensor, columns_: Tensor, groups: int) -> Tensor:
@@ -212,30 +233,9 @@ def _interleaved(axes: int) -> tuple[list[int], list[int]]:
     return [2 + 2 * axis for axis in range(axes)], [3 + 2 * axis for axis in range(axes)]
 
 
-def matmul(x: Tensor, weight: Tensor, weight_first: bool) -> Tensor:
-    """``weight @ x`` if ``weight_first``, else ``x @ weight``."""
-    weight = weight.to(x.dtype)
-    return torch.matmul(weight, x) if weight_first else torch.matmul(x, weight)
-
-
-def einsum(x: Tensor, weight: Tensor, equation: str) -> Tensor:
-    """A contraction of activations (first operand of ``equation``) with weights (second)."""
-    return torch.einsum(equation, x, weight.to(x.dtype))
-
-
-def scale(x: Tensor, weight: Tensor) -> Tensor:
-    """One edge per entry: ``x * weight`` with broadcasting."""
-    return x * weight.to(x.dtype)
-
-
 def shift(x: Tensor, bias: Tensor) -> Tensor:
     """Biases: ``x + bias`` with broadcasting."""
     return x + bias.to(x.dtype)
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor, axis: int) -> Tensor:
-    """:func:`scale` by a weight for each position along ``axis``, then :func:`shift`."""
-    return shift(scale(x, beside(weight, x, axis)), bias)
 
 
 def beside(weight: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -247,7 +247,12 @@ def beside(weight: Tensor, x: Tensor, axis: int) -> Tensor:
 
 def slope(x: Tensor, a: Tensor | float) -> Tensor:
     """Activation with values in {1, a} on a path: factor max(1, |a|), architecture."""
-    return x * (a.to(x.dtype).abs().clamp(min=1) if isinstance(a, Tensor) else max(1.0, abs(a)))
+    return x * steepness(a, x.dtype)
+
+
+def steepness(a: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """``max(1, |a|)``."""
+    return a.to(dtype).abs().clamp(min=1) if isinstance(a, Tensor) else max(1.0, abs(a))
 
 
 # -- fixed sums ------------------------------------------------------------------------------------

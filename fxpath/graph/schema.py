@@ -7,7 +7,16 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
-__all__ = ["arguments", "bind", "target"]
+from fxpath.graph import ops
+
+__all__ = ["arguments", "bias_of", "bind", "target"]
+
+#: Operation -> where its bias stands among its arguments.
+_BIASES = {
+    **dict.fromkeys((ops.conv, ops.contract, ops.scale, ops.window), 2),
+    ops.shift: 1,
+    ops.constant: 0,
+}
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -18,6 +27,12 @@ def arguments(node: fx.Node) -> tuple[Any, ...]:
 def target(node: fx.Node) -> Any:
     """What a node calls."""
     return node.target
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The bias of an operation of the vocabulary, if it has one."""
+    place = _BIASES.get(target(node))
+    return None if place is None or place >= len(node.args) else arguments(node)[place]
 
 
 def bind(node: fx.Node) -> dict[str, Any]:

@@ -46,7 +46,7 @@ _EFFECTIVE = {ops.normalizer, ops.folded_weight, ops.folded_bias}
 _MOVES = {CAT, EXPAND, PERMUTE, RESHAPE, SLICE}
 _SIGNS = {ops.relu, ops.absolute, ops.negative, ops.minimum}
 _LIFTED = {
-    *(ops.source, ops.constant, ops.conv, ops.linear, ops.matmul, ops.einsum, ops.scale),
+    *(ops.source, ops.constant, ops.conv, ops.contract, ops.scale),
     *(ops.shift, ops.slope, ops.along, ops.pool, ops.add, ops.maximum, ops.clamp, ops.total),
 }
 _REDUCED = {*(_LIFTED - {ops.along, ops.pool}), ops.mix}
@@ -57,7 +57,7 @@ STAGES: dict[str, set[Any]] = {
     "signed": {*_LIFTED, *_MOVES, *_SIGNS},
     "lifted": {*_LIFTED, *_MOVES},
     "reduced": {*_REDUCED, *_MOVES},
-    "lowered": {*_REDUCED, *_MOVES, ops.window, ops.affine},
+    "lowered": {*_REDUCED, *_MOVES, ops.window},
 }
 
 
@@ -126,7 +126,7 @@ def _node(module: fx.GraphModule, node: fx.Node, allowed: set[Any]) -> Iterator[
 
 
 #: What is done with effective parameters after their absolute value.
-_WEIGHTS = {ops.scale, ops.shift, ops.mix, ops.negative}
+_WEIGHTS = {ops.scale, ops.shift, ops.mix, ops.negative, ops.factored}
 
 
 def _alike(made: Any, noted: Any) -> bool:

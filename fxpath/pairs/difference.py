@@ -10,15 +10,18 @@ subtracted at the end (no cancellation; all terms are non-negative):
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.equations import letters
+from fxpath.graph.interpret import Weighing
+from fxpath.graph.schema import arguments
 from fxpath.pairs.pair import ROWS, Pair, PairInterpretation, Weights
 
 __all__ = ["Difference", "Excess", "check_range"]
@@ -77,6 +80,9 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
 class Difference(PairInterpretation):
     """Carries :class:`Excess` through a lifted graph, or through its reduction."""
 
+    activation = Excess
+    weight = Weights
+
     def __init__(
         self,
         module: fx.GraphModule,
@@ -99,9 +105,6 @@ class Difference(PairInterpretation):
         self.biases = biases
         self.signs_agree = True
 
-    def is_activation(self, value: Any) -> bool:
-        return isinstance(value, (Excess, Weights))
-
     # -- weights ----------------------------------------------------------------------------------
 
     def coordinate(self, value: Tensor, name: str) -> Weights | Rows:
@@ -112,9 +115,10 @@ class Difference(PairInterpretation):
     def read_by_rows(self) -> bool:
         """Whether the current coordinates are a large matrix that one linear map reads."""
         users = list(self.node.users)
-        if len(users) != 1 or users[0].target is not ops.linear:
+        if len(users) != 1 or users[0].target is not ops.contract:
             return False
-        return math.prod(self.node.meta["val"].shape) > ROWS
+        dense = letters(arguments(users[0])[3]).dense
+        return dense and math.prod(self.node.meta["val"].shape) > ROWS
 
     def _compared(self, first: Tensor, second: Tensor) -> Weights:
         if self.pair.erased and first is not second:
@@ -123,8 +127,11 @@ class Difference(PairInterpretation):
         self.signs_agree = self.signs_agree and weights.signs_agree
         return weights
 
-    def coefficient(self, value: Tensor) -> Weights:
-        return Weights.equal(value.to(self.dtype).abs())
+    def known(self, value: Tensor) -> Weights:
+        return Weights.equal(value)
+
+    def times(self, weight: Weights, factor: Weights) -> Weights:
+        return weight.times(factor)
 
     # -- activations ------------------------------------------------------------------------------
 
@@ -132,15 +139,30 @@ class Difference(PairInterpretation):
         if self.inputs is not None:
             given = next(self.inputs).to(self.dtype).abs()
             return Excess(given, given)
-        ones = torch.ones(tuple(shape), dtype=self.dtype, device=self.device)
+        ones = self.filled(shape, 1.0)
         return Excess(ones, ones)
 
     def constant(self, bias: Weights) -> Excess:
-        start = Excess(bias.first, bias.second, bias.excess, bias.other_excess)
-        return start if self.biases else start.map(torch.zeros_like)
+        if self.biases:
+            return Excess(bias.first, bias.second, bias.excess, bias.other_excess)
+        zeros = torch.zeros_like(bias.first)
+        return Excess(zeros, zeros)
 
-    def _weigh(self, x: Excess, w: Weights, run: Callable[[Tensor, Tensor], Tensor]) -> Excess:
-        """One weighted sum; ``run`` multiplies activations with weights."""
+    def weigh(
+        self, x: Excess, weight: Weights | Rows, bias: Weights | None, run: Weighing
+    ) -> Excess:
+        if isinstance(weight, Rows):
+            y = self.join([self.product(x, w, run) for w in self.rows(weight)], -1)
+        else:
+            y = self.product(x, weight, run)
+        return y if bias is None else self.shift(y, bias)
+
+    def rows(self, weight: Rows) -> Iterator[Weights]:
+        """A large matrix, a few rows at a time."""
+        return itertools.starmap(self._compared, self.pair.rows(weight.leaf))
+
+    def product(self, x: Excess, w: Weights, run: Weighing) -> Excess:
+        """One weighted sum."""
 
         def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             if a is None or b is None:
@@ -161,48 +183,6 @@ class Difference(PairInterpretation):
             _sum(product(x.other_excess, w.common), product(x.second, w.other_excess)),
         )
 
-    def conv(self, x: Excess, weight: Weights, *spec: Any) -> Excess:
-        return self._weigh(x, weight, lambda a, w: ops.conv(a, w, *spec))
-
-    def linear(self, x: Excess, weight: Weights | Rows) -> Excess:
-        if isinstance(weight, Weights):
-            return self._weigh(x, weight, ops.linear)
-        pieces = [
-            self._weigh(x, self._compared(*both), ops.linear)
-            for both in self.pair.rows(weight.leaf)
-        ]
-        return self._joined(pieces, lambda parts: torch.cat(parts, -1))
-
-    def matmul(self, x: Excess, weight: Weights, weight_first: bool) -> Excess:
-        return self._weigh(x, weight, lambda a, w: ops.matmul(a, w, weight_first))
-
-    def einsum(self, x: Excess, weight: Weights, equation: str) -> Excess:
-        return self._weigh(x, weight, lambda a, w: ops.einsum(a, w, equation))
-
-    def scale(self, x: Excess | Weights, weight: Weights) -> Excess | Weights:
-        if isinstance(x, Weights):  # a coefficient in front of a weight
-            return x.times(weight)
-        return self._weigh(x, weight, torch.mul)
-
-    def shift(self, x: Excess, bias: Weights) -> Excess:
-        if not self.biases:
-            return x
-        return self.add(x, Excess(bias.first, bias.second, bias.excess, bias.other_excess))
-
-    def slope(self, x: Excess, a: Tensor | float) -> Excess:
-        return x.map(lambda value: ops.slope(value, a))
-
-    def along(self, x: Excess, dim: int, index: Tensor, weight: Tensor) -> Excess:
-        return x.map(lambda value: ops.along(value, dim, index, weight))
-
-    def pool(
-        self, x: Excess, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]
-    ) -> Excess:
-        return self.along(x, dim, index, weight)
-
-    def mix(self, x: Excess | Weights, dim: int, matrix: Tensor) -> Excess | Weights:
-        return x.map(lambda value: ops.mix(value, dim, matrix))
-
     def add(self, x: Excess, y: Excess) -> Excess:
         first = x.first + y.first
         alike = x.second is x.first and y.second is y.first
@@ -213,24 +193,7 @@ class Difference(PairInterpretation):
             _broadcast(_sum(x.other_excess, y.other_excess), first),
         )
 
-    def maximum(self, x: Excess, y: Excess) -> Excess:
-        return self.add(x, y)
-
-    def clamp(self, x: Excess, lo: float | None, hi: float | None) -> Excess:
-        if not self.biases:
-            return x
-        size = sum(ops.bound_sizes(lo, hi))
-        bounds = torch.full((), size, dtype=self.dtype, device=self.device)
-        return self.shift(x, Weights.equal(bounds))
-
-    def move(self, target: Callable[..., Tensor], *args: Any) -> Excess | Weights:
-        if isinstance(args[0], (Excess, Weights)):
-            return args[0].map(lambda value: target(value, *args[1:]))
-        return self._joined(list(args[0]), lambda parts: target(parts, *args[1:]))
-
-    def _joined(self, pieces: list[Excess], function: Callable[[list[Tensor]], Tensor]) -> Excess:
-        """Neurons of several tensors side by side."""
-
+    def join(self, pieces: list[Excess], dim: int) -> Excess:
         def joined(part: Callable[[Excess], Tensor | None]) -> Tensor | None:
             parts = [part(piece) for piece in pieces]
             if all(p is None for p in parts):
@@ -239,11 +202,11 @@ class Difference(PairInterpretation):
                 torch.zeros_like(piece.first) if p is None else p
                 for p, piece in zip(parts, pieces, strict=True)
             ]
-            return function(filled)
+            return torch.cat(filled, dim)
 
-        first = function([piece.first for piece in pieces])
+        first = torch.cat([piece.first for piece in pieces], dim)
         alike = all(piece.second is piece.first for piece in pieces)
-        second = first if alike else function([piece.second for piece in pieces])
+        second = first if alike else torch.cat([piece.second for piece in pieces], dim)
         return Excess(first, second, joined(lambda p: p.excess), joined(lambda p: p.other_excess))
 
     def total(self, outputs: list[Excess]) -> list[Excess]:

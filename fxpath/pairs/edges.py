@@ -12,22 +12,22 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxpath.graph.equations import Letters, letters
 from fxpath.graph.links import Kernel
 
 __all__ = [
     "Block",
     "Unrolled",
+    "contraction",
     "convolution",
-    "einsum",
     "identity",
     "linear",
-    "matmul",
     "pointwise",
 ]
 
@@ -104,9 +104,8 @@ def _weighed(weigh: Map, channels: slice, weight: Tensor) -> Tensor:
     return weight if weight.shape[1] == 1 else weight[:, channels]
 
 
-def linear(shape: Sequence[int], weight: Sequence[int], dim: int = -1) -> Unrolled:
+def linear(shape: Sequence[int], weight: Sequence[int], dim: int) -> Unrolled:
     """A matrix ``[out, in]`` along one axis of activations of shape ``shape``."""
-    dim %= len(shape)
     out, size = weight
     rest = [n for d, n in enumerate(shape) if d != dim]
     positions = math.prod(rest)
@@ -148,15 +147,13 @@ def identity(shape: Sequence[int]) -> Unrolled:
     )
 
 
-def einsum(equation: str, x: Sequence[int], weight: Sequence[int]) -> Unrolled:
-    """A contraction of activations (first operand) with weights (second)."""
-    equation = _without_ellipsis(equation, len(x), len(weight))
-    (left, right), output = equation.split("->")[0].split(","), equation.split("->")[1]
-    size: dict[str, int] = {}
-    for letter, n in (*zip(left, x, strict=True), *zip(right, weight, strict=True)):
-        size[letter] = max(size.get(letter, 1), n)
-    contracted = "".join(dict.fromkeys(c for c in left + right if c not in output))
-    order = contracted + output
+def contraction(x: Sequence[int], weight: Sequence[int], equation: str) -> Unrolled:
+    """A contraction, from the shapes of activations and weights."""
+    form = letters(equation)
+    if form.matrix is not None:
+        return _matrix(form, x, weight)
+    size, contracted = form.sizes(x, weight), form.summed
+    order = "".join(contracted) + form.out
     full = [size[c] for c in order]
     fan_in = math.prod(full[: len(contracted)])
     shape = full[len(contracted) :]
@@ -171,51 +168,21 @@ def einsum(equation: str, x: Sequence[int], weight: Sequence[int]) -> Unrolled:
     return Unrolled(
         (1, 1, positions),
         fan_in,
-        [(lambda v, fill: aligned(v, left), lambda w: aligned(w, right))],
+        [(lambda v, fill: aligned(v, form.x), lambda w: aligned(w, form.weight))],
         lambda y: y.reshape(1, 1, positions),
         lambda y: y.reshape(shape),
     )
 
 
-def _without_ellipsis(equation: str, x: int, weight: int) -> str:
-    """Letters in the place of an ellipsis."""
-    inputs, output = equation.replace(" ", "").split("->")
-    free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-    terms = []
-    longest = ""
-    for term, rank in zip(inputs.split(","), (x, weight), strict=True):
-        missing = rank - len(term.replace("...", ""))
-        letters = "".join(free[len(free) - missing :]) if "..." in term else ""
-        longest = max(longest, letters, key=len)
-        terms.append(term.replace("...", letters))
-    return f"{','.join(terms)}->{output.replace('...', longest)}"
-
-
-def matmul(x: Sequence[int], weight: Sequence[int], weight_first: bool) -> Unrolled:
-    """``x @ weight``, or ``weight @ x``."""
-    if len(weight) == 2 and len(x) >= 2:
-        # One matrix for all positions.
-        dim = len(x) - 2 if weight_first else len(x) - 1
-        size = tuple(weight) if weight_first else (weight[1], weight[0])
-        plain = linear(x, size, dim)
-        if weight_first:
-            return plain
-        read = plain.pieces[0][0]
-        return Unrolled(
-            plain.shape,
-            plain.fan_in,
-            [(read, lambda w: w.T[None, :, :, None])],
-            plain.split,
-            plain.join,
-        )
-    first, second = (weight, x) if weight_first else (x, weight)
-    batch = "BCDEFGH"[: max(len(first), len(second), 2) - 2]
-    left = batch[len(batch) - max(len(first) - 2, 0) :] + ("nk" if len(first) > 1 else "k")
-    right = batch[len(batch) - max(len(second) - 2, 0) :] + ("km" if len(second) > 1 else "k")
-    output = batch + "n" * (len(first) > 1) + "m" * (len(second) > 1)
-    if weight_first:
-        left, right = right, left
-    return einsum(f"{left},{right}->{output}", x, weight)
+def _matrix(form: Letters, x: Sequence[int], weight: Sequence[int]) -> Unrolled:
+    """One matrix for all positions."""
+    assert form.matrix is not None
+    into, made = form.matrix
+    if form.weight[0] == made:
+        return linear(x, weight, form.x.index(into))
+    plain = linear(x, weight[::-1], form.x.index(into))
+    read = plain.pieces[0][0]
+    return replace(plain, pieces=[(read, lambda w: w.T[None, :, :, None])])
 
 
 def convolution(

@@ -6,7 +6,7 @@ All such pairs share one capture, and (7) holds for each of them: no path gains.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.interpret import Weighing
 from fxpath.graph.schema import arguments
 from fxpath.model import Given, Model
 from fxpath.pairs.difference import Difference, Excess, Rows
@@ -132,22 +133,19 @@ class _Reach(Difference):
         self.kept = kept
         self.reached: dict[fx.Node, Excess] = {}
 
-    def _call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        found = super()._call(target, args, kwargs)
+    def call(self, target: Any, args: Any, kwargs: Any) -> Any:
+        found = super().call(target, args, kwargs)
         for full in self.node.meta.get("full", ()):
             if full in self.kept:
                 self.reached[full] = found
         return found
 
-    def coefficient(self, value: Tensor) -> Weights:
+    def lifted(self, value: Tensor) -> Tensor:
         # 1e-60 is a path as well.
-        return Weights.equal((value != 0).to(self.dtype))
-
-    def along(self, x: Excess, dim: int, index: Tensor, weight: Tensor) -> Excess:
-        return super().along(x, dim, index, (weight != 0).to(self.dtype))
+        return (value != 0).to(self.dtype)
 
     def mix(self, x: Excess | Weights, dim: int, matrix: Tensor) -> Excess | Weights:
-        return super().mix(x, dim, (matrix != 0).to(self.dtype))
+        return super().mix(x, dim, self.lifted(matrix))
 
     def add(self, x: Excess, y: Excess) -> Excess:
         return super().add(x, y).map(lambda value: (value > 0).to(self.dtype))
@@ -161,29 +159,32 @@ class _Reach(Difference):
             return Weights.equal(first)
         return Weights(first, self._there(self.pair.theirs, leaf), first)
 
-    def linear(self, x: Excess, weight: Weights | Rows) -> Excess:
+    def weigh(
+        self, x: Excess, weight: Weights | Rows, bias: Weights | None, run: Weighing
+    ) -> Excess:
         if isinstance(weight, Weights):
-            return super().linear(x, weight)
+            return super().weigh(x, weight, bias, run)
         sides = (x.first, self.pair.ours), (x.second, self.pair.theirs)
-        return Excess(*(self._by_rows(h, side, weight.leaf) for h, side in sides))
+        y = Excess(*(self._by_rows(h, side, weight.leaf, run) for h, side in sides))
+        return y if bias is None else self.shift(y, bias)
 
-    def _by_rows(self, h: Tensor, side: Side, leaf: int) -> Tensor:
+    def _by_rows(self, h: Tensor, side: Side, leaf: int, run: Weighing) -> Tensor:
         """The neurons that a large matrix reaches, a few rows at a time."""
         weight = side.stored(leaf)
         rows = weight.split(max(1, BLOCK * len(weight) // weight.numel()))
-        found = [ops.linear(h, (block != 0).to(self.dtype)) > 0 for block in rows]
+        found = [run(h, self.lifted(block)) > 0 for block in rows]
         return torch.cat(found, -1).to(self.dtype)
 
     def _there(self, side: Side, leaf: int) -> Tensor:
         """Where an effective parameter is not zero, without a product that could underflow."""
         read = arguments(side.nodes[leaf])[0]
         if read.target is not ops.folded_weight:
-            return (side.evaluate(read) != 0).to(self.dtype)
+            return self.lifted(side.evaluate(read))
         weight, factor, *where = arguments(read)
-        weight, factor = ((side.evaluate(n) != 0).to(self.dtype) for n in (weight, factor))
+        weight, factor = (self.lifted(side.evaluate(n)) for n in (weight, factor))
         return ops.folded_weight(weight, factor, *where)
 
-    def _weigh(self, x: Excess, w: Weights, run: Callable[[Tensor, Tensor], Tensor]) -> Excess:
+    def product(self, x: Excess, w: Weights, run: Weighing) -> Excess:
         def reached(a: Tensor, b: Tensor) -> Tensor:
             return (run(a, b) > 0).to(self.dtype)
 

@@ -145,7 +145,7 @@ def _rounded_as_they_are(captured: Captured, lifted: fx.GraphModule) -> dict[str
         if own.op != "placeholder":
             computed.append(name)
             continue
-        transposed = any(u.target is ops.conv and arguments(u)[5] for u in node.users)
+        transposed = any(u.target is ops.conv and arguments(u)[6] for u in node.users)
         found[own.target] = 1 if transposed else 0
     if computed:
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.aten import CASTS, DROPOUTS, SAME
+from fxpath.graph.equations import letters
 from fxpath.graph.links import static
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured
@@ -89,12 +90,14 @@ def find_layered(pair: Pair) -> Layered | None:
     """Whether a pair of networks is layered and fully connected."""
     calls = _active(pair.ours.captured)
     active = [n for n in pair.lifted.graph.nodes if n.op == "call_function" and not static(n)]
-    linear = [n for n in active if n.target is ops.linear]
+    linear = [n for n in active if n.target is ops.contract]
     if not all(n.target in {*BETWEEN, aten.linear.default} for n in calls):
         return None
     if not all(len(n.users) <= 1 for n in active) or not _alternating(calls):
         return None
     if any(math.prod(n.meta["val"].shape[:-1]) != 1 for n in linear):
+        return None
+    if not all(letters(arguments(n)[3]).dense for n in linear):
         return None
     norm, distance, biases, agree = 1.0, 0.0, False, True
     for leaf, node in enumerate(pair.ours.nodes):

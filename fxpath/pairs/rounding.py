@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.costs import multiply_adds
+from fxpath.graph.interpret import Weighing
 from fxpath.graph.links import static
 from fxpath.graph.schema import arguments
 from fxpath.pairs.difference import Difference, Excess
@@ -59,10 +61,8 @@ def _terms(node: fx.Node) -> int:
         weight = arguments(node)[1].meta["val"]
         # Input channels of a group, whichever axis they lie on.
         return 4 + math.prod(weight.shape[2:]) * max(weight.shape[:2])
-    if node.target in (ops.linear, ops.matmul):
-        return 4 + max(arguments(node)[0].meta["val"].shape)
-    if node.target is ops.einsum:
-        return 4 + int(arguments(node)[0].meta["val"].numel())
+    if node.target is ops.contract:
+        return 4 + multiply_adds(node, ())
     if node.target in (ops.along, ops.pool, ops.mix):
         return 2 + int(arguments(node)[2].meta["val"].shape[1])
     return 4
@@ -198,7 +198,9 @@ class Doubt(Difference):
         ours, theirs = self.other(node)
         return x.map(lambda value: ops.slope(value, torch.maximum(ours.abs(), theirs.abs())))
 
-    def _weigh(self, x: Excess, w: Weights, run: Callable[[Tensor, Tensor], Tensor]) -> Excess:
+    def product(self, x: Excess, w: Weights, run: Weighing) -> Excess:
+        """Errors of the factors, each times the size of the other one."""
+
         def carried(h: Tensor, error: Tensor | None, size: Tensor, own: Tensor | None) -> Any:
             terms = [
                 run(a, b) for a, b in ((error, size), (h, own)) if a is not None and b is not None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.interpret import Weighing
 from fxpath.graph.schema import arguments
 from fxpath.pairs import edges
 from fxpath.pairs.edges import Unrolled
@@ -114,7 +115,7 @@ S = TypeVar("S", bound=Values)
 
 @dataclass(frozen=True)
 class Pending(Generic[S]):
-    """Neurons whose edges are known and whose biases come next.
+    """Neurons whose edges are known.
 
     Attributes:
         terms: edges, what they read, and their weights (``None``: 1).
@@ -129,6 +130,9 @@ class Pending(Generic[S]):
 
 class Neurons(PairInterpretation, Generic[S]):
     """Walks the graph neuron by neuron; subclasses say what a neuron makes of its edges."""
+
+    activation = Values
+    weight = Signed
 
     def __init__(self, network: Network, pair: Pair, parts: Sequence[Part]) -> None:
         """Walk ``network`` for some sets of paths."""
@@ -162,18 +166,17 @@ class Neurons(PairInterpretation, Generic[S]):
 
     # -- the vocabulary ---------------------------------------------------------------------------
 
-    def is_activation(self, value: Any) -> bool:
-        return isinstance(value, (Values, Signed, Pending))
-
     def coordinate(self, value: Tensor, name: str) -> Signed:
         return Signed(*self.other(self.node))
 
-    def coefficient(self, value: Tensor) -> Signed:
-        value = value.to(self.dtype).abs()
+    def known(self, value: Tensor) -> Signed:
         return Signed(value, value, fixed=True)
 
+    def times(self, weight: Signed, factor: Signed) -> Signed:
+        return weight.map(lambda value: value * factor.first)
+
     def source(self, shape: Sequence[int]) -> S:
-        ones = torch.ones(tuple(shape), dtype=self.dtype, device=self.device)
+        ones = self.filled(shape, 1.0)
         values = [
             ones if given is None else next(given).to(self.dtype).abs() for given in self._given
         ]
@@ -181,65 +184,48 @@ class Neurons(PairInterpretation, Generic[S]):
 
     def constant(self, bias: Signed) -> S:
         shape = tuple(bias.first.shape)
-        zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        zeros = self.filled(shape, 0.0)
         return self.settle(Pending([], lambda x, side: zeros, shape), bias, self._is_final())
 
-    def _weigh(
-        self, x: S, weight: Signed, unrolled: Unrolled, run: Callable[[Tensor, Tensor], Tensor]
-    ) -> Any:
+    def weigh(self, x: S, weight: Signed, bias: Signed | None, run: Weighing) -> S:
+        shapes = self._shape(0), self._shape(1)
+        if run.operation is ops.conv:
+            unrolled = edges.convolution(*shapes, tuple(self.node.meta["val"].shape), *run.spec)
+        elif run.operation is ops.contract:
+            unrolled = edges.contraction(*shapes, *run.spec)
+        else:
+            unrolled = edges.pointwise(self.node.meta["val"].shape)
+        return self._edges(x, weight, bias, unrolled, run)
+
+    def _edges(
+        self,
+        x: S,
+        weight: Signed,
+        bias: Signed | None,
+        unrolled: Unrolled,
+        run: Callable[[Tensor, Tensor], Tensor],
+    ) -> S:
         pending: Pending[S] = Pending(
             [(unrolled, x, weight)],
             lambda values, side: run(values[0], (weight.first, weight.second)[side].abs()),
             tuple(self.node.meta["val"].shape),
         )
-        if all(user.target is ops.shift for user in self.node.users):
-            return pending
-        return self.settle(pending, None, self._is_final())
+        return self.settle(pending, bias, self._is_final())
 
-    def conv(self, x: S, weight: Signed, *spec: Any) -> Any:
-        shapes = (self._shape(0), self._shape(1), tuple(self.node.meta["val"].shape))
-        unrolled = edges.convolution(*shapes, *spec)
-        return self._weigh(x, weight, unrolled, lambda a, w: ops.conv(a, w, *spec))
-
-    def linear(self, x: S, weight: Signed) -> Any:
-        unrolled = edges.linear(self._shape(0), self._shape(1))
-        return self._weigh(x, weight, unrolled, ops.linear)
-
-    def matmul(self, x: S, weight: Signed, weight_first: bool) -> Any:
-        unrolled = edges.matmul(self._shape(0), self._shape(1), weight_first)
-        return self._weigh(x, weight, unrolled, lambda a, w: ops.matmul(a, w, weight_first))
-
-    def einsum(self, x: S, weight: Signed, equation: str) -> Any:
-        unrolled = edges.einsum(equation, self._shape(0), self._shape(1))
-        return self._weigh(x, weight, unrolled, lambda a, w: ops.einsum(a, w, equation))
-
-    def scale(self, x: Any, weight: Signed) -> Any:
-        if isinstance(x, Signed):  # a coefficient in front of a weight
-            return x.map(lambda value: value * weight.first)
-        shape = tuple(self.node.meta["val"].shape)
-        if weight.fixed:
+    def scale(self, x: Any, weight: Signed, bias: Signed | None = None) -> Any:
+        if not isinstance(x, Signed) and weight.fixed and bias is None:
+            shape = tuple(self.node.meta["val"].shape)
             return self.through(x, lambda v: v.expand(shape), lambda v: v * weight.first)
-        return self._weigh(x, weight, edges.pointwise(shape), torch.mul)
+        return super().scale(x, weight, bias)
 
     def slope(self, x: S, a: Tensor | float) -> S:
         return self.through(x, lambda v: v, lambda v: ops.slope(v, a))
 
-    def shift(self, x: Any, bias: Signed) -> S:
-        if isinstance(x, Pending) and x.shape != tuple(self.node.meta["val"].shape):
-            x = self.settle(x, None, False)  # the bias makes more neurons of them
-        pending = x if isinstance(x, Pending) else self._copies([x])
-        return self.settle(pending, bias, self._is_final())
-
-    def clamp(self, x: S, lo: float | None, hi: float | None) -> S:
-        size = sum(ops.bound_sizes(lo, hi))
-        bounds = torch.full((), size, dtype=self.dtype, device=self.device)
-        return self.settle(self._copies([x]), Signed(bounds, bounds, True), self._is_final())
+    def shift(self, x: S, bias: Signed) -> S:
+        return self.settle(self._copies([x]), bias, self._is_final())
 
     def add(self, x: S, y: S) -> S:
         return self.settle(self._copies([x, y]), None, self._is_final())
-
-    def maximum(self, x: S, y: S) -> S:
-        return self.add(x, y)
 
     def _copies(self, values: list[S]) -> Pending[S]:
         """Edges of weight 1 from each of several tensors."""
@@ -261,22 +247,18 @@ class Neurons(PairInterpretation, Generic[S]):
         matrix = matrix.to(self.dtype)
         weight = Signed(matrix, matrix, fixed=True)
         unrolled = edges.linear(self._shape(0), tuple(matrix.shape), dim)
-        return self._weigh(x, weight, unrolled, lambda a, w: ops.mix(a, dim, w))
+        return self._edges(x, weight, None, unrolled, lambda a, w: ops.mix(a, dim, w))
 
     def along(self, x: S, dim: int, index: Tensor, weight: Tensor) -> S:
         size = self._shape(0)[dim]
         matrix = weight.new_zeros(index.shape[0], size).scatter_add(1, index, weight)
         return self.mix(x, dim, matrix)
 
-    def pool(self, x: S, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]) -> S:
-        return self.along(x, dim, index, weight)
+    def fixed(self, x: Any, function: Map) -> Any:
+        return x.map(function) if isinstance(x, Signed) else self.through(x, function, function)
 
-    def move(self, target: Callable[..., Tensor], *args: Any) -> Any:
-        if isinstance(args[0], Signed):
-            return args[0].map(lambda value: target(value, *args[1:]))
-        if isinstance(args[0], (list, tuple)):
-            return self.joined(list(args[0]), lambda pieces: target(pieces, *args[1:]))
-        return self.through(args[0], lambda v: target(v, *args[1:]), lambda v: target(v, *args[1:]))
+    def join(self, pieces: list[S], dim: int) -> S:
+        return self.joined(pieces, lambda parts: torch.cat(parts, dim))
 
     def _flatten(self, outputs: list[Tensor]) -> Tensor:
         """What belongs to each output neuron, one after the other."""

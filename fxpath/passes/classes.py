@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from fxpath.graph import ops
 from fxpath.graph.exact import Rows, exact_sums, numbered
 from fxpath.graph.links import Link, Taps, extents, links, static
-from fxpath.graph.schema import arguments
+from fxpath.graph.schema import bias_of
 from fxpath.graph.stencil import Stencil
 
 __all__ = ["Classes", "Partition", "find_classes"]
@@ -156,9 +156,10 @@ def _reachable(node: fx.Node, known: Classes, label: _Labelling) -> list[Partiti
 
 def _bias_axes(node: fx.Node) -> set[int]:
     """Axes along which a bias differs from position to position."""
-    if node.target is not ops.shift:
+    bias = bias_of(node)
+    if bias is None:
         return set()
-    shape = extents(arguments(node)[1])
+    shape = extents(bias)
     offset = len(extents(node)) - len(shape)
     return {d + offset for d, n in enumerate(shape) if n > 1}
 

@@ -20,6 +20,7 @@ from fxpath.graph.leaves import number_leaves
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import arguments, bind, target
 from fxpath.graph.values import ancestors, check_shape, is_float
+from fxpath.passes.biases import own_biases
 from fxpath.passes.setting import Setting
 from fxpath.rules import RULES, refusal
 from fxpath.rules.refused import ORDER
@@ -59,6 +60,7 @@ def lift(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
         build.graph.output(build.emit(ops.total, outputs or [build.emit(ops.source, (1,))]))
     if build.problems:
         raise UnsupportedModelError(SupportReport(tuple(build.problems)))
+    own_biases(build.graph)
     lifted = build.finish()
     number_leaves(lifted.graph)
     return lifted

@@ -116,7 +116,7 @@ class _Lowering(Writer):
 
     def _window(self, node: fx.Node) -> None:
         """Replace a convolution by a product, if it has few positions."""
-        x, weight, stride, padding, dilation, transposed, _, groups = arguments(node)
+        x, weight, bias, stride, padding, dilation, transposed, _, groups = arguments(node)
         source, before = self._maps(x)
         kernel, out, sizes = extents(weight)[2:], extents(node)[2:], extents(x)[2:]
         if transposed or "whole" in node.meta or not (before or math.prod(out) <= FEW):
@@ -136,7 +136,7 @@ class _Lowering(Writer):
             taps = [_product(taps)]
         with self.graph.inserting_before(node):
             matrices = [self._taps_or_none(each) for each in taps]
-            window = self.emit(ops.window, source, weight, matrices, list(out), groups)
+            window = self.emit(ops.window, source, weight, bias, matrices, list(out), groups)
         self._replace(node, window)
 
     def _taps_or_none(self, taps: Tensor) -> fx.Node | None:
@@ -148,25 +148,21 @@ class _Lowering(Writer):
     # -- batch norms ------------------------------------------------------------------------------
 
     def _scale_outputs(self, folded: fx.Node) -> None:
-        """Multiply the outputs of the one layer that reads a folded weight, with its bias.
+        """Multiply the outputs of the one layer that reads a folded weight.
 
         The shares of the weight are the same, as those of every factor of a product are.
         """
         weight, factor, channels, _ = arguments(folded)
         coordinate = _only_user(folded, ops.coordinate)
-        layer = _only_user(coordinate, ops.window, ops.conv, ops.linear)
+        layer = _only_user(coordinate, ops.window, ops.conv, ops.contract)
         if channels != 0 or coordinate is None or layer is None:
-            return
-        axis = len(extents(layer)) - 1 if layer.target is ops.linear else 1
-        shift = _only_user(layer, ops.shift)
-        if shift is None:
             return
         coordinate.replace_input_with(folded, weight)
         coordinate.meta["val"] = form(weight.meta["val"])
-        with self.graph.inserting_before(shift):
+        with self.graph.inserting_before(layer):
             fixed = self.emit(ops.coefficient, factor)
-            affine = self.emit(ops.affine, layer, fixed, arguments(shift)[1], axis)
-        self._replace(shift, affine)
+            factored = self.emit(ops.factored, coordinate, fixed)
+        layer.replace_input_with(coordinate, factored)
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         new.meta["origin"] = old.meta.get("origin")

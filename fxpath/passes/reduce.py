@@ -19,7 +19,7 @@ from fxpath.graph.aten import CAT, EXPAND, PERMUTE, RESHAPE
 from fxpath.graph.costs import multiply_adds
 from fxpath.graph.exact import exact_sums
 from fxpath.graph.links import Link, extents, identity, static
-from fxpath.graph.schema import arguments, target
+from fxpath.graph.schema import arguments, bias_of, target
 from fxpath.graph.stencil import Stencil, floats
 from fxpath.graph.writer import Writer
 from fxpath.passes.bases import Choice, Choose, cheapest, partitions
@@ -93,9 +93,10 @@ class _Reduction(Writer):
         if node.target is RESHAPE:
             shape = [len(p) for p in self._basis(node)]
             return self.emit(RESHAPE, next(iter(mapped.values())), shape)
-        return self.emit(
-            target(node), *fx.map_arg(arguments(node), lambda n: mapped.get(n) or self.env[n])
-        )
+        args = list(fx.map_arg(arguments(node), lambda n: mapped.get(n) or self.env[n]))
+        if bias_of(node) is not None:
+            args[2] = self._bias(node)
+        return self.emit(target(node), *args)
 
     def _source(self, node: fx.Node) -> fx.Node:
         basis = self._basis(node)
@@ -109,7 +110,9 @@ class _Reduction(Writer):
     def _conv(self, node: fx.Node) -> fx.Node:
         """Taps side by side along each reduced axis, and a stride of one kernel."""
         ((argument, axes),) = self.classes.reads[node]
-        _, weight, stride, padding, dilation, transposed, output_padding, groups = arguments(node)
+        _, weight, _, stride, padding, dilation, transposed, output_padding, groups = arguments(
+            node
+        )
         spec = [list(v) for v in (stride, padding, dilation, output_padding)]
         reduced = [link for link in axes if link.dim >= 2 and not self._full(node, argument, link)]
         if reduced and self._cheaper_whole(node, argument, axes, reduced):
@@ -126,9 +129,8 @@ class _Reduction(Writer):
             for values, number in zip(spec, (len(link.taps), 0, 1, 0), strict=True):
                 values[link.dim - 2] = number
         stride, padding, dilation, output_padding = spec
-        return self.emit(
-            ops.conv, x, weight, stride, padding, dilation, transposed, output_padding, groups
-        )
+        others = transposed, output_padding, groups
+        return self.emit(ops.conv, x, weight, self._bias(node), stride, padding, dilation, *others)
 
     def _cheaper_whole(
         self, node: fx.Node, argument: fx.Node, axes: Sequence[Link], reduced: Sequence[Link]
@@ -157,7 +159,7 @@ class _Reduction(Writer):
         lead = [link for link in axes if link.dim < 2]
         x = self._mapped(node, argument, lead, partial=True)
         x = self._whole(x, argument, {link.source_dim for link in lead})
-        y = self.emit(ops.conv, x, self.env[arguments(node)[1]], *arguments(node)[2:])
+        y = self.emit(ops.conv, x, self.env[arguments(node)[1]], None, *arguments(node)[3:])
         y.meta["whole"] = True
         for link in axes:
             partition = self._basis(node)[link.dim]
@@ -167,7 +169,8 @@ class _Reduction(Writer):
                 y = self._mix(
                     y, link.dim, self._matrix(node, link.dim, identity(size), every, False)
                 )
-        return y
+        bias = self._bias(node)
+        return y if bias is None else self.emit(ops.shift, y, bias)
 
     def _untransposed(self, weight: fx.Node, groups: Any) -> fx.Node:
         """[in, out / groups, ...] of a transposed convolution as [out, in / groups, ...]."""
@@ -191,6 +194,10 @@ class _Reduction(Writer):
                 value = self.emit(ops.coefficient, self.buffer(number, "bound"))
                 x = self.emit(ops.shift, x, self._static(node, value))
         return x
+
+    def _bias(self, node: fx.Node) -> fx.Node | None:
+        bias = bias_of(node)
+        return None if bias is None else self._static(node, bias)
 
     def _static(self, node: fx.Node, value: Any) -> fx.Node:
         """A bias in the basis of the tensor that it enters."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
-from fxpath.graph.schema import arguments, target
+from fxpath.graph.equations import letters
+from fxpath.graph.schema import arguments, bias_of, target
 
 __all__ = ["Layer", "coordinate_of", "find_layers", "neuron_shares"]
 
 Channels = Callable[[Tensor], Tensor]
 
-WEIGHING = {ops.conv, ops.linear, ops.matmul, ops.einsum, ops.scale}
+WEIGHING = {ops.conv, ops.contract, ops.scale}
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,14 @@ def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
     weights: dict[fx.Node | None, fx.Node] = {}
     biases: dict[fx.Node | None, fx.Node] = {}
     for node in module.graph.nodes:
-        table = weights if node.target in WEIGHING else biases if node.target is ops.shift else None
-        if table is not None and coordinate_of(arguments(node)[1]) is not None:
-            table.setdefault(node.meta["origin"], node)
+        origin = node.meta.get("origin")
+        if node.target in WEIGHING and coordinate_of(arguments(node)[1]) is not None:
+            weights.setdefault(origin, node)
+        bias = None if node.target is ops.constant else bias_of(node)
+        coordinate = coordinate_of(bias)
+        if bias is not None and coordinate is not None:
+            # What adds it may be another operation than the one that weighs.
+            biases.setdefault(bias.meta["origin"], coordinate)
     layers: dict[str, tuple[Layer, Channels]] = {}
     for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes]):
         if origin in weights or origin in biases:
@@ -76,9 +82,8 @@ def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
     return dict(layers.values())
 
 
-def _layer(origin: fx.Node | None, weigh: fx.Node | None, shift: fx.Node | None) -> Layer:
+def _layer(origin: fx.Node | None, weigh: fx.Node | None, bias: fx.Node | None) -> Layer:
     weight = None if weigh is None else coordinate_of(arguments(weigh)[1])
-    bias = None if shift is None else coordinate_of(arguments(shift)[1])
     main = weight or bias
     assert main is not None and origin is not None
     name: str = arguments(main)[1]
@@ -128,21 +133,17 @@ def _channels(module: fx.GraphModule, node: fx.Node) -> Channels:
 
     def channels(value: Tensor) -> Tensor:
         seen = _relabel(module, weight, value)
-        if node.target is ops.conv and arguments(node)[5]:
+        if node.target is ops.conv and arguments(node)[6]:
             # [in, out / groups, ...]: the output channels of each group lie on axis 1.
-            groups = int(arguments(node)[7])
+            groups = int(arguments(node)[8])
             blocks = seen.reshape(groups, -1, *seen.shape[1:])
             return blocks.sum((1, *range(3, blocks.dim()))).flatten()
-        if node.target in (ops.conv, ops.linear):
+        if node.target is ops.conv:
             return seen.flatten(1).sum(1)
-        if node.target is ops.matmul:
-            axis = -2 if arguments(node)[2] else -1
-            return seen.movedim(axis, 0).flatten(1).sum(1) if seen.dim() > 1 else seen.sum()[None]
-        if node.target is ops.einsum:
-            terms, output = str(arguments(node)[2]).split("->")
-            letters = terms.split(",")[1]
-            kept = "".join(c for c in letters if c in output)
-            return torch.einsum(f"{letters}->{kept}", seen).flatten()
+        if node.target is ops.contract:
+            form = letters(arguments(node)[3])
+            kept = "".join(c for c in form.weight if c in form.out)
+            return torch.einsum(f"{form.weight}->{kept}", seen).flatten()
         return seen.flatten()
 
     return channels

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
-from fxpath.graph.interpret import Interpretation, power
-from fxpath.graph.schema import arguments
+from fxpath.graph.equations import letters
+from fxpath.graph.interpret import Interpretation, Weighing
+from fxpath.graph.schema import arguments, bias_of
 from fxpath.program import adjoints
 from fxpath.program.kernels.scales import times
 
@@ -26,6 +27,10 @@ class Scaled:
 
     mantissa: Tensor
     scale: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Scaled:
+        """Apply a linear map."""
+        return Scaled(function(self.mantissa), self.scale)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,14 @@ class Streamed:
 
     value: Tensor
     name: str
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A weight whose factors are multiplied with what it makes instead."""
+
+    weight: Tensor | Streamed
+    factor: Tensor
 
 
 @dataclass
@@ -81,6 +94,7 @@ class PathNorm(Interpretation):
         generated: whether large weights that meet one vector may run through generated code.
     """
 
+    activation = Scaled
     generated = False
 
     def run(
@@ -106,15 +120,11 @@ class PathNorm(Interpretation):
         self._streamed = set() if live else _streamable(self.module.graph)
         return super().run(tensors)
 
-    def is_activation(self, value: Any) -> bool:
-        return isinstance(value, Scaled)
-
     # -- weights ----------------------------------------------------------------------------------
 
-    def power(self, value: Tensor) -> Tensor:
-        """``|value| ** q`` in the number format of this run."""
+    def lifted(self, value: Tensor) -> Tensor:
         if self.live:
-            return power(value.to(self.dtype), self.q)
+            return super().lifted(value)
         lifted: Tensor = adjoints.run.lifted(value, self.dtype, self.q)
         return lifted
 
@@ -137,9 +147,9 @@ class PathNorm(Interpretation):
                 self.watch.masses.append(mass)  # its gradient is seen by nobody
             return Streamed(value, name)
         if self.scores is None:
-            return self.power(value)
+            return self.lifted(value)
         if name in self._led:
-            leaf = self.power(value)
+            leaf = self.lifted(value)
         else:
             self._led.add(name)
             # The first use keeps its leaf where its scores will be.
@@ -153,10 +163,6 @@ class PathNorm(Interpretation):
         """Whether a weight comes in float64, and may lose digits; what is added loses none."""
         bias = getattr(self.node.args[0], "target", None) is ops.folded_bias
         return value.dtype == torch.float64 != self.dtype and not bias
-
-    def coefficient(self, value: Tensor) -> Tensor:
-        """Coefficients of the architecture."""
-        return self.power(value)
 
     # -- activations ------------------------------------------------------------------------------
 
@@ -189,114 +195,65 @@ class PathNorm(Interpretation):
     def _unscaled(self, value: Tensor) -> Scaled:
         return Scaled(value, self._zero)
 
-    def _filled(self, shape: Sequence[int], value: float) -> Tensor:
+    def filled(self, shape: Sequence[int], value: float) -> Tensor:
         filled: Tensor = adjoints.run.filled(list(shape), value, self.dtype, self.device)
         return filled
 
-    def _weighed(self, mantissa: Tensor, scale: Tensor) -> Scaled:
-        """A new weighted sum; where only biases are added next, the scale is taken after them."""
-        value = Scaled(mantissa, scale)
-        if all(user.target in (ops.shift, ops.affine) for user in self.node.users):
-            return value
-        return self.settle([value])
-
-    def source(self, shape: list[int]) -> Scaled:
-        return self._unscaled(self._filled(shape, 1.0))
+    def source(self, shape: Sequence[int]) -> Scaled:
+        return self._unscaled(self.filled(shape, 1.0))
 
     def constant(self, bias: Tensor) -> Scaled:
         return self.settle([self._unscaled(bias)])
 
-    def window(
+    def weigh(
         self,
         x: Scaled,
-        weight: Tensor | Streamed,
-        matrices: Sequence[Tensor | None],
-        extents: Sequence[int],
-        groups: int,
+        weight: Tensor | Streamed | Factored,
+        bias: Tensor | None,
+        run: Weighing,
     ) -> Scaled:
+        factor = None
+        if isinstance(weight, Factored):
+            factor = weight.factor
+            weight = weight.weight
         if isinstance(weight, Streamed):
-            y = adjoints.Window.apply(
-                *(self.anchor, x.mantissa, weight.value, self._scores_of(weight)),
-                *(matrices, extents, groups, self.q, self.generated),
+            streamed = adjoints.Window if run.operation is ops.window else adjoints.Dense
+            scores = None if self.scores is None else self.scores[weight.name]
+            spec = run.spec if run.operation is ops.window else ()
+            y = streamed.apply(
+                *(self.anchor, x.mantissa, weight.value, scores, *spec, self.q, self.generated)
             )
+        elif run.operation is ops.scale:
+            y = self.times(x.mantissa, weight)
         else:
-            y = ops.window(x.mantissa, weight, matrices, extents, groups)
-        return self._weighed(y, x.scale)
+            y = run(x.mantissa, weight)
+        terms = [Scaled(y, x.scale)] if bias is None else [Scaled(y, x.scale), self._unscaled(bias)]
+        return self.settle(terms, weight=factor, axis=1)
 
-    def conv(self, x: Scaled, weight: Tensor, *spec: Any) -> Scaled:
-        return self._weighed(ops.conv(x.mantissa, weight, *spec), x.scale)
+    def factored(self, weight: Tensor | Streamed, factor: Tensor) -> Factored:
+        return Factored(weight, factor)
 
-    def linear(self, x: Scaled, weight: Tensor | Streamed) -> Scaled:
-        if isinstance(weight, Streamed):
-            y = adjoints.Dense.apply(
-                *(self.anchor, x.mantissa, weight.value, self._scores_of(weight)),
-                *(self.q, self.generated),
-            )
-        else:
-            y = ops.linear(x.mantissa, weight)
-        return self._weighed(y, x.scale)
-
-    def _scores_of(self, weight: Streamed) -> Tensor | None:
-        return None if self.scores is None else self.scores[weight.name]
-
-    def matmul(self, x: Scaled, weight: Tensor, weight_first: bool) -> Scaled:
-        return self._weighed(ops.matmul(x.mantissa, weight, weight_first), x.scale)
-
-    def einsum(self, x: Scaled, weight: Tensor, equation: str) -> Scaled:
-        return self._weighed(ops.einsum(x.mantissa, weight, equation), x.scale)
-
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * weight if self.live else adjoints.Scaled.apply(x, weight)
-
-    def scale(self, x: Scaled | Tensor, weight: Tensor) -> Scaled | Tensor:
-        if isinstance(x, Tensor):  # a coefficient in front of a weight
-            return self._product(x, weight)
-        return self._weighed(self._product(x.mantissa, weight), x.scale)
+    def times(self, weight: Tensor, factor: Tensor) -> Tensor:
+        product: Tensor = weight * factor if self.live else adjoints.Scaled.apply(weight, factor)
+        return product
 
     def shift(self, x: Scaled, bias: Tensor) -> Scaled:
         return self.settle([x, self._unscaled(bias)])
 
-    def affine(self, x: Scaled, weight: Tensor, bias: Tensor, axis: int) -> Scaled:
-        return self.settle([x, self._unscaled(bias)], weight=weight, axis=axis)
-
     def slope(self, x: Scaled, a: Tensor | float) -> Scaled:
-        if not isinstance(a, Tensor):
-            factor = max(1.0, abs(a)) ** self.q
-            return x if factor == 1 else Scaled(x.mantissa * factor, x.scale)
-        factors = a.to(self.dtype).abs().clamp(min=1) ** self.q
-        return self.settle([Scaled(x.mantissa * factors, x.scale)])
-
-    def along(self, x: Scaled, dim: int, index: Tensor, weight: Tensor) -> Scaled:
-        return Scaled(ops.along(x.mantissa, dim, index, power(weight, self.q)), x.scale)
-
-    def pool(
-        self, x: Scaled, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]
-    ) -> Scaled:
-        return self.along(x, dim, index, weight)
+        y: Scaled = super().slope(x, a)
+        return self.settle([y]) if isinstance(a, Tensor) else y
 
     def mix(self, x: Scaled | Tensor, dim: int, matrix: Tensor) -> Scaled | Tensor:
-        if isinstance(x, Scaled):
-            return Scaled(self._mixed(x.mantissa, dim, matrix), x.scale)
-        return self._mixed(x, dim, matrix)  # a bias
-
-    def _mixed(self, x: Tensor, dim: int, matrix: Tensor) -> Tensor:
-        return ops.mix(x, dim, matrix) if self.live else adjoints.Mix.apply(x, dim, matrix)
+        run = ops.mix if self.live else adjoints.Mix.apply
+        mixed: Scaled | Tensor = self.fixed(x, lambda value: run(value, dim, matrix))
+        return mixed
 
     def add(self, x: Scaled, y: Scaled) -> Scaled:
         return self.settle([x, y])
 
-    def maximum(self, x: Scaled, y: Scaled) -> Scaled:
-        return self.add(x, y)
-
-    def clamp(self, x: Scaled, lo: float | None, hi: float | None) -> Scaled:
-        bounds = sum(b**self.q for b in ops.bound_sizes(lo, hi) if b)
-        return self.shift(x, self._filled([], float(bounds)))
-
-    def move(self, target: Callable[..., Tensor], *args: Any) -> Scaled:
-        if isinstance(args[0], Scaled):
-            return Scaled(target(args[0].mantissa, *args[1:]), args[0].scale)
-        pieces: list[Scaled] = list(args[0])
-        return self.settle(pieces, int(args[1]) % pieces[0].mantissa.dim())
+    def join(self, pieces: list[Scaled], dim: int) -> Scaled:
+        return self.settle(pieces, dim)
 
     def total(self, outputs: list[Scaled]) -> Total:
         """The sum over all output neurons."""
@@ -314,10 +271,17 @@ def _streamable(graph: fx.Graph) -> set[fx.Node]:
     """Coordinates that one linear map or window alone reads, and that have their name alone."""
     coordinates = [node for node in graph.nodes if node.target is ops.coordinate]
     uses = Counter(arguments(node)[1] for node in coordinates)
-    return {
-        node
-        for node in coordinates
-        if len(node.users) == 1
-        and next(iter(node.users)).target in (ops.linear, ops.window)
-        and uses[arguments(node)[1]] == 1
-    }
+    return {node for node in coordinates if uses[arguments(node)[1]] == 1 and _streams(node)}
+
+
+def _streams(weight: fx.Node) -> bool:
+    """Whether the one operation that reads a weight lifts it block by block."""
+    if len(weight.users) != 1:
+        return False
+    (reader,) = weight.users
+    if reader.target is ops.factored:
+        return _streams(reader)
+    if bias_of(reader) is weight:
+        return False
+    dense = reader.target is ops.contract and letters(arguments(reader)[3]).dense
+    return dense or reader.target is ops.window

@@ -15,7 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxpath.errors import source_line
 from fxpath.graph import ops
-from fxpath.graph.schema import arguments
+from fxpath.graph.equations import letters
+from fxpath.graph.schema import arguments, bias_of
 from fxpath.model import Captured
 from fxpath.program.layers import coordinate_of
 from fxpath.pruning.channels import Channels, Kept
@@ -215,10 +216,10 @@ class Constants:
 def _part(node: fx.Node, reading: Reading, where: Tensor) -> Reading:
     """What a layer reads of a channel."""
     x, weight = reading.x, reading.weight
-    if node.target is ops.conv and arguments(node)[7] == 1:
+    if node.target is ops.conv and arguments(node)[8] == 1:
         # A thin convolution takes a fraction of the time.
         places = where.expand(x.shape).movedim(1, 0).flatten(1)[:, 0].nonzero().flatten()
-        axis = 0 if arguments(node)[5] else 1
+        axis = 0 if arguments(node)[6] else 1
         return replace(
             reading, x=x.index_select(1, places), weight=weight.index_select(axis, places)
         )
@@ -227,10 +228,9 @@ def _part(node: fx.Node, reading: Reading, where: Tensor) -> Reading:
 
 def _bias(node: fx.Node, count: int) -> fx.Node | None:
     """What is added to a layer's outputs alone, one number for each output channel."""
-    (user, *others) = node.users
-    if others or user.target is not ops.shift or arguments(user)[0] is not node:
+    bias = bias_of(node)
+    if bias is None:
         return None
-    bias: fx.Node = arguments(user)[1]
     shape, behind = bias.meta["val"].shape, node.meta["val"].dim() - _axis(node)
     if shape.numel() != count or (
         count > 1 and (len(shape) < behind or shape[len(shape) - behind] != count)
@@ -247,5 +247,5 @@ def _axis(node: fx.Node) -> int:
     """The axis of a layer's outputs along which its channels lie."""
     if node.target is ops.conv:
         return 1
-    rank = len(node.meta["val"].shape)
-    return rank - 2 if node.target is ops.matmul and arguments(node)[2] else rank - 1
+    form = letters(arguments(node)[3])
+    return len(form.out) - 1 if form.matrix is None else form.out.index(form.matrix[1])

@@ -11,8 +11,9 @@ from torch.nn.utils import prune as torch_prune
 
 from fxpath.graph import ops
 from fxpath.graph.edit import inputs_first
+from fxpath.graph.equations import letters
 from fxpath.graph.leaves import LEAVES
-from fxpath.graph.schema import arguments
+from fxpath.graph.schema import arguments, bias_of
 from fxpath.model import Captured, named_tensors
 from fxpath.pairs.pair import Side
 from fxpath.pruning.choices import Choice, listed, matches, shown
@@ -20,8 +21,7 @@ from fxpath.pruning.surgery import places
 
 __all__ = ["Eligible", "check_stored", "choose", "find_eligible"]
 
-_WEIGHING = (ops.conv, ops.linear, ops.matmul, ops.einsum)
-_ADDING = (ops.shift, ops.constant)
+_WEIGHING = (ops.conv, ops.contract)
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ def find_eligible(captured: Captured, lifted: fx.GraphModule, biases: bool) -> l
         if node.target is not ops.coordinate:
             continue
         value, name = arguments(node)
-        reading = [user for user in _readers(node) if user.target in _WEIGHING]
-        added = any(user.target in _ADDING for user in _readers(node))
+        readers = list(_readers(node))
+        reading = [user for user, adds in readers if not adds]
+        added = len(reading) < len(readers)
         if reading:
             own = arguments(value)[0] if value.target is ops.folded_weight else value
             axes = {_inputs(user, node) for user in reading}
@@ -176,27 +177,28 @@ def _check_weights_only(side: Side, chosen: Sequence[Eligible]) -> None:
             )
 
 
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Operations that read coordinates, through views of them and numbers in front."""
+def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """Operations that read coordinates, through views and numbers in front; whether as a bias."""
     for user in node.users:
-        if user.target in _WEIGHING or user.target in _ADDING:
-            yield user
+        if bias_of(user) is node:
+            yield user, True
+        elif user.target in _WEIGHING:
+            yield user, False
         elif user.target is not ops.scale or arguments(user)[0] is node:
             yield from _readers(user)
 
 
 def _inputs(reader: fx.Node, weight: fx.Node) -> tuple[int | None, int]:
     """Axis of a weight's input channels, and how many of them meet in one output channel."""
-    if weight not in reader.args:
+    if arguments(reader)[1] is not weight:
         return None, 0  # read through a view
     shape = weight.meta["val"].shape
     if reader.target is ops.conv:
-        transposed, groups = arguments(reader)[5], int(arguments(reader)[7])
+        transposed, groups = arguments(reader)[6], int(arguments(reader)[8])
         return (0, shape[0] // groups) if transposed else (1, shape[1])
-    if reader.target is ops.linear:
-        return 1, shape[1]
-    if reader.target is ops.matmul and len(shape) == 2:
-        axis = 1 if arguments(reader)[2] else 0
+    form = letters(arguments(reader)[3]) if reader.target is ops.contract else None
+    if form is not None and form.matrix is not None:
+        axis = form.weight.index(form.matrix[0])
         return axis, shape[axis]
     return None, 0
 

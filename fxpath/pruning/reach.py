@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fxpath.graph import ops
-from fxpath.graph.interpret import Interpretation
+from fxpath.graph.interpret import Interpretation, Weighing
 from fxpath.pruning.channels import Channels
 
 __all__ = ["driven_channels", "live_channels"]
@@ -84,14 +84,13 @@ class _Reach(Interpretation):
         leaves: where paths begin.
     """
 
+    activation = _Flow
+
     def __init__(self, lifted: fx.GraphModule, found: Channels, biases: bool) -> None:
         super().__init__(lifted, torch.float32)
         self._found, self._biases = found, biases
         self.noted = torch.zeros(found.count + 1, dtype=torch.bool)
         self.leaves: list[Tensor] = []
-
-    def is_activation(self, value: Any) -> bool:
-        return isinstance(value, _Flow)
 
     def _note(self, node: fx.Node, entries: Tensor) -> None:
         channels = self._found.of(node)
@@ -116,8 +115,8 @@ class _Reach(Interpretation):
 
     # -- where a path begins ----------------------------------------------------------------------
 
-    def source(self, shape: list[int]) -> _Flow:
-        return self._leaf(torch.ones(tuple(shape), device=self.device))
+    def source(self, shape: Sequence[int]) -> _Flow:
+        return self._leaf(self.filled(shape, 1.0))
 
     def constant(self, bias: Tensor) -> _Flow:
         return self._leaf(bias if self._biases else torch.zeros_like(bias))
@@ -125,16 +124,9 @@ class _Reach(Interpretation):
     def shift(self, x: _Flow, bias: Tensor) -> _Flow:
         return self._reached(x.value + bias if self._biases else x.value + 0 * bias)
 
-    def clamp(self, x: _Flow, lo: float | None, hi: float | None) -> _Flow:
-        bounded = self._biases and any(ops.bound_sizes(lo, hi))
-        return self._reached(x.value + float(bounded))
-
     # -- edges ------------------------------------------------------------------------------------
 
-    def coordinate(self, value: Tensor, name: str) -> Tensor:
-        return _there(value)
-
-    def coefficient(self, value: Tensor) -> Tensor:
+    def lifted(self, value: Tensor) -> Tensor:
         return _there(value)
 
     def normalizer(self, gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
@@ -152,50 +144,25 @@ class _Reach(Interpretation):
         folded = _there(centre) * factor
         return folded if beta is None else folded + _there(beta)
 
-    def conv(self, x: _Flow, weight: Tensor, *spec: Any) -> _Flow:
-        return self._reached(ops.conv(x.value, weight, *spec))
-
-    def linear(self, x: _Flow, weight: Tensor) -> _Flow:
-        return self._reached(ops.linear(x.value, weight))
-
-    def matmul(self, x: _Flow, weight: Tensor, weight_first: bool) -> _Flow:
-        return self._reached(ops.matmul(x.value, weight, weight_first))
-
-    def einsum(self, x: _Flow, weight: Tensor, equation: str) -> _Flow:
-        return self._reached(ops.einsum(x.value, weight, equation))
-
-    def scale(self, x: _Flow | Tensor, weight: Tensor) -> _Flow | Tensor:
-        if isinstance(x, Tensor):  # a coefficient in front of a weight
-            return x * weight
-        return self._reached(ops.scale(x.value, weight))
+    def weigh(self, x: _Flow, weight: Tensor, bias: Tensor | None, run: Weighing) -> _Flow:
+        y = self._reached(run(x.value, weight))
+        return y if bias is None else self.shift(y, bias)
 
     def slope(self, x: _Flow, a: Tensor | float) -> _Flow:
         return x
 
-    def along(self, x: _Flow, dim: int, index: Tensor, weight: Tensor) -> _Flow:
-        return self._reached(ops.along(x.value, dim, index, _there(weight)))
-
-    def pool(
-        self, x: _Flow, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]
-    ) -> _Flow:
-        return self.along(x, dim, index, weight)
+    def fixed(self, x: _Flow, function: Callable[[Tensor], Tensor]) -> _Flow:
+        return self._reached(function(x.value))
 
     def add(self, x: _Flow, y: _Flow) -> _Flow:
         return self._reached(x.value + y.value)
 
-    def maximum(self, x: _Flow, y: _Flow) -> _Flow:
-        return self.add(x, y)
+    def join(self, pieces: list[_Flow], dim: int) -> _Flow:
+        return _Flow(torch.cat([piece.value for piece in pieces], dim))
 
-    def move(self, target: Callable[..., Tensor], *args: Any) -> _Flow:
-        return _Flow(target(*fx.node.map_aggregate(args, _entries)))
-
-    def total(self, outputs: Sequence[_Flow]) -> Tensor:
+    def total(self, outputs: list[_Flow]) -> Tensor:
         return torch.stack([output.value.sum() for output in outputs]).sum()
 
 
 def _there(value: Tensor) -> Tensor:
     return (value != 0).float()
-
-
-def _entries(value: Any) -> Any:
-    return value.value if isinstance(value, _Flow) else value

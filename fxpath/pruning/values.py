@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
-from fxpath.graph.interpret import Interpretation
+from fxpath.graph.interpret import Interpretation, Weighing
 
 __all__ = ["Reading", "read_values"]
 
@@ -54,9 +53,15 @@ class _Value:
 
     value: Tensor
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> _Value:
+        """Apply a linear map."""
+        return _Value(function(self.value))
+
 
 class _Values(Interpretation):
     """Runs the signed graph: what the model computes, in float64 whatever its own format is."""
+
+    activation = _Value
 
     def __init__(
         self, signed: fx.GraphModule, chosen: Callable[[str, Tensor], Tensor | None]
@@ -65,52 +70,24 @@ class _Values(Interpretation):
         self._chosen = chosen
         self.readings: dict[str, Reading] = {}
 
-    def is_activation(self, value: Any) -> bool:
-        return isinstance(value, _Value)
-
-    def _weighed(
-        self, x: _Value, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]
-    ) -> _Value:
-        kept = self._chosen(self.node.name, x.value)
-        if kept is not None:
-            self.readings[self.node.name] = Reading(kept, weight, apply)
-        return _Value(apply(x.value, weight))
-
-    # -- weights ----------------------------------------------------------------------------------
-
-    def coordinate(self, value: Tensor, name: str) -> Tensor:
-        return value.double()
-
-    def coefficient(self, value: Tensor) -> Tensor:
-        return value.double()
+    def lifted(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype)
 
     # -- weighted sums ----------------------------------------------------------------------------
 
-    def source(self, shape: list[int]) -> _Value:
-        return _Value(torch.zeros(tuple(shape), dtype=torch.float64, device=self.device))
+    def source(self, shape: Sequence[int]) -> _Value:
+        return _Value(self.filled(shape, 0.0))
 
     def constant(self, bias: Tensor) -> _Value:
         return _Value(bias)
 
-    def conv(self, x: _Value, weight: Tensor, *spec: Any) -> _Value:
-        return self._weighed(x, weight, lambda x, weight: ops.conv(x, weight, *spec))
-
-    def linear(self, x: _Value, weight: Tensor) -> _Value:
-        return self._weighed(x, weight, ops.linear)
-
-    def matmul(self, x: _Value, weight: Tensor, weight_first: bool) -> _Value:
-        return self._weighed(x, weight, lambda x, weight: ops.matmul(x, weight, weight_first))
-
-    def einsum(self, x: _Value, weight: Tensor, equation: str) -> _Value:
-        return _Value(ops.einsum(x.value, weight, equation))
-
-    def scale(self, x: _Value | Tensor, weight: Tensor) -> _Value | Tensor:
-        if isinstance(x, Tensor):  # a coefficient in front of a weight
-            return ops.scale(x, weight)
-        return _Value(ops.scale(x.value, weight))
-
-    def shift(self, x: _Value, bias: Tensor) -> _Value:
-        return _Value(ops.shift(x.value, bias))
+    def weigh(self, x: _Value, weight: Tensor, bias: Tensor | None, run: Weighing) -> _Value:
+        if run.operation is not ops.scale:
+            kept = self._chosen(self.node.name, x.value)
+            if kept is not None:
+                self.readings[self.node.name] = Reading(kept, weight, run)
+        y = _Value(run(x.value, weight))
+        return y if bias is None else self.shift(y, bias)
 
     # -- activations and fixed sums ---------------------------------------------------------------
 
@@ -128,9 +105,6 @@ class _Values(Interpretation):
 
     def clamp(self, x: _Value, lo: float | None, hi: float | None) -> _Value:
         return _Value(x.value if lo is hi is None else x.value.clamp(lo, hi))
-
-    def along(self, x: _Value, dim: int, index: Tensor, weight: Tensor) -> _Value:
-        return _Value(ops.along(x.value, dim, index, weight))
 
     def pool(
         self, x: _Value, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]
@@ -154,12 +128,8 @@ class _Values(Interpretation):
     def minimum(self, x: _Value, y: _Value) -> _Value:
         return _Value(torch.minimum(x.value, y.value))
 
-    def move(self, target: Callable[..., Tensor], *args: Any) -> _Value:
-        return _Value(target(*fx.node.map_aggregate(args, _entries)))
+    def join(self, pieces: list[_Value], dim: int) -> _Value:
+        return _Value(torch.cat([piece.value for piece in pieces], dim))
 
-    def total(self, outputs: Sequence[_Value]) -> None:
+    def total(self, outputs: list[_Value]) -> None:
         """Nothing is asked of the outputs."""
-
-
-def _entries(value: Any) -> Any:
-    return value.value if isinstance(value, _Value) else value

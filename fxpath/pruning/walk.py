@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxpath.graph import ops
 from fxpath.graph.aten import RELABELLING
 from fxpath.graph.edit import inputs_first
-from fxpath.graph.schema import arguments
+from fxpath.graph.schema import arguments, bias_of
 from fxpath.model import Captured
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import Coordinates, Labels, compressed
@@ -86,8 +86,8 @@ class Walk(Labelling):
     def _enter(self, weight: Coordinates, out: Tensor, into: Tensor | None) -> None:
         """Nor do uses of one array of coordinates."""
 
-    def conv(self, x: Labels, weight: Any, *spec: Any) -> Labels:
-        y = super().conv(x, weight, *spec)
+    def _conv(self, x: Labels, weight: Any, *spec: Any) -> Labels:
+        y = super()._conv(x, weight, *spec)
         groups, transposed = int(spec[5]), bool(spec[3])
         if not isinstance(weight, Coordinates):
             first = x.ids if transposed else y.ids
@@ -100,9 +100,9 @@ class Walk(Labelling):
     def shift(self, x: Labels, bias: Any) -> Labels:
         y = super().shift(x, bias)
         if isinstance(bias, Tensor):
-            self._note(self.node.args[-1], y.ids)
+            self._note(bias_of(self.node), y.ids)
             ids, there = torch.broadcast_tensors(y.ids, bias != 0)
-            behind = _behind(self.node.args[-1])
+            behind = _behind(bias_of(self.node))
             names = dict.fromkeys(self._placeholders[str(node.target)] for node, _ in behind)
             self._loads.append((ids[there], self.node, tuple(names)))
         elif isinstance(bias, Coordinates) and (bias.own or bias.beta or bias.norm):
@@ -111,14 +111,13 @@ class Walk(Labelling):
             self._scored.append((_base(bias.name), bias.stored(ids), None))
         return y
 
-    def scale(self, x: Any, weight: Any) -> Any:
-        y = super().scale(x, weight)
-        if isinstance(x, Labels):
-            if isinstance(weight, Coordinates) and weight.norm is not None:
-                sides = y.ids.flatten(), self._tied(x, 1)
-                self._scored.append((_base(weight.name), *sides))
-            else:
-                self._note(self.node.args[1], y.ids)
+    def _scale(self, x: Labels, weight: Any) -> Labels:
+        y = super()._scale(x, weight)
+        if isinstance(weight, Coordinates) and weight.norm is not None:
+            sides = y.ids.flatten(), self._tied(x, 1)
+            self._scored.append((_base(weight.name), *sides))
+        else:
+            self._note(self.node.args[1], y.ids)
         return y
 
     def clamp(self, x: Labels, lo: float | None, hi: float | None) -> Labels:

@@ -11,6 +11,7 @@ from torch import fx
 from fxpath.graph import ops
 from fxpath.graph.aten import BATCH_NORMS, INSTANCE_NORM, RESHAPE
 from fxpath.graph.builder import Builder
+from fxpath.graph.equations import linear, product
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.stencil import pad, per_axis
 from fxpath.graph.values import frozen
@@ -61,6 +62,7 @@ def _convolve(
         ops.conv,
         x,
         build.weight(args["weight"], node),
+        None,
         per_axis(args["stride"], axes),
         per_axis(padding, axes),
         per_axis(args["dilation"], axes),
@@ -111,9 +113,10 @@ def _convolution(build: Builder, node: fx.Node, args: Args) -> fx.Node:
 def _linear(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     only_first_active(build, args, "weight", "bias")
     x, weight = build.node(args["input"]), build.weight(args["weight"], node)
-    if len(build.shape(weight)) == 1:  # one output neuron, and no axis for it
-        return bias_along(build, build.emit(ops.matmul, x, weight, False), args["bias"], node, -1)
-    y = build.emit(ops.linear, x, weight)
+    rank = len(build.shape(x))
+    one = len(build.shape(weight)) == 1  # one output neuron, and no axis for it
+    equation = product(rank, 1, weight_first=False) if one else linear(rank)
+    y = build.emit(ops.contract, x, weight, None, equation)
     return bias_along(build, y, args["bias"], node, -1)
 
 

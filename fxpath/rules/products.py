@@ -14,6 +14,7 @@ from torch import fx
 
 from fxpath.graph import ops
 from fxpath.graph.builder import Builder
+from fxpath.graph.equations import product, spelled
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
 from fxpath.rules.affine import bias_along
@@ -36,8 +37,13 @@ def _product(build: Builder, node: fx.Node, a: Any, b: Any) -> fx.Node:
     if build.is_active(a) and build.is_active(b):
         raise Refusal(*PRODUCT)
     if build.is_active(a):
-        return build.emit(ops.matmul, build.node(a), build.weight(b, node), False)
-    return build.emit(ops.matmul, build.node(b), build.weight(a, node), True)
+        return _multiplied(build, build.node(a), build.weight(b, node), weight_first=False)
+    return _multiplied(build, build.node(b), build.weight(a, node), weight_first=True)
+
+
+def _multiplied(build: Builder, x: fx.Node, weight: fx.Node, weight_first: bool) -> fx.Node:
+    equation = product(len(build.shape(x)), len(build.shape(weight)), weight_first)
+    return build.emit(ops.contract, x, weight, None, equation)
 
 
 @rule(
@@ -104,7 +110,7 @@ def _multi_dot(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     for side, first in ((before, True), (after, False)):
         if side:
             weight = side[0] if len(side) == 1 else build.compute(target(node), list(side))
-            x = build.emit(ops.matmul, x, build.weight(weight, node), first)
+            x = _multiplied(build, x, build.weight(weight, node), first)
     return x
 
 
@@ -132,7 +138,7 @@ def _einsum_of(
     rest = [i for i in range(len(operands)) if i != live[0]]
     if not rest:
         one = build.weight(1.0, node)
-        return build.emit(ops.einsum, x, one, f"{own},->{output}")
+        return _contracted(build, x, one, f"{own},->{output}")
     weight, seen = operands[rest[0]], letters[rest[0]]
     if len(rest) > 1:
         given = [letters[i] for i in rest]
@@ -144,7 +150,12 @@ def _einsum_of(
         seen = "".join(dict.fromkeys(c for c in "".join(given) if c in own + output))
         equation = f"{','.join(given)}->{seen}"
         weight = build.compute(aten.einsum.default, equation, [operands[i] for i in rest])
-    return build.emit(ops.einsum, x, build.weight(weight, node), f"{own},{seen}->{output}")
+    return _contracted(build, x, build.weight(weight, node), f"{own},{seen}->{output}")
+
+
+def _contracted(build: Builder, x: fx.Node, weight: fx.Node, equation: str) -> fx.Node:
+    equation = spelled(equation, len(build.shape(x)), len(build.shape(weight)))
+    return build.emit(ops.contract, x, weight, None, equation)
 
 
 @rule(aten.tensordot.default)
@@ -210,7 +221,7 @@ def _bilinear(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     weight = build.compute(aten.einsum.default, equation, [operands[1], known])
     x = build.node(operands[0] if live[0] else operands[2])
     equation = f"...{axis},...o{axis}->...o"
-    y = build.emit(ops.einsum, x, build.weight(weight, node), equation)
+    y = _contracted(build, x, build.weight(weight, node), equation)
     return bias_along(build, y, args["bias"], node, -1)
 
 

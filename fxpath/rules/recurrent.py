@@ -17,6 +17,7 @@ from torch import fx
 from fxpath.graph import ops
 from fxpath.graph.aten import CAT, SLICE
 from fxpath.graph.builder import Builder
+from fxpath.graph.equations import linear
 from fxpath.graph.refusal import Refusal
 from fxpath.rules.affine import bias_along, only_first_active
 from fxpath.rules.common import Args
@@ -80,7 +81,7 @@ def _run(
         piece = build.emit(SLICE, seen, time, t, t + 1)
         piece = build.reshape(piece, (*shape[:time], *shape[time + 1 :]))
         steps[t] = _next(build, node, piece, fed_back, parameters)
-        fed_back = build.emit(ops.linear, steps[t], build.weight(parameters[1], node))
+        fed_back = _linear(build, node, steps[t], parameters[1])
     return [steps[t] for t in order]
 
 
@@ -101,11 +102,16 @@ def _from_start(
     if number is not None:
         piece = build.emit(SLICE, state, 0, number, number + 1)
         state = build.reshape(piece, build.shape(state)[1:])
-    return build.emit(ops.linear, state, build.weight(parameters[1], node))
+    return _linear(build, node, state, parameters[1])
+
+
+def _linear(build: Builder, node: fx.Node, x: fx.Node, weight: Any) -> fx.Node:
+    equation = linear(len(build.shape(x)))
+    return build.emit(ops.contract, x, build.weight(weight, node), None, equation)
 
 
 def _inputs(build: Builder, node: fx.Node, x: fx.Node, parameters: Sequence[Any]) -> fx.Node:
-    y = build.emit(ops.linear, x, build.weight(parameters[0], node))
+    y = _linear(build, node, x, parameters[0])
     return bias_along(build, y, parameters[2] if len(parameters) > 2 else None, node, -1)
 
 

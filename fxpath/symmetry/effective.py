@@ -36,10 +36,10 @@ class EffectiveLabelling(Labelling):
         norm = value if isinstance(value, Norm) else None
         return Coordinates(name, self.node.name, shape, norm=norm, node=self.node)
 
-    def scale(self, x: Any, weight: Any) -> Any:
+    def _scale(self, x: Labels, weight: Any) -> Labels:
         """A factor of its own for each entry, where it can have one."""
-        if isinstance(x, Coordinates) or not isinstance(weight, Coordinates):
-            return super().scale(x, weight)
+        if not isinstance(weight, Coordinates):
+            return super()._scale(x, weight)
         if weight.norm is not None:
             into = self._tied(x, 1)
             out = self.forest.fresh(len(into))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.equations import Letters, letters
 from fxpath.graph.interpret import Interpretation
 from fxpath.model import Captured
 from fxpath.symmetry.labels import FIXED, Carried, Coordinates, Forest, Labels, Norm, compressed
@@ -26,6 +27,8 @@ __all__ = ["Labelling"]
 class Labelling(Interpretation):
     """Runs the lifted graph on labels.
 
+    Coordinates are moved like activations.
+
     Attributes:
         forest: which labels are one.
         labels: of each activation of the lifted graph.
@@ -34,6 +37,9 @@ class Labelling(Interpretation):
         rigid: labels whose factor is 1 although their channels could be removed.
         blocked: coordinates that would have to be rescaled, but are computed from parameters.
     """
+
+    activation = Labels
+    weight = Coordinates
 
     def __init__(self, captured: Captured, module: fx.GraphModule) -> None:
         super().__init__(module, torch.float64)
@@ -75,23 +81,20 @@ class Labelling(Interpretation):
             carried = self.carried[name]
             self.rigid += [each for each in (carried.out, carried.into) if each is not None]
 
-    def _call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super()._call(target, args, kwargs)
+    def call(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call(target, args, kwargs)
         if isinstance(result, Labels):
             self.labels[self.node] = result
         return result
 
-    def is_activation(self, value: Any) -> bool:
-        """Coordinates count as well: they are moved like activations."""
-        return isinstance(value, (Labels, Coordinates))
-
-    def move(self, target: Callable[..., Tensor], *args: Any) -> Any:
+    def fixed(self, x: Any, function: Callable[[Tensor], Tensor]) -> Any:
         """The operation itself, on labels."""
-        if isinstance(args[0], Coordinates):
-            rest = args[1:]
-            return replace(args[0], views=(*args[0].views, lambda x: target(x, *rest)))
-        full = fx.node.map_aggregate(args, _expanded)
-        return self._new(compressed(target(*full).long()))
+        if isinstance(x, Coordinates):
+            return replace(x, views=(*x.views, function))
+        return self._new(compressed(function(_expanded(x)).long()))
+
+    def join(self, pieces: list[Labels], dim: int) -> Labels:
+        return self._new(compressed(torch.cat([_expanded(piece) for piece in pieces], dim).long()))
 
     # -- weights ----------------------------------------------------------------------------------
 
@@ -225,7 +228,13 @@ class Labelling(Interpretation):
         ids = self.forest.fresh(torch.Size(shape).numel()).reshape(shape)
         return self.shift(Labels(ids, shape), bias)
 
-    def conv(
+    def conv(self, x: Labels, weight: Any, bias: Any, *spec: Any) -> Labels:
+        return self._biased(self._conv(x, weight, *spec), bias)
+
+    def _biased(self, y: Labels, bias: Any) -> Labels:
+        return y if bias is None else self.shift(y, bias)
+
+    def _conv(
         self,
         x: Labels,
         weight: Any,
@@ -255,26 +264,19 @@ class Labelling(Interpretation):
             self._carry(weight, rows, columns, (0, 1), out)
         return self._along(out, 1)
 
-    def linear(self, x: Labels, weight: Any) -> Labels:
-        into, out = self._tied(x, -1), self.forest.fresh(self.node.meta["val"].shape[-1])
-        self._carry(weight, out[:, None], into[None], (0, 1), out)
-        return self._along(out, -1)
+    def contract(self, x: Labels, weight: Any, bias: Any, equation: str) -> Labels:
+        return self._biased(self._contract(x, weight, letters(equation)), bias)
 
-    def matmul(self, x: Labels, weight: Any, weight_first: bool) -> Labels:
-        ends = self.node.meta["val"].shape
-        seen = weight.seen() if isinstance(weight, Coordinates) else weight
-        if seen.dim() != 2 or len(x.shape) != len(ends) or len(ends) < 2:
+    def _contract(self, x: Labels, weight: Any, form: Letters) -> Labels:
+        if form.matrix is None:
             return self._opaque(x, weight)
-        axis = -2 if weight_first else -1
-        into, out = self._tied(x, axis), self.forest.fresh(ends[axis])
-        if weight_first:
+        axis = form.x.index(form.matrix[0])
+        into, out = self._tied(x, axis), self.forest.fresh(self.node.meta["val"].shape[axis])
+        if form.weight[0] == form.matrix[1]:
             self._carry(weight, out[:, None], into[None], (0, 1), out)
         else:
             self._carry(weight, out[None], into[:, None], (1, 0), out)
         return self._along(out, axis)
-
-    def einsum(self, x: Labels, weight: Any, equation: str) -> Labels:
-        return self._opaque(x, weight)
 
     def _opaque(self, x: Labels, weight: Any) -> Labels:
         """Not followed: nothing around it is rescaled."""
@@ -286,9 +288,15 @@ class Labelling(Interpretation):
         if isinstance(weight, Coordinates) and weight.own is not None:
             self._pinned.add(weight.own)
 
-    def scale(self, x: Any, weight: Any) -> Any:
-        if isinstance(x, Coordinates):  # a coefficient in front of a weight
-            return x
+    def times(self, weight: Any, factor: Any) -> Any:
+        return weight
+
+    def scale(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        if not isinstance(x, Labels):
+            return self.times(x, weight)
+        return self._biased(self._scale(x, weight), bias)
+
+    def _scale(self, x: Labels, weight: Any) -> Labels:
         norm = weight.norm if isinstance(weight, Coordinates) else None
         if norm is None:  # both sides of the factor have one scale
             self._pin(weight)
@@ -337,9 +345,6 @@ class Labelling(Interpretation):
         self.forest.unite(x.ids, y.ids)
         return self._new(torch.broadcast_tensors(x.ids, y.ids)[0])
 
-    def maximum(self, x: Labels, y: Labels) -> Labels:
-        return self.add(x, y)
-
     def along(self, x: Labels, dim: int, index: Tensor, weight: Tensor) -> Labels:
         if x.ids.shape[dim] == 1:
             return self._new(x.ids)
@@ -352,15 +357,10 @@ class Labelling(Interpretation):
         first = first.masked_scatter(empty, self.forest.fresh(int(empty.sum())))
         return self._new(first.movedim(-1, dim))
 
-    def pool(
-        self, x: Labels, dim: int, index: Tensor, weight: Tensor, ranks: Sequence[int]
-    ) -> Labels:
-        return self.along(x, dim, index, weight)
-
     def total(self, outputs: Sequence[Labels]) -> None:
         for output in outputs:
             self.forest.unite(output.ids, torch.tensor(FIXED))
 
 
-def _expanded(value: Any) -> Any:
-    return value.ids.expand(value.shape).double() if isinstance(value, Labels) else value
+def _expanded(value: Labels) -> Tensor:
+    return value.ids.expand(value.shape).double()
