@@ -1,4 +1,4 @@
-"""What the tests of the package share with pytest: helpers whose assertions are shown, a fixture."""
+"""What the tests of the package share with pytest: assertions that are shown, checks, a fixture."""
 
 import functools
 import sys
