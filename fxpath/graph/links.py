@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.aten import CAT, EXPAND, PERMUTE, RESHAPE
 from fxpath.graph.equations import letters
 from fxpath.graph.exact import Coefficient
 from fxpath.graph.schema import arguments
@@ -34,8 +35,6 @@ __all__ = [
     "row_power",
     "static",
 ]
-
-aten = torch.ops.aten
 
 POINTWISE = {ops.scale, ops.shift, ops.add, ops.maximum, ops.clamp, ops.slope}
 
@@ -141,7 +140,7 @@ def links(node: fx.Node, q: float) -> Iterator[tuple[fx.Node, list[Link]]]:
     """
     active = [a for a in node.all_input_nodes if not static(a)]
     out = extents(node)
-    if node.target is aten.cat.default:
+    if node.target is CAT:
         yield from _cat(node)
     elif node.target is ops.conv:
         yield arguments(node)[0], [Link(0, 0, (identity(out[0]),)), *_conv(node)]
@@ -152,7 +151,7 @@ def links(node: fx.Node, q: float) -> Iterator[tuple[fx.Node, list[Link]]]:
         powered = {dim: row_power(stencil, q)}
         taps = {d: identity(n) for d, n in enumerate(out)} | powered
         yield active[0], [Link(d, d, (each,)) for d, each in taps.items()]
-    elif node.target in POINTWISE or node.target is aten.expand.default:
+    elif node.target in POINTWISE or node.target is EXPAND:
         fixed = _varying(node)
         for argument in active:
             shape = extents(argument)
@@ -161,10 +160,10 @@ def links(node: fx.Node, q: float) -> Iterator[tuple[fx.Node, list[Link]]]:
                 argument,
                 [Link(d, d, (spread(shape[d], out[d]),)) for d in shared if d not in fixed],
             )
-    elif node.target is aten.permute.default:
+    elif node.target is PERMUTE:
         dims: Sequence[int] = arguments(node)[1]
         yield active[0], [Link(d, s, (identity(out[d]),)) for d, s in enumerate(dims)]
-    elif node.target is aten.reshape.default:
+    elif node.target is RESHAPE:
         pairs = _kept(extents(active[0]), out)
         yield active[0], [Link(d, s, (identity(out[d]),)) for s, d in pairs]
     elif node.target is ops.total:
