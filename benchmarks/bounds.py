@@ -24,9 +24,11 @@ from torch.nn.functional import cross_entropy, interpolate
 import fxpath
 from benchmarks.timing import options, write_json
 from fxpath import criteria
+from fxpath.graph.realization import realization
 from fxpath.model import Given
+from fxpath.pairs.attack import largest_difference
 from fxpath.pairs.matching import make_pair
-from fxpath.pairs.rivals import find_layered, largest_difference
+from fxpath.pairs.rivals import find_layered
 
 __all__ = ["CHANGES", "MODELS", "main", "measure", "prepare", "table"]
 
@@ -209,7 +211,8 @@ def measure(
         rescaled = fxpath.rescale(model, shape, seed=1), fxpath.rescale(other, shape, seed=2)
         # Rescaling leaves the functions as they are, so one search is enough.
         pair = make_pair(model, other, Given(shape))
-        found = largest_difference(pair, [(1, *shape)], 1.0, 1, *search)
+        functions = [realization(side.module, side.tensors) for side in (pair.ours, pair.theirs)]
+        found = largest_difference(*functions, [(1, *shape)], 1.0, 1, *search)
         for first, second in ((model, other), rescaled):
             bound = fxpath.lipschitz_bound(first, second, shape)
             metric = fxpath.path_metric(first, second, shape)

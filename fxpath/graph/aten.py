@@ -69,13 +69,14 @@ DROPOUTS: set[Any] = {
 CASTS: set[Any] = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
 RESHAPES: set[Any] = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
+#: The same memory.
+ALIASES: set[Any] = {aten.alias.default, aten.detach.default}
+
 #: Operations that show a parameter as it is; ``detach`` would cut the scores off.
-SAME: set[Any] = {
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-}
+SAME: set[Any] = {aten.contiguous.default, aten.clone.default, *ALIASES}
+
+#: Another shape for the same entries in the same order, repeated or not.
+IN_ORDER: set[Any] = {*RESHAPES, aten.unsqueeze.default, EXPAND}
 
 #: Operations on a parameter that only show its entries in another order or shape: the coordinates
 #: stay the parameter's own.

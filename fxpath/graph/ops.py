@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxpath.graph.aten import CONVOLUTION
 from fxpath.graph.equations import letters
 
 __all__ = [
@@ -131,7 +132,7 @@ def conv(
     groups: int,
 ) -> Tensor:
     """Convolution, in ``aten.convolution``'s convention but for the bias."""
-    y = torch.ops.aten.convolution.default(
+    y = CONVOLUTION(
         x, weight.to(x.dtype), None, stride, padding, dilation, transposed, output_padding, groups
     )
     return _biased(y, bias)

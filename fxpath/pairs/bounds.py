@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +11,16 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from fxpath.graph.realization import realization
 from fxpath.model import Given, Model, Shapes
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
+from fxpath.pairs.attack import Progress, difference_at, largest_difference
 from fxpath.pairs.difference import Difference
 from fxpath.pairs.inequalities import INEQUALITIES, all_bounds, inputs_of
 from fxpath.pairs.matching import Other, make_pair
 from fxpath.pairs.pair import Pair
-from fxpath.pairs.rivals import Layered, Progress, find_layered, largest_difference, realization
+from fxpath.pairs.rivals import Layered, find_layered
 from fxpath.pairs.rounding import Doubt, doubt, relative
 from fxpath.pairs.snapshot import Snapshot
 from fxpath.passes.reduce import reduce
@@ -132,24 +133,17 @@ class Bound(Snapshot):
             RuntimeError: if a network has changed since the bound was made.
         """
         pair = self._unchanged()
-        if self._samples is None:
-            shapes = [tuple(n.meta["val"].shape) for n in inputs_of(pair)]
-            with torch.enable_grad():
-                return largest_difference(
-                    pair, shapes, self.radius, self.norm, seconds=seconds, progress=progress
-                )
-        end = time.monotonic() + seconds
-        ours, theirs = realization(pair.ours), realization(pair.theirs)
-        best = 0.0
-        for done, sample in enumerate(self._samples, 1):
-            with torch.no_grad():
-                gap = torch.linalg.vector_norm(ours(sample) - theirs(sample), self.norm).item()
-            best = max(best, gap)
-            if progress is not None:
-                progress(Progress(done, len(self._samples), best))
-            if time.monotonic() > end:
-                break
-        return best
+        ours, theirs = (realization(each.module, each.tensors) for each in (pair.ours, pair.theirs))
+        if self._samples is not None:
+            return difference_at(ours, theirs, self._samples, self.norm, seconds, progress)
+        shapes = [tuple(n.meta["val"].shape) for n in inputs_of(pair)]
+        device = next((t.device for t in pair.ours.tensors.values()), None)
+        return largest_difference(
+            *(ours, theirs, shapes, self.radius, self.norm),
+            seconds=seconds,
+            progress=progress,
+            device=device,
+        )
 
     @functools.cached_property
     def largest_difference(self) -> float:

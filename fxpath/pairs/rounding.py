@@ -35,8 +35,6 @@ from fxpath.pairs.pair import Pair, Side, Weights
 
 __all__ = ["UNIT", "Doubt", "doubt", "erased_doubt", "relative"]
 
-aten = torch.ops.aten
-
 #: Unit roundoff of float64.
 UNIT = 2.0**-53
 

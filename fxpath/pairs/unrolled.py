@@ -27,8 +27,6 @@ from fxpath.passes.setting import Setting
 
 __all__ = ["Network", "Neurons", "Part", "Pending", "Signed", "Values"]
 
-aten = torch.ops.aten
-
 Map = Callable[[Tensor], Tensor]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Dag", "Edges", "Entry", "Layer"]
+__all__ = ["Bias", "Dag", "Edges", "Entry", "Layer"]
 
 #: One entry of theta: its name, as in the scores, and its index.
 Entry = tuple[str, tuple[int, ...]]
@@ -23,19 +23,22 @@ Entry = tuple[str, tuple[int, ...]]
 #: Source, end, weight and code of some edges; each ``[edges]``.
 Edges = tuple[Tensor, Tensor, Tensor, Tensor]
 
+#: Value and code of the bias of each neuron; the code is -1 where there is none.
+Bias = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Layer:
     """Neurons of one operation, numbered from ``first``.
 
     Attributes:
-        kind: ``input``, ``sum`` (identity neurons), ``relu``, ``slope``, ``abs``, ``max``,
-            ``min`` or ``clamp``.
+        kind: ``input``, ``sum`` (identity neurons), ``relu``, ``slope``, ``abs``, ``pool``
+            (k-max-pooling) or ``clamp``.
         name: of the operation in the exported graph.
         shape: of its result.
         first: number of the first neuron; the others follow in row-major order.
         edges: range of the edges that end here.
-        detail: slopes, one for each neuron; or the bounds of a clamp.
+        detail: slopes or ranks, one for each neuron; or the bounds of a clamp.
     """
 
     kind: str
@@ -70,9 +73,8 @@ class Dag:
         self.layers: list[Layer] = []
         self.inputs = 0
         self.outputs = torch.zeros(0, dtype=torch.int64)
-        self._edges: list[Edges] = []
-        self._biases: list[tuple[Tensor, Tensor]] = []
-        self._count = self._edge_count = 0
+        self._made: list[_Made] = []
+        self._count = 0
         self._arrays: list[tuple[int, str, tuple[int, ...]]] = []
         self._codes = 1
 
@@ -84,7 +86,7 @@ class Dag:
         name: str,
         shape: Iterable[int],
         edges: Edges | None = None,
-        bias: tuple[Tensor, Tensor] | None = None,
+        bias: Bias | None = None,
         detail: Any = None,
     ) -> Tensor:
         """Append a layer; edges as (source, entry of the result, weight, code).
@@ -100,13 +102,11 @@ class Dag:
         if bias is None:
             bias = (torch.zeros(count, dtype=torch.float64), torch.full((count,), -1))
         source, end, weight, code = edges
-        self._edges.append((source, end + self._count, weight, code))
-        self._biases.append((bias[0].reshape(-1), bias[1].reshape(-1).long()))
-        span = slice(self._edge_count, self._edge_count + len(source))
-        self.layers.append(Layer(kind, name, shape, self._count, span, detail))
-        numbers = torch.arange(self._count, self._count + count).reshape(shape)
-        self._count, self._edge_count = self._count + count, span.stop
-        return numbers
+        first, self._count = self._count, self._count + count
+        whole = (source, end + first, weight, code)
+        bias = bias[0].reshape(-1), bias[1].reshape(-1).long()
+        self._made.append(_Made(kind, name, shape, first, whole, bias, detail))
+        return torch.arange(first, self._count).reshape(shape)
 
     def register(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Codes of an array of theta's entries, as float64 of its shape."""
@@ -118,12 +118,37 @@ class Dag:
         return torch.arange(first, first + math.prod(shape)).double().reshape(shape)
 
     def finish(self, outputs: Tensor) -> None:
-        """Join the layers."""
-        self.outputs = outputs
-        joined = [torch.cat(parts) for parts in zip(*self._edges, strict=True)]
-        self.source, self.target, self.weight, self.code = joined
-        self.bias, self.bias_code = (torch.cat(p) for p in zip(*self._biases, strict=True))
+        """Join the layers; of sums in sums, or maxima of maxima, that are one operation, one."""
+        kept = torch.ones(self._count, dtype=torch.bool)
+        for layer, reading in zip(self._made, self._readers(), strict=True):
+            if len(reading) == 1 and reading[0].takes_in(layer) and not layer.holds(outputs):
+                reading[0].take_in(layer)
+                kept[layer.neurons] = False
+        number_of = kept.cumsum(0) - 1
+        made = [layer for layer in self._made if bool(kept[layer.neurons].all())]
+        count = edge = 0
+        for layer in made:
+            span = slice(edge, edge := edge + len(layer.edges[0]))
+            given = layer.kind, layer.name, layer.shape, count, span, layer.detail
+            self.layers.append(Layer(*given))
+            count += math.prod(layer.shape)
+        self.outputs = number_of[outputs]
+        joined = [torch.cat(parts) for parts in zip(*(each.edges for each in made), strict=True)]
+        self.source, self.target = number_of[joined[0]], number_of[joined[1]]
+        self.weight, self.code = joined[2:]
+        biases = (each.bias for each in made)
+        self.bias, self.bias_code = (torch.cat(parts) for parts in zip(*biases, strict=True))
         self.inputs = sum(math.prod(x.shape) for x in self.layers if x.kind == "input")
+
+    def _readers(self) -> list[list[_Made]]:
+        """For each layer those that read it."""
+        firsts = torch.tensor([layer.first for layer in self._made])
+        found: list[list[_Made]] = [[] for _ in self._made]
+        for layer in self._made:
+            read = torch.searchsorted(firsts, layer.edges[0], right=True) - 1
+            for number in read.unique().tolist():
+                found[number].append(layer)
+        return found
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -187,17 +212,81 @@ class Dag:
         return values, active
 
 
+@dataclass
+class _Made:
+    """A layer that is being built; ends of edges are neurons."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    first: int
+    edges: Edges
+    bias: Bias
+    detail: Any
+
+    @property
+    def neurons(self) -> slice:
+        return slice(self.first, self.first + math.prod(self.shape))
+
+    def holds(self, neurons: Tensor) -> bool:
+        """Whether any of these neurons is one of the layer's."""
+        return bool(self._among(neurons).any())
+
+    def _among(self, neurons: Tensor) -> Tensor:
+        return (neurons >= self.first) & (neurons < self.neurons.stop)
+
+    def takes_in(self, layer: _Made) -> bool:
+        """Whether edges into a layer, and on from it, can be edges of this one."""
+        if layer.kind != self.kind or layer.name != self.name or bool((layer.bias[1] >= 0).any()):
+            return False
+        if self.kind == "pool":
+            ranks = torch.cat([layer.detail, self.detail])
+            return bool((ranks == 1).all() or (ranks == -1).all())
+        return self.kind == "sum" and not (bool(layer.edges[3].any()) and bool(self.edges[3].any()))
+
+    def take_in(self, layer: _Made) -> None:
+        """Lead its edges on to the neurons that read it."""
+        inside = layer._among(self.edges[0])
+        source, end, weight, code = (part[inside] for part in self.edges)
+        order = torch.argsort(layer.edges[1], stable=True)
+        degree = torch.bincount(layer.edges[1] - layer.first, minlength=math.prod(layer.shape))
+        parent, place = followed(degree, source - layer.first)
+        before = [part[order[place]] for part in layer.edges]
+        led = before[0], end[parent], before[2] * weight[parent], before[3] + code[parent]
+        own = (part[~inside] for part in self.edges)
+        source, end, weight, code = (torch.cat(parts) for parts in zip(own, led, strict=True))
+        self.edges = source, end, weight, code
+
+
+def followed(degree: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The edges into some neurons, of edges that are sorted by the neuron that they end at.
+
+    Args:
+        degree: number of edges into each neuron.
+        at: neurons, ``[n]``.
+
+    Returns:
+        For each edge into one of them its position in ``at``, and its own place.
+    """
+    begin, count = degree.cumsum(0) - degree, degree[at]
+    parent = torch.repeat_interleave(torch.arange(len(at)), count)
+    within = torch.arange(len(parent)) - (count.cumsum(0) - count)[parent]
+    return parent, begin[at[parent]] + within
+
+
 def _activate(layer: Layer, terms: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Values of a layer's neurons, and activations of its edges."""
     count = math.prod(layer.shape)
-    if layer.kind in ("max", "min"):
-        best = torch.full((count,), -math.inf, dtype=torch.float64)
-        sign = 1 if layer.kind == "max" else -1
-        best = sign * best.scatter_reduce(0, end, sign * terms, "amax")
-        attained = (terms == best[end]).nonzero()[:, 0]
+    if layer.kind == "pool":
+        falling = torch.argsort(terms, descending=True, stable=True)
+        order = falling[torch.argsort(end[falling], stable=True)]
+        degree, rank = torch.bincount(end, minlength=count), layer.detail
+        place = degree.cumsum(0) - degree + torch.where(rank > 0, rank - 1, degree + rank)
+        value = terms[order[place]]
+        attained = (terms == value[end]).nonzero()[:, 0]
         # The first antecedent that attains it, in the order of the edges.
         first = torch.full((count,), len(terms)).scatter_reduce(0, end[attained], attained, "amin")
-        return best, (first[end] == torch.arange(len(terms))).double()
+        return value, (first[end] == torch.arange(len(terms))).double()
     x = terms.new_zeros(count).index_add(0, end, terms) if layer.kind != "clamp" else terms[:count]
     if layer.kind == "relu":
         return x.clamp(min=0), (x > 0).double()[end]
@@ -210,11 +299,11 @@ def _activate(layer: Layer, terms: Tensor, end: Tensor) -> tuple[Tensor, Tensor]
         return x * taken, taken[end]
     lo, hi = layer.detail
     clamped = x.clamp(lo, hi)
-    active = [(clamped == x).double()]
+    active = [clamped == x]
     for bound in (lo, hi):
-        if bound and math.isfinite(bound):
-            active.append(((clamped == bound) & (clamped != x)).double())
-    return clamped, torch.cat(active)
+        if bound:
+            active.append((clamped == bound) & ~torch.stack(active).any(0))
+    return clamped, torch.cat(active).double()
 
 
 def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:

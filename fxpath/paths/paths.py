@@ -6,7 +6,7 @@ Everything else in this package is about never having to form this vector.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
-from fxpath.passes import Setting, fold, take_in
+from fxpath.passes import Setting, take_in
 from fxpath.passes.reduce import reduce
-from fxpath.paths.dag import Dag, Entry
+from fxpath.paths.dag import Dag, Entry, followed
 from fxpath.paths.expand import expand
 from fxpath.program.path_norm import PathNorm, Total
 
@@ -169,8 +169,7 @@ def path_lifting(
         A :class:`PathLifting`; its ``phi`` has the l^1 norm ``fxpath.path_norm(model)``.
 
     Raises:
-        UnsupportedModelError: listing every operation outside the theory, or every one whose paths
-            are not enumerated.
+        UnsupportedModelError: listing every operation outside the theory.
         ValueError: for more than ``limit`` paths, with their number; for an ``x`` of another shape;
             as :func:`fxpath.analyze`.
 
@@ -198,7 +197,7 @@ def path_lifting(
     live = captured.live()
     _check_count(_count(lifted, captured, live), limit)
     check_finite({captured.tensors[key]: tensor for key, tensor in live.items()})
-    dag = expand(replace(captured, graph_module=fold(captured.graph_module, Setting(captured))))
+    dag = expand(captured, lifted)
     _check_count(dag.count_paths(), limit)
     first, edges, ends = _enumerate(dag)
     phi = torch.where(first < dag.inputs, 1.0, dag.bias[first])
@@ -244,17 +243,14 @@ def _enumerate(dag: Dag) -> tuple[Tensor, Tensor, Tensor]:
     """
     order = torch.argsort(dag.target, stable=True)
     degree = torch.bincount(dag.target, minlength=len(dag.bias))
-    begin = degree.cumsum(0) - degree
     first, outputs = dag.outputs, torch.arange(len(dag.outputs))
     edges = torch.zeros(len(first), 0, dtype=torch.int64)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     while len(first):
         complete = (first < dag.inputs) | (dag.bias_code[first] >= 0)
         found.append((first[complete], edges[complete], outputs[complete]))
-        count = degree[first]
-        parent = torch.repeat_interleave(torch.arange(len(first)), count)
-        within = torch.arange(len(parent)) - (count.cumsum(0) - count)[parent]
-        edge = order[begin[first[parent]] + within]
+        parent, place = followed(degree, first)
+        edge = order[place]
         edges = torch.cat([edge[:, None], edges[parent]], 1)
         first, outputs = dag.source[edge], outputs[parent]
     longest = max(each.shape[1] for _, each, _ in found)

@@ -14,6 +14,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxpath.graph import ops
+from fxpath.graph.aten import ADD, ALIASES
 from fxpath.graph.schema import arguments
 from fxpath.graph.static import evaluated
 from fxpath.modes import TRACING
@@ -218,11 +219,10 @@ class Compiled:
 
 def _tidy(traced: fx.GraphModule) -> fx.GraphModule:
     """Leave nothing to generate code for, and nothing that only autograd needed."""
-    aten = torch.ops.aten
     for node in traced.graph.nodes:
-        if node.target in (aten.alias.default, aten.detach.default):
+        if node.target in ALIASES:
             node.replace_all_uses_with(node.args[0])
-        elif node.target is aten.add.Tensor and len(node.all_input_nodes) == 2:
+        elif node.target is ADD and len(node.all_input_nodes) == 2:
             a, b = (n.meta["val"] for n in node.all_input_nodes)
             if a.shape == b.shape and a.dtype == b.dtype and not node.kwargs:
                 node.target = adjoints.run.sum_of.default

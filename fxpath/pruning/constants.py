@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxpath.errors import source_line
 from fxpath.graph import ops
+from fxpath.graph.aten import IN_ORDER
 from fxpath.graph.equations import letters
 from fxpath.graph.schema import arguments, bias_of
 from fxpath.model import Captured
@@ -26,12 +27,8 @@ from fxpath.pruning.values import Reading, read_values
 
 __all__ = ["Constants"]
 
-aten = torch.ops.aten
-
 #: What float64 makes of one number at two positions, of the sum of its terms' sizes.
 ROUNDING = 1e-12
-#: Operations that give the entries of a bias another shape, in the same order.
-RESHAPES = {aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.expand.default}
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,7 @@ class Constants:
     def _holder(self, bias: fx.Node, node: fx.Node) -> _Place | Kept:
         """The tensor behind a bias: the batch norm's own shift comes first, its mean last."""
         alone, divisor = len(bias.users) == 1, torch.ones(())
-        while bias.target in RESHAPES or bias.target is ops.coordinate:
+        while bias.target in IN_ORDER or bias.target is ops.coordinate:
             bias = arguments(bias)[0]
             alone &= len(bias.users) == 1
         if bias.target is ops.folded_bias:
@@ -235,7 +232,7 @@ def _bias(node: fx.Node, count: int) -> fx.Node | None:
     ):
         return None
     held = bias
-    while held.target in RESHAPES:
+    while held.target in IN_ORDER:
         held = arguments(held)[0]
     whole = held.target is ops.coordinate and held.meta["val"].numel() == count
     return bias if whole else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
-from fxpath.graph.aten import RELABELLING
+from fxpath.graph.aten import RELABELLING, SLICE
 from fxpath.graph.edit import inputs_first
 from fxpath.graph.schema import arguments, bias_of
 from fxpath.model import Captured
@@ -22,8 +22,6 @@ from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import Coordinates, Labels, compressed
 
 __all__ = ["Walk"]
-
-aten = torch.ops.aten
 
 _NUMBERS = {ops.coordinate, ops.coefficient}
 
@@ -134,7 +132,7 @@ class Walk(Labelling):
 
     def move(self, target: Callable[..., Tensor], *args: Any) -> Any:
         y = super().move(target, *args)
-        if target is aten.slice.Tensor and isinstance(args[0], Labels):
+        if target is SLICE and isinstance(args[0], Labels):
             self._picked.append((args[0], args[1], y, self.node))
         return y
 
