@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxpath
 from fxpath.graph import equations, ops
+from fxpath.graph.costs import mapping
 from fxpath.graph.interpret import Interpretation, Map, Weighing
+from fxpath.graph.power import power, power_into, power_of_number
 from fxpath.graph.schema import bias_of
+from fxpath.graph.static import evaluated
 from fxpath.model import Given
 from fxpath.passes import take_in
 from fxpath.program.layers import find_layers
@@ -255,3 +261,54 @@ def test_biases_of_their_own_are_layers_of_their_own() -> None:
     layers = find_layers(build(Adding("own"), Given((2,))).lifted)
     named = [(layer.name, layer.operation, layer.bias) for layer in layers]
     assert named == [("matrix", "matmul", None), ("bias", "add", "bias")]
+
+
+# Said once
+
+
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0, 2.0, 3.0])
+def test_the_power_is_one_for_tensors_and_numbers(q: float) -> None:
+    values = torch.tensor([0.0, -0.0, 2.0, -0.25, 3.0], dtype=torch.float64)
+    expected = [0.0 if x == 0 else abs(x) ** q for x in values.tolist()]
+    assert power(values, q).tolist() == pytest.approx(expected, rel=1e-15, abs=0)
+    for dtype in (torch.float64, torch.float32):
+        found = power_into(torch.empty(5, dtype=dtype), values, q)
+        assert found.tolist() == pytest.approx(expected, rel=1e-6, abs=0)
+    numbers = [float(power_of_number(Fraction(x), q)) for x in values.tolist()]
+    assert numbers == pytest.approx(expected, rel=1e-15, abs=0)
+    assert power(torch.tensor(math.nan), q).isnan()
+
+
+@pytest.mark.parametrize("q", [0.5, 1.0, 2.0])
+def test_the_power_has_no_gradient_at_zero(q: float) -> None:
+    x = torch.tensor([0.0, -2.0], dtype=torch.float64, requires_grad=True)
+    power(x, q).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == pytest.approx([0.0, -q * 2 ** (q - 1)])
+
+
+def test_maps_along_axes_cost_what_their_products_do() -> None:
+    # 3 to 5 positions in each of 2 x 4 places, then 4 to 6 in each of 2 x 5.
+    assert mapping((2, 3, 4), {1: 5, 2: 6}) == 2 * 4 * (5 * 3) + 2 * 5 * (6 * 4)
+    assert mapping((2, 3, 4), {}) == 0
+
+
+def test_weights_are_evaluated_with_their_signs_and_each_step_once() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1)).eval()
+    captured, signed = take_in(model, Given((1, 2, 2)))
+    wanted = [n for n in signed.graph.nodes if n.target is ops.coordinate]
+    counted: list[str] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, *rest: Any) -> Any:
+            counted.append(str(function))
+            return function(*rest[1], **(rest[2] or {}))
+
+    with Counting():
+        found = dict(evaluated(signed, captured.live(), wanted))
+    conv, norm, last = model
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    folded = [conv.weight * factor[:, None, None, None], conv.bias.double() * factor]
+    for value, expected in zip(found.values(), [*folded, last.weight, last.bias], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0, check_dtype=False)
+    assert counted.count("aten.rsqrt.default") == 1
