@@ -20,6 +20,16 @@ EXPAND = aten.expand.default
 PERMUTE = aten.permute.default
 RESHAPE = aten.reshape.default
 SLICE = aten.slice.Tensor
+#: Selections with a layout of their own.
+SELECTIONS: set[Any] = {
+    aten.diagonal.default,
+    aten.unfold.default,
+    aten.im2col.default,
+    aten.tril.default,
+    aten.triu.default,
+}
+#: All of them.
+MOVES: set[Any] = {CAT, EXPAND, PERMUTE, RESHAPE, SLICE, *SELECTIONS}
 
 # -- what is computed ------------------------------------------------------------------------------
 

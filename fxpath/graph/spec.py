@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from fxpath.graph import ops
-from fxpath.graph.aten import BATCH_NORMS, CAT, EXPAND, PERMUTE, RESHAPE, SLICE
+from fxpath.graph.aten import BATCH_NORMS, MOVES, SLICE
 from fxpath.graph.constants import active_nodes
 from fxpath.graph.edit import Forms, form
 from fxpath.graph.leaves import LEAVES
@@ -44,7 +44,6 @@ NOTES = {
 }
 
 _EFFECTIVE = {ops.normalizer, ops.folded_weight, ops.folded_bias}
-_MOVES = {CAT, EXPAND, PERMUTE, RESHAPE, SLICE}
 _SUMS = {
     *(ops.source, ops.constant, ops.conv, ops.contract, ops.scale, ops.shift, ops.slope),
     *(ops.add, ops.maximum, ops.clamp, ops.total),
@@ -53,10 +52,10 @@ _SUMS = {
 #: What the activations of a graph are made by, after each pass; weights may be computed by any ATen
 #: operation, and are read through ``ops.coordinate`` and ``ops.coefficient``.
 STAGES: dict[str, set[Any]] = {
-    "lifted": {*_SUMS, *_MOVES, ops.along, ops.pool, ops.minimum, *ops.IGNORED},
-    "reduced": {*_SUMS, *_MOVES, ops.mix},
+    "lifted": {*_SUMS, *MOVES, ops.along, ops.pool, ops.minimum, *ops.IGNORED},
+    "reduced": {*_SUMS, *MOVES, ops.mix},
     # Without the reduction, fixed maps stay as they are.
-    "lowered": {*_SUMS, *_MOVES, ops.mix, ops.window, ops.along, ops.pool, ops.minimum},
+    "lowered": {*_SUMS, *MOVES, ops.mix, ops.window, ops.along, ops.pool, ops.minimum},
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpath.graph.aten import CAT, PERMUTE
+from fxpath.graph.aten import CAT, PERMUTE, SELECTIONS
 from fxpath.graph.builder import Builder
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
@@ -225,14 +225,8 @@ def _channel_shuffle(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     return build.reshape(x, (batch, channels, *rest))
 
 
-@rule(
-    aten.diagonal.default,
-    aten.unfold.default,
-    aten.im2col.default,
-    aten.tril.default,
-    aten.triu.default,
-)
+@rule(*SELECTIONS)
 def _as_it_is(build: Builder, node: fx.Node, args: Args) -> fx.Node:
-    """Selections with a layout of their own: the operation itself does it to any kind of value."""
+    """The operation itself does it to any kind of value."""
     x, *rest = args.values()
     return build.emit(target(node), build.node(x), *rest)
