@@ -117,8 +117,9 @@ def _node(module: fx.GraphModule, node: fx.Node, allowed: set[Any], made: Forms)
             yield f"a weight is computed by {node.target}"
     elif node.target not in allowed:
         yield f"{getattr(node.target, '__name__', node.target)} is no operation of this stage"
-    called = functools.partial(target(node), **node.kwargs) if node.kwargs else target(node)
-    if not _alike(made(called, node.args), node.meta["val"]):
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _without_device)
+    called = functools.partial(target(node), **kwargs) if kwargs else target(node)
+    if not _alike(made(called, args), node.meta["val"]):
         yield "its shape is not that of its operation"
     if "stencil" in node.meta:
         yield from _stencil(module, node)
@@ -126,6 +127,11 @@ def _node(module: fx.GraphModule, node: fx.Node, allowed: set[Any], made: Forms)
 
 #: What is done with effective parameters after their absolute value.
 _WEIGHTS = {ops.scale, ops.shift, ops.mix, ops.negative, ops.factored}
+
+
+def _without_device(argument: Any) -> Any:
+    """Shapes are found on the meta device, to which nothing is copied from elsewhere."""
+    return torch.device("meta") if isinstance(argument, torch.device) else argument
 
 
 def _alike(made: Any, noted: Any) -> bool:
