@@ -4,7 +4,7 @@
     python -m benchmarks.resolution         time against the size of the input
     python -m benchmarks.memory             peak memory
     python -m benchmarks.pruning_accuracy   Table 4: accuracy after pruning and finetuning
-    python -m pytest benchmarks/speed.py --benchmark-only    the passes, to compare with earlier runs
+    python -m pytest benchmarks/speed.py --benchmark-only    the passes, against earlier runs
 
 Each of the first four prints its tables and writes one JSON file with its rows and a record of the
 environment; that of pruning_accuracy is kept in the repository, with its plot.

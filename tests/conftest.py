@@ -1,4 +1,4 @@
-"""What the tests of the package share with pytest: helpers whose assertions are shown, a fixture."""
+"""What the package's tests share with pytest: helpers whose assertions are shown, a fixture."""
 
 import functools
 import sys
