@@ -246,6 +246,8 @@ class Interpretation:
     def slope(self, x: Any, a: Tensor | float) -> Any:
         """Activations 1 or a: by default the larger one of their sizes."""
         factor = ops.steepness(a, self.dtype) ** self.q
+        if not isinstance(factor, Tensor) and factor == 1:
+            return x
         return self.fixed(x, lambda value: value * factor)
 
     # -- neurons ----------------------------------------------------------------------------------
