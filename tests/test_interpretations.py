@@ -90,14 +90,14 @@ def test_six_methods_make_an_interpretation(q: float) -> None:
     model = Everything().double().eval()
     model.norm.running_var.uniform_(0.5, 2)
     program = build(model, Given((2, 4, 4)), q=q, dtype=torch.float64)
-    for graph in (program.signed, program.lifted, program.reduced, program.graph_module):
+    for graph in (program.lifted, program.reduced, program.graph_module):
         with torch.no_grad():
             plain = Plain(graph, torch.float64, q).run(program.captured.live())
         assert plain == pytest.approx(program.path_norm() ** (q or 1), rel=1e-12)
 
 
 def test_every_word_has_a_method() -> None:
-    table = Plain(fx.GraphModule({}, fx.Graph()), torch.float64).vocabulary
+    table = Plain(fx.GraphModule({}, fx.Graph()), torch.float64).methods()
     assert {getattr(ops, name) for name in ops.__all__} == table.keys()
     # What a word is called with, its method takes; a signature without names takes anything.
     for word, method in table.items():

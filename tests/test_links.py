@@ -131,8 +131,9 @@ def test_a_link_to_the_wrong_position_is_noticed() -> None:
     program = build(model, Given((1, 7)), dtype=torch.float64, reduced=False)
     assert_links_are_true(program)
     for node in program.lifted.graph.nodes:
-        if len(node.args) > 3 and node.args[3] == [0]:
-            node.args = (*node.args[:3], [1], *node.args[4:])
+        if node.target is ops.conv:
+            assert node.args[4] == [0], "the padding"
+            node.args = (*node.args[:4], [1], *node.args[5:])
     with pytest.raises(AssertionError):
         assert_links_are_true(program)
 

@@ -157,3 +157,27 @@ def test_edges_one_by_one(name: str, close: bool) -> None:
                 torch.testing.assert_close(gap, expected, rtol=1e-9, atol=1e-12)
                 assert bool((bound >= expected * (1 - 1e-9) - 1e-12).all())
     assert norms.exact == (not close) or "batch norm" in name
+
+
+def test_what_a_fixed_factor_with_a_bias_reads_is_no_output() -> None:
+    """The factor as a fixed matrix is the same network, neuron by neuron."""
+    found = []
+    for factor in (torch.tensor([3.0]), 3 * torch.eye(3)):
+        model = Net(
+            lambda m, x: (
+                (torch.relu(m.body(x)) @ m.factor if m.factor.dim() > 1 else m.body(x).relu() * 3)
+                + m.shift
+            ),
+            body=nn.Linear(4, 3),
+            shift=weight(3),
+        )
+        model.register_buffer("factor", factor)
+        other = copy.deepcopy(randomize(model.double(), weights=True))
+        with torch.no_grad():
+            other.body.weight.mul_(0.7)
+        pair = make_pair(model, other, Given((4,)))
+        found.append(Normalized(Network.whole(pair.lifted), pair, [Part()]).outcome())
+    scaled, twin = found
+    assert scaled.norms == pytest.approx(twin.norms)
+    assert scaled.change == pytest.approx(twin.change)
+    assert scaled.through_common == pytest.approx(twin.through_common)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -72,6 +71,7 @@ class Interpretation:
         """Evaluate on the model's tensors, by the names of the graph's placeholders."""
         self.device = next((t.device for t in tensors.values()), torch.device("cpu"))
         env: dict[fx.Node, Any] = {}
+        methods = self.methods()
         for node in self.module.graph.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             if node.op == "placeholder":
@@ -82,13 +82,14 @@ class Interpretation:
                 return args[0]
             else:
                 self.node = node
-                env[node] = self.call(node.target, args, kwargs)
+                method = methods.get(node.target)
+                found = method(*args) if method else self.outside(node.target, args, kwargs)
+                env[node] = self.made(found)
             for done in self._last_use.get(node, ()):
                 del env[done]
         raise AssertionError("a graph ends with its output")
 
-    @functools.cached_property
-    def vocabulary(self) -> Mapping[Any, Callable[..., Any]]:
+    def methods(self) -> Mapping[Any, Callable[..., Any]]:
         """Operation -> the method that interprets it."""
         return {
             ops.source: self.source,
@@ -118,11 +119,12 @@ class Interpretation:
             ops.total: self.total,
         }
 
-    def call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Interpret one operation."""
-        method = self.vocabulary.get(target)
-        if method is not None:
-            return method(*args)
+    def made(self, value: Any) -> Any:
+        """What an operation made, for those who want to note it."""
+        return value
+
+    def outside(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An operation outside the vocabulary."""
         first = args[0] if args else None
         if isinstance(first, (list, tuple)) and first and isinstance(first[0], self.activation):
             return self.join(list(first), args[1] % len(self.node.meta["val"].shape))
@@ -244,6 +246,8 @@ class Interpretation:
     def slope(self, x: Any, a: Tensor | float) -> Any:
         """Activations 1 or a: by default the larger one of their sizes."""
         factor = ops.steepness(a, self.dtype) ** self.q
+        if not isinstance(factor, Tensor) and factor == 1:
+            return x
         return self.fixed(x, lambda value: value * factor)
 
     # -- neurons ----------------------------------------------------------------------------------

@@ -133,12 +133,11 @@ class _Reach(Difference):
         self.kept = kept
         self.reached: dict[fx.Node, Excess] = {}
 
-    def call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        found = super().call(target, args, kwargs)
+    def made(self, value: Any) -> Any:
         for full in self.node.meta.get("full", ()):
             if full in self.kept:
-                self.reached[full] = found
-        return found
+                self.reached[full] = value
+        return value
 
     def lifted(self, value: Tensor) -> Tensor:
         # 1e-60 is a path as well.

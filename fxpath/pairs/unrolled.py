@@ -13,11 +13,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from fxpath.graph import ops
 from fxpath.graph.interpret import Weighing
 from fxpath.graph.links import seen_through
-from fxpath.graph.schema import arguments
+from fxpath.graph.schema import arguments, bias_of
 from fxpath.pairs import edges
 from fxpath.pairs.edges import Unrolled
 from fxpath.pairs.pair import Pair, PairInterpretation
@@ -287,7 +288,6 @@ def _passes(node: fx.Node) -> bool:
     if seen_through(node) is not node:
         return True
     if node.target is ops.scale:
-        factor = arguments(node)[1]
-        return isinstance(factor, fx.Node) and factor.target is ops.coefficient
-    vocabulary = getattr(ops, getattr(node.target, "__name__", ""), None) is node.target
-    return node.target in (ops.mix, ops.along, ops.pool, ops.slope) or not vocabulary
+        return bias_of(node) is None and arguments(node)[1].target is ops.coefficient
+    fixed = node.target in (ops.mix, ops.along, ops.pool, ops.slope)
+    return fixed or isinstance(node.target, OpOverload)

@@ -81,11 +81,10 @@ class Labelling(Interpretation):
             carried = self.carried[name]
             self.rigid += [each for each in (carried.out, carried.into) if each is not None]
 
-    def call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call(target, args, kwargs)
-        if isinstance(result, Labels):
-            self.labels[self.node] = result
-        return result
+    def made(self, value: Any) -> Any:
+        if isinstance(value, Labels):
+            self.labels[self.node] = value
+        return value
 
     def fixed(self, x: Any, function: Callable[[Tensor], Tensor]) -> Any:
         """The operation itself, on labels."""
