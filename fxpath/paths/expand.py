@@ -20,11 +20,11 @@ from fxpath.paths.dag import Dag
 __all__ = ["expand"]
 
 
-def expand(captured: Captured, signed: fx.GraphModule) -> Dag:
-    """Write out the neurons of a signed graph, and their edges."""
+def expand(captured: Captured, lifted: fx.GraphModule) -> Dag:
+    """Write out the neurons of a lifted graph, and their edges."""
     live = {key: tensor.detach().cpu() for key, tensor in captured.live().items()}
     with torch.no_grad():
-        dag: Dag = _Expansion(captured, signed).run(live)
+        dag: Dag = _Expansion(captured, lifted).run(live)
     return dag
 
 
@@ -57,8 +57,8 @@ class _Expansion(Interpretation):
     activation = _Neurons
     weight = _Entries
 
-    def __init__(self, captured: Captured, signed: fx.GraphModule) -> None:
-        super().__init__(signed, torch.float64)
+    def __init__(self, captured: Captured, lifted: fx.GraphModule) -> None:
+        super().__init__(lifted, torch.float64)
         self.building = Building()
         # All inputs are there, also those that nothing reads.
         every = [n for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
