@@ -70,15 +70,10 @@ class _Expansion(Interpretation):
         }
 
     def _layer(
-        self,
-        kind: str,
-        edges: Sequence[Edges],
-        bias: Bias | None = None,
-        detail: Any = None,
-        name: str | None = None,
+        self, kind: str, edges: Sequence[Edges], bias: Bias | None = None, detail: Any = None
     ) -> _Neurons:
         """Neurons of the shape of the operation's result, named by the one that it stands for."""
-        shape, name = self.node.meta["val"].shape, name or self.node.meta["origin"].name
+        shape, name = self.node.meta["val"].shape, self.node.meta["origin"].name
         if not edges:
             return _Neurons(self.building.add(kind, name, shape, None, bias, detail))
         source, end, weight, code = (torch.cat(parts) for parts in zip(*edges, strict=True))
