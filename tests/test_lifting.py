@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxpath
+from fxpath.graph.realization import realization
+from fxpath.model import Given
+from fxpath.passes import take_in
 from tests.oracles.networks import Net
 from tests.support.generated import bounded, nets
 from tests.support.nets import randomize
@@ -254,9 +257,11 @@ KINDS = [Contractions, Convolutions, Ranks, Positions, Resampling, Clipping, Rec
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_analyze_knows_is_listed(kind: Any) -> None:
+def test_what_analyze_knows_is_listed_and_run(kind: Any) -> None:
     torch.manual_seed(3)
     model = randomize(kind()).double().eval()
+    captured, lifted = take_in(model, Given(kind.shape))
+    run = realization(lifted, captured.live())
     some = 2 * torch.randn(kind.shape, dtype=torch.float64)
     for x in (some, some.round()):  # the second one has ties
         outputs = model(x[None])
@@ -264,6 +269,7 @@ def test_what_analyze_knows_is_listed(kind: Any) -> None:
         expected = torch.cat([y.flatten() for y in outputs]).detach()
         lifting = fxpath.path_lifting(model, x=x)
         torch.testing.assert_close(lifting.realization(), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(run([x[None]]), expected, rtol=1e-9, atol=1e-9)
     for q, norm in fxpath.path_norms(model, kind.shape, q=(0, 0.5, 1, 2)).items():
         mass = lifting.phi[lifting.phi != 0].abs().pow(q).sum().item()
         assert (mass ** (1 / q) if q else mass) == pytest.approx(norm, rel=1e-9)

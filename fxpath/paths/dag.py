@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Bias", "Dag", "Edges", "Entry", "Layer"]
+__all__ = ["Dag", "Entry", "Layer", "followed"]
 
 #: One entry of theta: its name, as in the scores, and its index.
 Entry = tuple[str, tuple[int, ...]]
-
-#: Source, end, weight and code of some edges; each ``[edges]``.
-Edges = tuple[Tensor, Tensor, Tensor, Tensor]
-
-#: Value and code of the bias of each neuron; the code is -1 where there is none.
-Bias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,7 @@ class Layer:
         return slice(self.first, self.first + math.prod(self.shape))
 
 
+@dataclass(frozen=True, eq=False)
 class Dag:
     """Neurons in topological order, and edges grouped by layer.
 
@@ -67,95 +61,24 @@ class Dag:
         code: entry of theta that it carries, 0 for a coefficient of the architecture.
         bias: of each neuron, float64, ``[neurons]``.
         bias_code: entry of theta that it is; 0 for a constant, -1 for no bias at all.
+        arrays: first code, name and shape of each array of theta's entries.
     """
 
-    def __init__(self) -> None:
-        self.layers: list[Layer] = []
-        self.inputs = 0
-        self.outputs = torch.zeros(0, dtype=torch.int64)
-        self._made: list[_Made] = []
-        self._count = 0
-        self._arrays: list[tuple[int, str, tuple[int, ...]]] = []
-        self._codes = 1
-
-    # -- building ---------------------------------------------------------------------------------
-
-    def add(
-        self,
-        kind: str,
-        name: str,
-        shape: Iterable[int],
-        edges: Edges | None = None,
-        bias: Bias | None = None,
-        detail: Any = None,
-    ) -> Tensor:
-        """Append a layer; edges as (source, entry of the result, weight, code).
-
-        Returns:
-            The numbers of its neurons, int64 of the given shape.
-        """
-        shape = tuple(shape)
-        count = math.prod(shape)
-        if edges is None:
-            none = torch.zeros(0, dtype=torch.int64)
-            edges = (none, none, none.double(), none)
-        if bias is None:
-            bias = (torch.zeros(count, dtype=torch.float64), torch.full((count,), -1))
-        source, end, weight, code = edges
-        first, self._count = self._count, self._count + count
-        whole = (source, end + first, weight, code)
-        bias = bias[0].reshape(-1), bias[1].reshape(-1).long()
-        self._made.append(_Made(kind, name, shape, first, whole, bias, detail))
-        return torch.arange(first, self._count).reshape(shape)
-
-    def register(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Codes of an array of theta's entries, as float64 of its shape."""
-        first = next((start for start, own, _ in self._arrays if own == name), None)
-        if first is None:
-            first = self._codes
-            self._arrays.append((first, name, shape))
-            self._codes += math.prod(shape)
-        return torch.arange(first, first + math.prod(shape)).double().reshape(shape)
-
-    def finish(self, outputs: Tensor) -> None:
-        """Join the layers; of sums in sums, or maxima of maxima, that are one operation, one."""
-        kept = torch.ones(self._count, dtype=torch.bool)
-        for layer, reading in zip(self._made, self._readers(), strict=True):
-            if len(reading) == 1 and reading[0].takes_in(layer) and not layer.holds(outputs):
-                reading[0].take_in(layer)
-                kept[layer.neurons] = False
-        number_of = kept.cumsum(0) - 1
-        made = [layer for layer in self._made if bool(kept[layer.neurons].all())]
-        count = edge = 0
-        for layer in made:
-            span = slice(edge, edge := edge + len(layer.edges[0]))
-            given = layer.kind, layer.name, layer.shape, count, span, layer.detail
-            self.layers.append(Layer(*given))
-            count += math.prod(layer.shape)
-        self.outputs = number_of[outputs]
-        joined = [torch.cat(parts) for parts in zip(*(each.edges for each in made), strict=True)]
-        self.source, self.target = number_of[joined[0]], number_of[joined[1]]
-        self.weight, self.code = joined[2:]
-        biases = (each.bias for each in made)
-        self.bias, self.bias_code = (torch.cat(parts) for parts in zip(*biases, strict=True))
-        self.inputs = sum(math.prod(x.shape) for x in self.layers if x.kind == "input")
-
-    def _readers(self) -> list[list[_Made]]:
-        """For each layer those that read it."""
-        firsts = torch.tensor([layer.first for layer in self._made])
-        found: list[list[_Made]] = [[] for _ in self._made]
-        for layer in self._made:
-            read = torch.searchsorted(firsts, layer.edges[0], right=True) - 1
-            for number in read.unique().tolist():
-                found[number].append(layer)
-        return found
-
-    # -- reading ----------------------------------------------------------------------------------
+    layers: list[Layer]
+    inputs: int
+    outputs: Tensor
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+    code: Tensor
+    bias: Tensor
+    bias_code: Tensor
+    arrays: list[tuple[int, str, tuple[int, ...]]]
 
     def entry(self, code: int) -> Entry:
         """The entry of theta behind a code."""
-        at = bisect.bisect_right([start for start, _, _ in self._arrays], code) - 1
-        start, name, shape = self._arrays[at]
+        at = bisect.bisect_right([start for start, _, _ in self.arrays], code) - 1
+        start, name, shape = self.arrays[at]
         return name, _index(code - start, shape)
 
     def code_of(self, name: str, index: tuple[int, ...]) -> int:
@@ -164,7 +87,7 @@ class Dag:
         Raises:
             KeyError: if theta has no such entry.
         """
-        for start, own, shape in self._arrays:
+        for start, own, shape in self.arrays:
             if own != name or len(index) != len(shape):
                 continue
             if all(0 <= i < n for i, n in zip(index, shape, strict=True)):
@@ -210,52 +133,6 @@ class Dag:
             elif layer.kind != "input":
                 values[own], active[span] = _activate(layer, terms, end)
         return values, active
-
-
-@dataclass
-class _Made:
-    """A layer that is being built; ends of edges are neurons."""
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    first: int
-    edges: Edges
-    bias: Bias
-    detail: Any
-
-    @property
-    def neurons(self) -> slice:
-        return slice(self.first, self.first + math.prod(self.shape))
-
-    def holds(self, neurons: Tensor) -> bool:
-        """Whether any of these neurons is one of the layer's."""
-        return bool(self._among(neurons).any())
-
-    def _among(self, neurons: Tensor) -> Tensor:
-        return (neurons >= self.first) & (neurons < self.neurons.stop)
-
-    def takes_in(self, layer: _Made) -> bool:
-        """Whether edges into a layer, and on from it, can be edges of this one."""
-        if layer.kind != self.kind or layer.name != self.name or bool((layer.bias[1] >= 0).any()):
-            return False
-        if self.kind == "pool":
-            ranks = torch.cat([layer.detail, self.detail])
-            return bool((ranks == 1).all() or (ranks == -1).all())
-        return self.kind == "sum" and not (bool(layer.edges[3].any()) and bool(self.edges[3].any()))
-
-    def take_in(self, layer: _Made) -> None:
-        """Lead its edges on to the neurons that read it."""
-        inside = layer._among(self.edges[0])
-        source, end, weight, code = (part[inside] for part in self.edges)
-        order = torch.argsort(layer.edges[1], stable=True)
-        degree = torch.bincount(layer.edges[1] - layer.first, minlength=math.prod(layer.shape))
-        parent, place = followed(degree, source - layer.first)
-        before = [part[order[place]] for part in layer.edges]
-        led = before[0], end[parent], before[2] * weight[parent], before[3] + code[parent]
-        own = (part[~inside] for part in self.edges)
-        source, end, weight, code = (torch.cat(parts) for parts in zip(own, led, strict=True))
-        self.edges = source, end, weight, code
 
 
 def followed(degree: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Lifted graph -> explicit graph of neurons: an interpretation whose values are their numbers."""
+"""Signed graph -> explicit graph of neurons: an interpretation whose values are their numbers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from fxpath.graph import ops
 from fxpath.graph.equations import letters
 from fxpath.graph.interpret import Interpretation, Map, Weighing
 from fxpath.model import Captured
-from fxpath.paths.dag import Bias, Dag, Edges
+from fxpath.paths.building import Bias, Building, Edges
+from fxpath.paths.dag import Dag
 
 __all__ = ["expand"]
 
 
 def expand(captured: Captured, lifted: fx.GraphModule) -> Dag:
     """Write out the neurons of a lifted graph, and their edges."""
-    expansion = _Expansion(captured, lifted)
+    live = {key: tensor.detach().cpu() for key, tensor in captured.live().items()}
     with torch.no_grad():
-        expansion.run({key: tensor.detach().cpu() for key, tensor in captured.live().items()})
-    return expansion.dag
+        dag: Dag = _Expansion(captured, lifted).run(live)
+    return dag
 
 
 @dataclass(frozen=True)
@@ -58,31 +59,27 @@ class _Expansion(Interpretation):
 
     def __init__(self, captured: Captured, lifted: fx.GraphModule) -> None:
         super().__init__(lifted, torch.float64)
-        self.dag = Dag()
+        self.building = Building()
         # All inputs are there, also those that nothing reads.
         every = [n for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
         given = [node for node in every if node.name not in captured.tensors]
         self._inputs = {
-            position: _Neurons(self.dag.add("input", node.name, node.meta["val"].shape))
+            position: _Neurons(self.building.add("input", node.name, node.meta["val"].shape))
             for position, node in enumerate(given)
             if isinstance(node.meta.get("val"), Tensor)
         }
 
     def _layer(
-        self,
-        kind: str,
-        edges: Sequence[Edges],
-        bias: Bias | None = None,
-        detail: Any = None,
-        name: str | None = None,
+        self, kind: str, edges: Sequence[Edges], bias: Bias | None = None, detail: Any = None
     ) -> _Neurons:
         """Neurons of the shape of the operation's result, named by the one that it stands for."""
-        shape = self.node.meta["val"].shape
-        joined = [torch.cat(parts) for parts in zip(*edges, strict=True)]
-        present = (joined[2] != 0) | (joined[3] > 0)
-        source, end, weight, code = (part[present] for part in joined)
-        name = name or self.node.meta["origin"].name
-        return _Neurons(self.dag.add(kind, name, shape, (source, end, weight, code), bias, detail))
+        shape, name = self.node.meta["val"].shape, self.node.meta["origin"].name
+        if not edges:
+            return _Neurons(self.building.add(kind, name, shape, None, bias, detail))
+        source, end, weight, code = (torch.cat(parts) for parts in zip(*edges, strict=True))
+        there = (weight != 0) | (code > 0)
+        present = source[there], end[there], weight[there], code[there]
+        return _Neurons(self.building.add(kind, name, shape, present, bias, detail))
 
     def _edges(self, ids: Tensor, weight: Any, code: Any, end: Tensor) -> Edges:
         """Edges, all broadcast to one shape."""
@@ -107,7 +104,7 @@ class _Expansion(Interpretation):
         return _Entries(value, torch.zeros_like(value))
 
     def coordinate(self, value: Tensor, name: str) -> _Entries:
-        return _Entries(_double(value), self.dag.register(name, tuple(value.shape)))
+        return _Entries(_double(value), self.building.register(name, tuple(value.shape)))
 
     def times(self, weight: _Entries, factor: _Entries) -> _Entries:
         value = weight.value * factor.value
@@ -119,7 +116,7 @@ class _Expansion(Interpretation):
         return self._inputs[self.node.meta["input"]]
 
     def constant(self, bias: _Entries) -> _Neurons:
-        return self._layer("sum", [self._none()], self._bias(bias))
+        return self._layer("sum", [], self._bias(bias))
 
     def shift(self, x: _Neurons, bias: _Entries) -> _Neurons:
         return self._layer("sum", [self._each(x.ids)], self._bias(bias))
@@ -155,10 +152,6 @@ class _Expansion(Interpretation):
         shape = self.node.meta["val"].shape
         value, code = bias.value.expand(shape), bias.code.expand(shape)
         return value, torch.where((value == 0) & (code == 0), -1, code)
-
-    def _none(self) -> Edges:
-        nothing = torch.zeros(0)
-        return self._edges(nothing.long(), nothing, nothing, nothing.long())
 
     # -- neurons without --------------------------------------------------------------------------
 
@@ -218,7 +211,7 @@ class _Expansion(Interpretation):
         for bound in (lo, hi):
             if bound:
                 held = torch.full((1,), bound, dtype=torch.float64), torch.zeros(1)
-                edges.append(self._each(self.dag.add("sum", name, (1,), bias=held)))
+                edges.append(self._each(self.building.add("sum", name, (1,), bias=held)))
         return self._layer("clamp", edges, detail=(lo, hi))
 
     # -- moves and ends ---------------------------------------------------------------------------
@@ -235,8 +228,8 @@ class _Expansion(Interpretation):
     def join(self, pieces: list[_Neurons], dim: int) -> _Neurons:
         return _Neurons(torch.cat([piece.ids for piece in pieces], dim))
 
-    def total(self, outputs: list[_Neurons]) -> None:
-        self.dag.finish(torch.cat([y.ids.reshape(-1) for y in outputs]))
+    def total(self, outputs: list[_Neurons]) -> Dag:
+        return self.building.finish(torch.cat([y.ids.reshape(-1) for y in outputs]))
 
 
 def _probed(ids: Tensor, weight: _Entries, run: Callable[[Tensor, Tensor], Tensor]) -> Edges:
