@@ -44,10 +44,9 @@ class Realization(Interpretation):
         super().__init__(lifted, torch.float64)
         self._inputs = None if inputs is None else iter(inputs)
 
-    def call(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def outside(self, target: Any, args: Any, kwargs: Any) -> Any:
         # What only moves entries does so with values, of weights and activations alike.
-        method = self.vocabulary.get(target)
-        return target(*args, **kwargs) if method is None else method(*args)
+        return target(*args, **kwargs)
 
     def source(self, shape: Sequence[int]) -> Tensor:
         return self.filled(shape, 0.0) if self._inputs is None else next(self._inputs)
