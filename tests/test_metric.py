@@ -168,7 +168,7 @@ def test_one_weight_of_vgg16() -> None:
     torch.manual_seed(0)
     model = torchvision.models.vgg16(weights=None).eval()
     # Narrower behind the flattening: a hundred million weights more say nothing more.
-    model.classifier = nn.Sequential(nn.Linear(25088, 16), nn.ReLU(), nn.Linear(16, 10))
+    model.classifier = nn.Sequential(nn.Linear(25088, 256), nn.ReLU(), nn.Linear(256, 10))
     state = dict(model.state_dict())
     magnitudes = fxpath.path_magnitude(model, (3, 224, 224))
     for name, index in (("classifier.0.weight", (7, 1234)), ("features.10.weight", (3, 5, 1, 1))):
