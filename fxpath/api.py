@@ -80,7 +80,7 @@ def analyze(
         True
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
-    return Analysis(build(model, given, q, dtype, compile, reduce))
+    return Analysis.of(build(model, given, q, dtype, compile, reduce))
 
 
 def compile(

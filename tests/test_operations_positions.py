@@ -134,6 +134,10 @@ MAPS = {
     "diff": lambda x: x.diff(dim=1),
     "diff-of-second-order": lambda x: x.diff(2, dim=2),
     "trapezoid": lambda x: torch.trapezoid(x, dx=0.5, dim=1),
+    "cumulative-trapezoid": lambda x: torch.cumulative_trapezoid(x, dx=0.5, dim=1),
+    "cumulative-trapezoid-at": lambda x: torch.cumulative_trapezoid(
+        x, torch.tensor([0.0, 1.0, 3.0, 2.0]), dim=1
+    ),
     "trapezoid-at": lambda x: torch.trapezoid(x, torch.tensor([0.0, 1.0, 3.0, 2.0]), dim=1),
 }
 RESAMPLED = {

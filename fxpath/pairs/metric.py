@@ -233,7 +233,7 @@ class PathMetric(Snapshot):
             masks[name] = masks[name] | pruned if name in masks else pruned
         graphs = rewrite(self._pair.lifted, self._pair.setting)
         program = PathProgram(self._pair.ours.captured, graphs, torch.float64, 1.0)
-        analysis = Analysis(program)
+        analysis = Analysis.of(program)
         return float(sum(analysis.path_magnitude(name)[mask].sum() for name, mask in masks.items()))
 
     # -- reports ----------------------------------------------------------------------------------

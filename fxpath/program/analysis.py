@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -13,8 +13,10 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fxpath.program.coverage import find_unscored, summary
-from fxpath.program.layers import Layer, find_layers, neuron_shares
+from fxpath.program.evaluation import Evaluation
+from fxpath.program.layers import Channels, Layer, find_layers, neuron_shares
 from fxpath.program.program import PathProgram
+from fxpath.sample import Sample
 
 __all__ = ["Analysis", "LayerRow"]
 
@@ -69,24 +71,37 @@ class Analysis:
         {'1.weight': 'slope'}
     """
 
-    def __init__(self, program: PathProgram) -> None:
-        """Evaluate a program once; made by :func:`fxpath.analyze`."""
-        evaluation = program.evaluate(scores=True, details=True)
-        self.q = program.q
-        self.inputs = program.captured.inputs
+    def __init__(
+        self,
+        q: float,
+        inputs: Sample,
+        evaluation: Evaluation,
+        layers: Mapping[Layer, Channels],
+        unscored: dict[str, str],
+    ) -> None:
+        """Analyses are made by :func:`fxpath.analyze`."""
+        self.q = q
+        self.inputs = inputs
         self.scores: dict[str, Tensor] = evaluation.shares
         self.path_norm: float = evaluation.path_norm
         self.log10_path_norm: float = evaluation.log10_path_norm
-        given = program.given
-        cut = given is not None and (given.until, given.outputs) != (None, None)
-        self.unscored = find_unscored(program.captured, program.lifted, self.scores, cut)
+        self.unscored = unscored
         self._evaluation = evaluation
-        layers = find_layers(program.lifted)
         self._layers = list(layers)
         self.neuron_shares: dict[str, Tensor] = {
             layer.name: neuron_shares(layer, channels, self.scores)
             for layer, channels in layers.items()
         }
+
+    @classmethod
+    def of(cls, program: PathProgram) -> Analysis:
+        """Evaluate a program once."""
+        evaluation = program.evaluate(scores=True, details=True)
+        given, shares = program.given, evaluation.shares
+        cut = given is not None and (given.until, given.outputs) != (None, None)
+        unscored = find_unscored(program.captured, program.lifted, shares, cut)
+        layers = find_layers(program.lifted)
+        return cls(program.q, program.captured.inputs, evaluation, layers, unscored)
 
     def path_magnitude(self, name: str) -> Tensor:
         """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.

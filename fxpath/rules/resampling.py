@@ -123,6 +123,16 @@ def _trapezoids(build: Builder, args: Args, size: int, dim: int) -> list[Fractio
     return [rational(width) / 2 for width in places.double().diff().tolist()]
 
 
+@rule(aten.cumulative_trapezoid.dx, aten.cumulative_trapezoid.x)
+def _cumulative_trapezoid(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    x = build.node(args["y"])
+    dim = args["dim"] % len(build.shape(x))
+    size = build.shape(x)[dim]
+    halves = list(enumerate(_trapezoids(build, args, size, dim)))
+    rows = ([(p + s, half) for p, half in halves[:o] for s in (0, 1)] for o in range(1, size))
+    return build.along(x, dim, Stencil.of(size, rows))
+
+
 @rule(aten.trapezoid.dx, aten.trapezoid.x)
 def _trapezoid(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     x = build.node(args["y"])
