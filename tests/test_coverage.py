@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fxpath
+from fxpath.program.program import build
 
 
 def names(model: nn.Module) -> set[str]:
@@ -115,13 +116,13 @@ def test_tied_without_a_score() -> None:
 
 def test_only_what_no_path_meets_can_change_freely() -> None:
     model = Everything().eval()
-    analysis = fxpath.analyze(model, (1, 4, 4))
-    norm, unscored = analysis.path_norm, analysis.unscored
+    program = build(model, (1, 4, 4))
+    norm, unscored = program.path_norm(), fxpath.analyze(model, (1, 4, 4)).unscored
     for name, reason in unscored.items():
         parameter = model.get_parameter(name)
         before = parameter.detach().clone()
         parameter.data.add_(3 + torch.rand_like(parameter))
-        moved = fxpath.path_norm(model, (1, 4, 4)) != norm
+        moved = program.path_norm() != norm
         assert moved == (reason not in ("unused", "not reached by a path")), name
         parameter.data.copy_(before)
 

@@ -15,9 +15,9 @@ from tests.support.nets import randomize
 Shape = tuple[int, ...]
 
 
-def made(model: nn.Module) -> nn.Module:
+def made(model: nn.Module, seed: int = 0) -> nn.Module:
     """A float64 model in eval mode with random statistics and biases."""
-    randomize(model, 0)
+    randomize(model, seed)
     return model.double().eval()
 
 
