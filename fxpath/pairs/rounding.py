@@ -55,15 +55,9 @@ def _terms(node: fx.Node) -> int:
     """How many numbers are added up for one entry of a result, and what is rounded beside."""
     if node.target is ops.total:
         return sum(math.prod(n.meta["val"].shape) for n in arguments(node)[0])
-    if node.target is ops.conv:
-        weight = arguments(node)[1].meta["val"]
-        # Input channels of a group, whichever axis they lie on.
-        return 4 + math.prod(weight.shape[2:]) * max(weight.shape[:2])
-    if node.target is ops.contract:
-        return 4 + multiply_adds(node, ())
-    if node.target in (ops.along, ops.pool, ops.mix):
+    if node.target in (ops.along, ops.pool):
         return 2 + int(arguments(node)[2].meta["val"].shape[1])
-    return 4
+    return 4 + multiply_adds(node, ())
 
 
 # -- effective parameters --------------------------------------------------------------------------
