@@ -30,14 +30,18 @@ def _kept_to(stage: str, step: Pass) -> Pass:
     return checked
 
 
-# Whatever a test does, each pass keeps what is written in fxpath.graph.spec.
-for stage, name in {
-    "folded": "fold",
-    "lifted": "lift",
-    "reduced": "reduce",
-    "lowered": "lower",
+# Whatever a test does, and whoever calls a pass, it keeps what is written in fxpath.graph.spec.
+for stage, step in {
+    "folded": passes.fold,
+    "lifted": passes.lift,
+    "reduced": passes.reduce,
+    "lowered": passes.lower,
 }.items():
-    setattr(passes, name, _kept_to(stage, getattr(passes, name)))
+    checked = _kept_to(stage, step)
+    for module in [m for name, m in sys.modules.items() if name.startswith("fxpath.")]:
+        for name, value in list(vars(module).items()):
+            if value is step:
+                setattr(module, name, checked)
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from fxpath.model.form import attached, form_of, place
 from fxpath.model.given import Outputs
 from fxpath.sample import Sample
 
-__all__ = ["adopt"]
-
 _COMPUTED = (
     "it was computed from parameters in an earlier pass, an activation or a weight, and does not "
     "follow them",

@@ -31,8 +31,6 @@ from fxpath.model.captured import Captured, Model
 from fxpath.model.given import Given
 from fxpath.modes import TRACING
 
-__all__ = ["capture"]
-
 
 def capture(model: Model, given: Given) -> Captured:
     """Trace a model into a flat ATen graph.

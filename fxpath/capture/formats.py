@@ -10,8 +10,6 @@ from torch import Tensor, fx, nn
 from fxpath.errors import Problem, problem
 from fxpath.graph.aten import ONE_FORMAT
 
-__all__ = ["of_graph", "of_model"]
-
 _FORMATS = (
     "a path-norm is defined for real weights",
     "pass a real model, e.g. with real and imaginary parts as channels",

@@ -17,8 +17,6 @@ from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.graph.aten import MAY_ALIAS
 from fxpath.graph.aten import functional as functional_of
 
-__all__ = ["functionalize"]
-
 
 def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportGraphSignature]:
     """Copy the program's graph without in-place operations; its signature goes with it.

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["reseed", "restored", "states"]
-
 
 def _numpy() -> Any:
     """The generator of numpy, if the caller has loaded numpy."""

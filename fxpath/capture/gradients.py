@@ -11,8 +11,6 @@ from torch.autograd import Function
 from fxpath.errors import Problem, problem
 from fxpath.model.captured import Captured
 
-__all__ = ["own_gradients"]
-
 
 def own_gradients(captured: Captured) -> list[Problem]:
     """Where a weight is computed by an ``autograd.Function``: its own backward is not captured.

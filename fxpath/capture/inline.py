@@ -16,8 +16,6 @@ from torch.export import ExportedProgram
 
 from fxpath.errors import CUT, Problem, SupportReport, UnsupportedModelError, problem
 
-__all__ = ["CHOICE", "flat"]
-
 #: Higher-order operator -> position of its subgraph among the arguments.
 _SUBGRAPH = {
     "wrap_with_set_grad_enabled": 1,

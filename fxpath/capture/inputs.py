@@ -20,8 +20,6 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 from fxpath.model.captured import Shape
 from fxpath.model.given import Given
 
-__all__ = ["Call", "batch_size", "first_sample", "from_shapes", "from_values"]
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 

@@ -25,8 +25,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxpath.model.form import held
 
-__all__ = ["Numbers", "Overwritten", "ParameterRead"]
-
 _READ: frozenset[Any] = frozenset(
     {
         *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),

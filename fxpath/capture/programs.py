@@ -20,8 +20,6 @@ from fxpath.graph.aten import SIZELESS
 from fxpath.model.captured import Captured
 from fxpath.model.given import Given
 
-__all__ = ["from_program"]
-
 
 def from_program(program: ExportedProgram, given: Given) -> Captured:
     """Capture a program: as it is for one sample, else traced once more.

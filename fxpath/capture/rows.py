@@ -11,8 +11,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxpath.capture.inputs import Call, batch_size, first_sample
 
-__all__ = ["rows_meet", "same_row"]
-
 
 def rows_meet(model: Callable[[Call], Any], call: Call, batch_dim: int) -> bool:
     """Whether the output for the first row depends on the others, or has no row of its own."""

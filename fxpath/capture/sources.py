@@ -13,8 +13,6 @@ from fxpath.errors import Problem, problem
 from fxpath.graph.aten import SOMETIMES_RANDOM, UNWRITTEN
 from fxpath.model.captured import Captured
 
-__all__ = ["overwritten", "unreliable"]
-
 _RANDOM = ("its result is random", "remove the noise in eval mode (if self.training)")
 _UNWRITTEN = (
     "it reads memory that was never written to, which may hold anything",
@@ -22,10 +20,10 @@ _UNWRITTEN = (
 )
 
 
-def unreliable(captured: Captured) -> list[Problem]:
+def unreliable(graph: fx.Graph) -> list[Problem]:
     """Operations whose result is not a function of the model and its inputs."""
     problems = []
-    for node in captured.graph_module.graph.nodes:
+    for node in graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
         tags = getattr(node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags and packet not in SOMETIMES_RANDOM:

@@ -27,9 +27,6 @@ from fxpath.model.copies import HOOKS, duplicate, locate
 from fxpath.model.state import Reachable, untouched
 from fxpath.modes import TRACING
 
-__all__ = ["Traced", "run", "trace"]
-
-
 #: What hooks are told that read values of activations; nothing may depend on it.
 _PRETENCES = (0.0, 1e9, -1e9)
 _HOOK = (

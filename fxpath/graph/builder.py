@@ -34,8 +34,6 @@ from fxpath.graph.values import as_slice, check_format, is_sparse, real
 from fxpath.graph.writer import Writer
 from fxpath.model import Captured
 
-__all__ = ["Builder"]
-
 
 class Builder(Constants, Writer):
     """Writes a lifted graph, operation by operation of a captured one, which it only reads.
@@ -63,6 +61,16 @@ class Builder(Constants, Writer):
             if node.op == "placeholder" and node.name in captured.tensors:
                 self._copied[node] = self.graph.placeholder(node.name)
                 self._copied[node].meta["val"] = form(node.meta["val"])
+
+    def refuse(self, node: fx.Node, why: Refusal) -> None:
+        """Note why an operation has no rule, once for each."""
+        if all(known.node != node.name for known in self.problems):
+            self.problems.append(problem(node, why.reason, why.remedy))
+
+    def release(self) -> None:
+        """Let go of the captured graph: what was computed of its nodes counts as their reader."""
+        for node in reversed(self._scratch.nodes):
+            self._scratch.erase_node(node)
 
     def finish(self) -> fx.GraphModule:
         """The lifted graph; placeholders say whether it was made for what they hold."""
@@ -277,7 +285,7 @@ class Builder(Constants, Writer):
             copied = self._filled(value)
         else:
             if torch.Tag.nondeterministic_seeded in getattr(value.target, "tags", ()):
-                self.problems.append(problem(value, *RANDOM))
+                self.refuse(value, Refusal(*RANDOM))
             args, kwargs = fx.map_arg((value.args, value.kwargs), self._copied.__getitem__)
             called = BY_VALUE.get(target(value), target(value))
             key = (called, repr(args), repr(kwargs))

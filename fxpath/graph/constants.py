@@ -14,8 +14,6 @@ from fxpath.graph.made import fill_of, read_by
 from fxpath.graph.schema import target
 from fxpath.model import Captured
 
-__all__ = ["Constants", "active_nodes"]
-
 
 def active_nodes(graph: fx.Graph, captured: Captured) -> set[fx.Node]:
     """Nodes of a captured graph whose values depend on the network's inputs."""

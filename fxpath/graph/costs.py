@@ -12,8 +12,6 @@ from fxpath.graph.equations import letters
 from fxpath.graph.links import extents
 from fxpath.graph.schema import arguments
 
-__all__ = ["mapping", "multiply_adds"]
-
 
 def multiply_adds(node: fx.Node, out: Sequence[int] | None = None) -> int:
     """Multiply-adds of one operation: those with weights, and those of maps between bases.

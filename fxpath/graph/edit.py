@@ -11,8 +11,6 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fxpath.graph import ops
 
-__all__ = ["Forms", "drop_dead", "form", "inputs_first", "written"]
-
 
 def written(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
     """A graph module whose Python code is written when it is called or printed.

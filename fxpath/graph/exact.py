@@ -14,8 +14,6 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-__all__ = ["Coefficient", "Rows", "exact_sums", "numbered"]
-
 #: Coefficients are exact: integers, and fractions where they must be.
 Coefficient = int | Fraction
 

@@ -13,8 +13,6 @@ from torch import Tensor, fx
 from fxpath.graph import ops
 from fxpath.graph.power import power, power_of_number
 
-__all__ = ["Interpretation", "Map", "Weighing"]
-
 Map = Callable[[Tensor], Tensor]
 
 

@@ -7,8 +7,6 @@ from torch import fx
 from fxpath.graph import ops
 from fxpath.graph.schema import arguments
 
-__all__ = ["LEAVES", "number_leaves"]
-
 #: What effective parameters and fixed numbers are read by.
 LEAVES = (ops.coordinate, ops.coefficient)
 

@@ -23,19 +23,6 @@ from fxpath.graph.power import power_of_number
 from fxpath.graph.schema import arguments
 from fxpath.graph.stencil import Stencil
 
-__all__ = [
-    "Kernel",
-    "Link",
-    "Taps",
-    "extents",
-    "identity",
-    "links",
-    "mark_static",
-    "row_power",
-    "seen_through",
-    "static",
-]
-
 POINTWISE = {
     *(ops.scale, ops.shift, ops.add, ops.maximum, ops.minimum, ops.clamp, ops.slope),
     *ops.IGNORED,

@@ -9,8 +9,6 @@ from torch import fx
 from fxpath.graph.aten import MADE_FROM_SHAPE
 from fxpath.graph.schema import bind
 
-__all__ = ["fill_of", "read_by"]
-
 
 def fill_of(node: fx.Node) -> Any:
     """What such a tensor is filled with: a number, or a node."""

@@ -12,13 +12,6 @@ from fxpath.errors import module_path
 from fxpath.graph.made import read_by
 from fxpath.model import Captured
 
-__all__ = [
-    "coordinate_name",
-    "depends_on_parameter",
-    "name_without_parameter",
-    "parameter_of",
-]
-
 
 def parameter_of(captured: Captured, node: Any) -> str | None:
     """Qualified name of the parameter that a placeholder stands for."""

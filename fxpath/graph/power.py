@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fxpath.graph.exact import Coefficient
 
-__all__ = ["power", "power_into", "power_of_number"]
-
 
 def power(value: Tensor, q: float) -> Tensor:
     """The power of each entry, to be differentiated."""

@@ -10,8 +10,6 @@ from torch import Tensor, fx
 
 from fxpath.graph.interpret import Interpretation, Weighing
 
-__all__ = ["Realization", "picked", "realization"]
-
 
 def realization(
     lifted: fx.GraphModule, tensors: Mapping[str, Tensor]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["INFINITE", "RANDOM", "READ_OUT", "SPARSE", "UNKNOWN_SHAPE", "Refusal"]
-
 INFINITE = (
     "it reads a constant with infinite or NaN entries",
     "use finite constants (a mask of -inf belongs to a softmax, which no path-norm covers)",

@@ -9,8 +9,6 @@ from torch._ops import OpOverload
 
 from fxpath.graph import ops
 
-__all__ = ["arguments", "bias_of", "bind", "target"]
-
 #: Operation -> where its bias stands among its arguments.
 _BIASES = {
     **dict.fromkeys((ops.conv, ops.contract, ops.scale, ops.window), 2),

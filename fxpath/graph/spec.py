@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +24,6 @@ from fxpath.graph.links import static
 from fxpath.graph.schema import arguments, target
 from fxpath.graph.values import frozen
 from fxpath.model import Captured
-
-__all__ = ["NOTES", "STAGES", "violations"]
 
 #: Every key of ``node.meta`` that is fxpath's own, and what it says.  ``val`` is torch's: shape and
 #: format of the result.
@@ -68,27 +65,35 @@ def violations(module: fx.GraphModule, stage: str, captured: Captured) -> list[s
         captured: the captured model.
     """
     module.graph.lint()
-    found = [*_names(module.graph)]
     if stage == "folded":
-        return [*found, *_folded(module.graph, captured)]
-    made = Forms()
+        return list(_folded(module.graph, captured))
+    found, made = list(_coordinates(module.graph)), Forms()
     for node in module.graph.nodes:
         found += [f"{node.name}: {what}" for what in _node(module, node, STAGES[stage], made)]
     return found
 
 
-def _names(graph: fx.Graph) -> Iterator[str]:
-    for name, count in Counter(node.name for node in graph.nodes).items():
-        if count > 1:
-            yield f"{name}: {count} nodes have this name"
+def _coordinates(graph: fx.Graph) -> Iterator[str]:
+    """Effective parameters of one name have one shape: their scores are added up."""
+    shapes: dict[str, torch.Size] = {}
+    for node in graph.nodes:
+        if node.target is ops.coordinate:
+            name, shape = arguments(node)[1], node.meta["val"].shape
+            if shapes.setdefault(name, shape) != shape:
+                yield f"{node.name}: {name} has another shape elsewhere"
 
 
 def _folded(graph: fx.Graph, captured: Captured) -> Iterator[str]:
     """No norm is left that is an affine map of its input alone."""
     active = active_nodes(graph, captured)
+    known = {node.name for node in captured.graph_module.graph.nodes}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
+        if node.name not in known:
+            shapes = fx.map_arg(arguments(node), lambda n: n.meta["val"].double().to("meta"))
+            if target(node)(*shapes).shape != node.meta["val"].shape:
+                yield f"{node.name}: its shape is not that of its operation"
         if node.target not in _EFFECTIVE and not _is_aten(node):
             yield f"{node.name}: {node.target} is no ATen operation"
         if node.target in BATCH_NORMS and frozen(node):
@@ -114,7 +119,7 @@ def _node(module: fx.GraphModule, node: fx.Node, allowed: set[Any], made: Forms)
         return
     if static(node):
         if node.target not in {*_EFFECTIVE, *LEAVES, *_WEIGHTS} and not _is_aten(node):
-            yield f"a weight is computed by {node.target}"
+            yield f"a weight is computed by {getattr(node.target, '__name__', node.target)}"
     elif node.target not in allowed:
         yield f"{getattr(node.target, '__name__', node.target)} is no operation of this stage"
     args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _without_device)

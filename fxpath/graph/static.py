@@ -11,8 +11,6 @@ from fxpath.graph.edit import inputs_first
 from fxpath.graph.leaves import LEAVES
 from fxpath.graph.schema import arguments, target
 
-__all__ = ["evaluated"]
-
 
 def evaluated(
     module: fx.GraphModule, tensors: Mapping[str, Tensor], wanted: Sequence[fx.Node]

@@ -12,8 +12,6 @@ from fxpath.graph.aten import RESHAPE
 from fxpath.graph.edit import Forms, drop_dead, form, written
 from fxpath.graph.links import mark_static
 
-__all__ = ["Writer"]
-
 
 class Writer:
     """A graph that is being written, and the constants that it holds."""

@@ -12,8 +12,6 @@ from torch.export import ExportedProgram
 from fxpath.model.form import Form, attached_now, changes, held
 from fxpath.sample import Sample
 
-__all__ = ["Captured", "Model", "Shape", "check_finite", "named_tensors"]
-
 Model = nn.Module | ExportedProgram
 Shape = Sequence[int]
 

@@ -22,8 +22,6 @@ from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.model.form import tensors_in
 from fxpath.model.state import global_names, has_state, is_own, parts, slots
 
-__all__ = ["HOOKS", "duplicate", "locate", "skeleton"]
-
 #: Where a module keeps the hooks that its call runs.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, Tensor, type, types.ModuleType)

@@ -13,18 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Attribute",
-    "Form",
-    "attached",
-    "attached_now",
-    "changes",
-    "form_of",
-    "held",
-    "place",
-    "tensors_in",
-]
-
 #: Where a tensor that no module has registered is found: module, attribute, keys inside of it.
 Attribute = tuple[str, str, tuple[Any, ...]]
 

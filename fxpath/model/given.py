@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fxpath.model.captured import Shape
 
-__all__ = ["Given", "Inputs", "Outputs", "Shapes"]
-
 Shapes = Shape | Sequence[Shape] | Mapping[str, Shape] | None
 Inputs = Tensor | Sequence[Any] | None
 Outputs = int | str | Sequence[int | str] | None

@@ -20,8 +20,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["Reachable", "global_names", "has_state", "is_own", "parts", "slots", "untouched"]
-
 #: Code of these is neither read nor restored.
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "fxpath", "__future__"}
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, range, Tensor)

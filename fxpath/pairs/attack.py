@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Function", "Progress", "difference_at", "largest_difference"]
-
 #: R_theta: inputs of one sample -> outputs in a row, float64.
 Function = Callable[[Sequence[Tensor]], Tensor]
 

@@ -25,8 +25,6 @@ from fxpath.pairs.rounding import Doubt, doubt, relative
 from fxpath.pairs.snapshot import Snapshot
 from fxpath.passes.reduce import reduce
 
-__all__ = ["Bound", "lipschitz_bound"]
-
 
 class Bound(Snapshot):
     """A bound of ``||R_theta(x) - R_theta'(x)||``, with what it was chosen from.

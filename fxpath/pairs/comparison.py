@@ -18,9 +18,6 @@ from fxpath.pairs.pair import Pair
 from fxpath.pairs.snapshot import Snapshot
 from fxpath.pairs.unrolled import Network, Part
 
-__all__ = ["NEGLIGIBLE", "Comparison"]
-
-
 #: Part of the metric up to which what rounding may hide is no reason against calling it exact.
 NEGLIGIBLE = 1e-9
 

@@ -24,8 +24,6 @@ from fxpath.graph.interpret import Weighing
 from fxpath.graph.schema import arguments
 from fxpath.pairs.pair import ROWS, Pair, PairInterpretation, Weights
 
-__all__ = ["Difference", "Excess", "check_range"]
-
 Map = Callable[[Tensor], Tensor]
 
 #: Lifted values outside of this range are refused: float64 ends not far beyond.

@@ -30,8 +30,6 @@ from fxpath.pairs.pair import Pair
 from fxpath.pairs.rounding import UNIT
 from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed, Values
 
-__all__ = ["Dominated", "Domination", "find_domination"]
-
 
 @dataclass(frozen=True)
 class State(Values):

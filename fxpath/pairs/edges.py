@@ -21,16 +21,6 @@ from torch import Tensor
 from fxpath.graph.equations import Letters, letters
 from fxpath.graph.links import Kernel
 
-__all__ = [
-    "Block",
-    "Unrolled",
-    "contraction",
-    "convolution",
-    "identity",
-    "linear",
-    "pointwise",
-]
-
 #: Entries of one block: half a MiB of float64.
 BLOCK = 1 << 16
 

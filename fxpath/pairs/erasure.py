@@ -27,8 +27,6 @@ from fxpath.program.evaluate import evaluate
 from fxpath.program.path_norm import PathNorm
 from fxpath.program.program import PathProgram, format_of
 
-__all__ = ["Erasure", "estimated_loss"]
-
 
 @dataclass(frozen=True)
 class Erasure:

@@ -21,8 +21,6 @@ from fxpath.graph.schema import arguments
 from fxpath.pairs.difference import Difference, Excess
 from fxpath.pairs.pair import Pair, Weights
 
-__all__ = ["Inductive"]
-
 
 class Inductive(Difference):
     """Bounds values and their difference; at full resolution, fed with |x| or its largest size."""

@@ -19,8 +19,6 @@ from fxpath.pairs.pair import Pair
 from fxpath.pairs.rounding import UNIT, Doubt, doubt, relative
 from fxpath.pairs.unrolled import Network, Part
 
-__all__ = ["INEQUALITIES", "all_bounds", "inputs_of"]
-
 #: Bounds by name, and whether they stay the same when either network is rescaled.
 INEQUALITIES = {
     "theorem_b1": True,

@@ -22,8 +22,6 @@ from fxpath.model import Captured, Given, Model, check_finite, named_tensors, sk
 from fxpath.pairs.pair import Pair, Side, same_entries
 from fxpath.program.program import build
 
-__all__ = ["Other", "make_pair", "side_of"]
-
 Other = Model | Mapping[str, Tensor]
 
 

@@ -26,8 +26,6 @@ from fxpath.passes.reduce import reduce
 from fxpath.program.analysis import Analysis
 from fxpath.program.program import PathProgram
 
-__all__ = ["PathMetric", "path_metric"]
-
 #: Upper bounds by name, and whether they stay the same when either network is rescaled.
 UPPER_BOUNDS = {"m": False, "m_normalized": True, "theorem_f2": True, "lemma_3_3": True}
 

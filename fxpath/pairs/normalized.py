@@ -23,8 +23,6 @@ from fxpath.pairs.pair import Pair, agreement
 from fxpath.pairs.rounding import UNIT
 from fxpath.pairs.unrolled import Map, Network, Neurons, Part, Pending, Signed, Values
 
-__all__ = ["Distance", "Normalized"]
-
 #: Bias paths are told apart by a part of their own; this one has all of them.
 ALL = (Part(),)
 

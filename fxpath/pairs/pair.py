@@ -22,15 +22,6 @@ from fxpath.graph.static import evaluated
 from fxpath.model import Captured
 from fxpath.passes.setting import Setting
 
-__all__ = [
-    "Pair",
-    "PairInterpretation",
-    "Side",
-    "Weights",
-    "agreement",
-    "same_entries",
-]
-
 
 @dataclass(frozen=True)
 class Weights:

@@ -19,8 +19,6 @@ from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.passes import take_in
 
-__all__ = ["Quantized", "quantize"]
-
 
 @dataclass(frozen=True, eq=False)
 class Quantized:

@@ -19,8 +19,6 @@ from fxpath.graph.links import static
 from fxpath.graph.schema import arguments
 from fxpath.pairs.pair import Pair, agreement
 
-__all__ = ["Layered", "find_layered"]
-
 #: What a fully connected network consists of.
 LAYERED = {ops.source, ops.contract, ops.shift, ops.relu, RESHAPE, ops.total}
 

@@ -33,8 +33,6 @@ from fxpath.graph.schema import arguments
 from fxpath.pairs.difference import Difference, Excess
 from fxpath.pairs.pair import Pair, Side, Weights
 
-__all__ = ["UNIT", "Doubt", "doubt", "erased_doubt", "relative"]
-
 #: Unit roundoff of float64.
 UNIT = 2.0**-53
 

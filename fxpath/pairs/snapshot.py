@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, TypeVar
 
-__all__ = ["Snapshot"]
-
 T = TypeVar("T", bound="Snapshot")
 
 

@@ -26,8 +26,6 @@ from fxpath.passes.classes import Classes
 from fxpath.passes.reduce import reduce
 from fxpath.passes.setting import Setting
 
-__all__ = ["Network", "Neurons", "Part", "Pending", "Signed", "Values"]
-
 Map = Callable[[Tensor], Tensor]
 
 

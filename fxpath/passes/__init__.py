@@ -1,4 +1,4 @@
-"""From a model to the graph that is run.  Read :func:`rewrite` first: it is the map.
+"""From a model to the graph that is run: :func:`take_in`, then :func:`rewrite`.
 
 Each pass is one file and one function of one signature, graph module in, graph module out
 (:data:`~fxpath.passes.setting.Pass`); none changes the graph that it is given, and
@@ -19,8 +19,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fxpath.capture import capture
-from fxpath.capture.sources import unreliable
-from fxpath.errors import SupportReport, UnsupportedModelError
+from fxpath.errors import UnsupportedModelError
 from fxpath.model import Captured, Given, Model
 from fxpath.passes.advice import with_advice
 from fxpath.passes.fold import fold
@@ -57,48 +56,40 @@ class Rewritten:
     lowered: fx.GraphModule
 
 
-def rewrite(lifted: fx.GraphModule, setting: Setting, whole: bool = False) -> Rewritten:
-    """All passes behind the rules, one after the other; ``whole`` leaves out the reduction."""
-    reduced = lifted if whole else reduce(lifted, setting)
-    return Rewritten(lifted, reduced, lower(reduced, setting))
-
-
 def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
-    """Capture a model, fold its batch norms and write its lifted graph.
+    """The first half, for whatever is read off the lifted graph: capture, fold, lift.
 
     Raises:
         UnsupportedModelError: listing every operation without an exact rule, with the ``until=`` or
             ``outputs=`` that passes where there is one.
         ValueError: for inputs that do not fit, an unknown ``until`` or ``outputs``.
     """
-
-    def passes(asked: Given) -> bool:
-        try:
-            _lifted(capture(model, asked))
-        # A cut is a guess: its output may be none of floating point, or refused as well.
-        except ValueError:
-            return False
-        return True
-
     captured = capture(model, given)
+    setting = Setting(captured)
+    folded = fold(captured.graph_module, setting)
     try:
-        lifted = _lifted(captured)
+        lifted = lift(folded, setting)
     except UnsupportedModelError as error:
-        raise with_advice(error, model, given, captured, passes) from error
+        raise with_advice(error, model, given, captured, _passes) from error
     return _bound(captured, lifted), lifted
 
 
-def _lifted(captured: Captured) -> fx.GraphModule:
-    setting = Setting(captured)
-    problems = unreliable(captured)
+def rewrite(lifted: fx.GraphModule, setting: Setting, whole: bool = False) -> Rewritten:
+    """The second half, to a graph that is run: reduce, lower; ``whole`` leaves out the former."""
+    reduced = lifted if whole else reduce(lifted, setting)
+    lowered = lower(reduced, setting)
+    return Rewritten(lifted, reduced, lowered)
+
+
+def _passes(model: Model, asked: Given) -> bool:
+    """Whether a model is taken in if something else is asked for."""
     try:
-        module = lift(fold(captured.graph_module, setting), setting)
-    except UnsupportedModelError as error:
-        named = {problem.node for problem in problems}
-        problems += [problem for problem in error.report.problems if problem.node not in named]
-    if problems:
-        raise UnsupportedModelError(SupportReport(tuple(problems)))
-    return module
+        captured = capture(model, asked)
+        lift(fold(captured.graph_module, Setting(captured)), Setting(captured))
+    # A cut is a guess: its output may be none of floating point, or refused as well.
+    except ValueError:
+        return False
+    return True
 
 
 def _bound(captured: Captured, lifted: fx.GraphModule) -> Captured:

@@ -10,10 +10,8 @@ from torch import fx, nn
 from fxpath.errors import BLANK, Problem, SupportReport, UnsupportedModelError
 from fxpath.model import Captured, Given, Model
 
-__all__ = ["with_advice"]
-
 #: Whether a model is taken in for what is asked of it.
-Passes = Callable[[Given], bool]
+Passes = Callable[[Model, Given], bool]
 
 #: Cuts that are tried before the advice stays a general one; each costs a trace.
 _TRIES = 2
@@ -61,11 +59,11 @@ def _advice(
     clean = _clean_outputs(graph, captured.outputs, bad)
     if clean and given.outputs is None:
         outputs = clean[0] if len(clean) == 1 else clean
-        if passes(replace(given, outputs=outputs)):
+        if passes(model, replace(given, outputs=outputs)):
             return f"outputs={outputs!r}"
     if given.until is None and isinstance(model, nn.Module):
         for name in list(_cuts(graph, bad))[:_TRIES]:
-            if passes(replace(given, until=name, outputs=None)):
+            if passes(model, replace(given, until=name, outputs=None)):
                 return f'until="{name}"'
     return ""
 

@@ -16,8 +16,6 @@ from fxpath.graph import ops
 from fxpath.graph.costs import multiply_adds
 from fxpath.passes.classes import Classes, Partition
 
-__all__ = ["Choose", "cheapest", "cost", "edges"]
-
 #: Node -> whether it is kept in sums.
 Choice = Mapping[fx.Node, bool]
 Choose = Callable[[Classes], Choice]

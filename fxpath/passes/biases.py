@@ -12,8 +12,6 @@ from fxpath.graph import ops
 from fxpath.graph.links import extents, mark_static, static
 from fxpath.graph.schema import arguments, bias_of
 
-__all__ = ["own_biases"]
-
 
 def own_biases(graph: fx.Graph) -> None:
     """Give weighted sums the bias that alone reads them, in place."""

@@ -26,8 +26,6 @@ from fxpath.graph.links import Link, Taps, extents, links, seen_through, static
 from fxpath.graph.schema import bias_of
 from fxpath.graph.stencil import Stencil
 
-__all__ = ["Classes", "Partition", "find_classes"]
-
 #: What a node reads: each argument, with the axes that are read through stencils.
 Reads = Sequence[tuple[fx.Node, Sequence[Link]]]
 

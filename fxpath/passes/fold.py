@@ -41,8 +41,6 @@ from fxpath.graph.values import frozen, settled
 from fxpath.model import Captured
 from fxpath.passes.setting import Setting
 
-__all__ = ["fold"]
-
 
 def fold(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     """Rewrite every frozen batch norm; what a node stands for is noted as its ``origin``."""

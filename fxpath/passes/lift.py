@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxpath.errors import SupportReport, UnsupportedModelError, problem
+from fxpath.capture.sources import unreliable
+from fxpath.errors import SupportReport, UnsupportedModelError
 from fxpath.graph import ops
 from fxpath.graph.builder import Builder
 from fxpath.graph.leaves import number_leaves
@@ -24,8 +25,6 @@ from fxpath.passes.biases import own_biases
 from fxpath.passes.setting import Setting
 from fxpath.rules import RULES, refusal
 from fxpath.rules.refused import ORDER
-
-__all__ = ["lift"]
 
 
 def lift(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
@@ -40,10 +39,25 @@ def lift(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
         ValueError: if no output is of floating point.
     """
     build = Builder(module.graph, setting.captured)
-    output = next(iter(reversed(module.graph.nodes)))
+    build.problems += unreliable(module.graph)
+    try:
+        _walk(build, module.graph)
+    finally:
+        build.release()
+    if build.problems:
+        raise UnsupportedModelError(SupportReport(tuple(build.problems)))
+    own_biases(build.graph)
+    lifted = build.finish()
+    number_leaves(lifted.graph)
+    return lifted
+
+
+def _walk(build: Builder, graph: fx.Graph) -> None:
+    """Lift node by node; problems are collected, not raised."""
+    output = next(iter(reversed(graph.nodes)))
     needed = ancestors(output)
     inputs = 0
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         if not build.is_active(node):
             continue
         if node.op == "placeholder":
@@ -52,18 +66,11 @@ def lift(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
         elif node in needed:
             build.lifted[node] = _apply(build, node)
             if _shapeless(build.lifted[node]):
-                break  # nothing after it can be looked at
-    else:
-        outputs = [_output(build, value) for value in output.args[0] if is_float(value)]
-        if not outputs and not build.problems:
-            raise ValueError("the model has no floating-point output, so it has no paths")
-        build.graph.output(build.emit(ops.total, outputs or [build.emit(ops.source, (1,))]))
-    if build.problems:
-        raise UnsupportedModelError(SupportReport(tuple(build.problems)))
-    own_biases(build.graph)
-    lifted = build.finish()
-    number_leaves(lifted.graph)
-    return lifted
+                return  # nothing after it can be looked at
+    outputs = [_output(build, value) for value in output.args[0] if is_float(value)]
+    if not outputs and not build.problems:
+        raise ValueError("the model has no floating-point output, so it has no paths")
+    build.graph.output(build.emit(ops.total, outputs or [build.emit(ops.source, (1,))]))
 
 
 def _input(build: Builder, node: fx.Node, position: int) -> None:
@@ -84,7 +91,7 @@ def _apply(build: Builder, node: fx.Node) -> Any:
         fx.node.map_aggregate(node.meta.get("val"), check_shape)
         lifted = rule(build, node, bind(node))
     except Refusal as why:
-        build.problems.append(problem(node, why.reason, why.remedy))
+        build.refuse(node, why)
         return _stand_in(build, node.meta.get("val"))
     if isinstance(lifted, fx.Node):
         expected, found = tuple(node.meta["val"].shape), build.shape(lifted)
@@ -124,5 +131,5 @@ def _output(build: Builder, value: fx.Node) -> fx.Node:
     try:
         return build.node(value)
     except Refusal as why:
-        build.problems.append(problem(value, why.reason, why.remedy))
+        build.refuse(value, why)
         return build.emit(ops.source, tuple(value.meta["val"].shape))

@@ -27,8 +27,6 @@ from fxpath.graph.schema import arguments
 from fxpath.graph.writer import Writer
 from fxpath.passes.setting import Setting
 
-__all__ = ["lower"]
-
 #: Output positions up to which a convolution that was not reduced is lowered to a product.
 FEW = 256
 

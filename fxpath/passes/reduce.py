@@ -25,8 +25,6 @@ from fxpath.passes.bases import Choice, Choose, cheapest, partitions
 from fxpath.passes.classes import Classes, Partition, find_classes
 from fxpath.passes.setting import Setting
 
-__all__ = ["reduce"]
-
 
 def reduce(module: fx.GraphModule, setting: Setting, choose: Choose = cheapest) -> fx.GraphModule:
     """Reduce a lifted graph for the l^q path-norm.

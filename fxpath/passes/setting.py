@@ -9,8 +9,6 @@ from torch import fx
 
 from fxpath.model import Captured
 
-__all__ = ["Pass", "Setting"]
-
 
 @dataclass(frozen=True)
 class Setting:

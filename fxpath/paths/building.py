@@ -12,8 +12,6 @@ from torch import Tensor
 
 from fxpath.paths.dag import Dag, Layer, followed
 
-__all__ = ["Bias", "Building", "Edges"]
-
 #: Source, end, weight and code of some edges; each ``[edges]``.
 Edges = tuple[Tensor, Tensor, Tensor, Tensor]
 

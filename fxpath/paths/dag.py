@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Dag", "Entry", "Layer", "followed"]
-
 #: One entry of theta: its name, as in the scores, and its index.
 Entry = tuple[str, tuple[int, ...]]
 

@@ -17,8 +17,6 @@ from fxpath.model import Captured
 from fxpath.paths.building import Bias, Building, Edges
 from fxpath.paths.dag import Dag
 
-__all__ = ["expand"]
-
 
 def expand(captured: Captured, lifted: fx.GraphModule) -> Dag:
     """Write out the neurons of a lifted graph, and their edges."""

@@ -22,8 +22,6 @@ from fxpath.paths.dag import Dag, Entry, followed
 from fxpath.paths.expand import expand
 from fxpath.program.path_norm import PathNorm, Total
 
-__all__ = ["Path", "PathLifting", "path_lifting"]
-
 
 @dataclass(frozen=True)
 class Path:

@@ -18,8 +18,6 @@ from torch.autograd.function import once_differentiable
 # The operators are registered by being imported.
 from fxpath.program import kernels as kernels
 
-__all__ = ["Dense", "Mix", "Scaled", "Settle", "Sum", "Window"]
-
 run: Any = torch.ops.fxpath
 
 

@@ -18,8 +18,6 @@ from fxpath.program.layers import Channels, Layer, find_layers, neuron_shares
 from fxpath.program.program import PathProgram
 from fxpath.sample import Sample
 
-__all__ = ["Analysis", "LayerRow"]
-
 QUANTILES = (0.1, 0.5, 0.9)
 SAMPLE = 1 << 16
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["check_buffers", "check_holds", "writable"]
-
 
 def writable(out: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a run can keep its scores there while it goes on."""

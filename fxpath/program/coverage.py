@@ -12,8 +12,6 @@ from fxpath.graph.schema import arguments
 from fxpath.model import Captured
 from fxpath.model.captured import named_tensors
 
-__all__ = ["find_unscored", "summary"]
-
 UNUSED = "unused"
 UNREACHED = "not reached by a path"
 

@@ -22,8 +22,6 @@ from fxpath.program import adjoints
 from fxpath.program.kernels.operator import KERNELS
 from fxpath.program.path_norm import PathNorm, Total
 
-__all__ = ["Compiled", "Run", "coordinates", "evaluate", "score_shapes"]
-
 
 @dataclass
 class Run:

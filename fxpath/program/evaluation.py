@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST_EXPONENT", "RAISED", "Evaluation", "fitted"]
-
 #: Exponents q below it, but for 0, are refused: float64 holds |w|^q to 1e-16, and its q-th root
 #: would lose all digits.
 LEAST_EXPONENT = 1e-6

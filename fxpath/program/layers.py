@@ -13,8 +13,6 @@ from fxpath.graph import ops
 from fxpath.graph.equations import letters
 from fxpath.graph.schema import arguments, bias_of, target
 
-__all__ = ["Layer", "coordinate_of", "find_layers", "neuron_shares"]
-
 Channels = Callable[[Tensor], Tensor]
 
 WEIGHING = {ops.conv, ops.contract, ops.scale}

@@ -18,8 +18,6 @@ from fxpath.graph.schema import arguments, bias_of
 from fxpath.program import adjoints
 from fxpath.program.kernels.scales import times
 
-__all__ = ["PathNorm", "Scaled", "Total", "Watch"]
-
 
 @dataclass(frozen=True)
 class Scaled:

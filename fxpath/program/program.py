@@ -25,8 +25,6 @@ from fxpath.program.kernels.scales import MASS, SMALLEST, least
 from fxpath.program.path_norm import PathNorm, Total
 from fxpath.program.sizes import SizeRow, sizes
 
-__all__ = ["Evaluation", "PathProgram", "build", "format_of"]
-
 
 class PathProgram:
     """Path-norm and Path-Mag of one model, captured once and evaluated many times.

@@ -10,8 +10,6 @@ from fxpath.errors import module_path
 from fxpath.graph.costs import multiply_adds
 from fxpath.graph.links import extents, seen_through, static
 
-__all__ = ["SizeRow", "sizes"]
-
 
 class SizeRow(TypedDict):
     """One activation: its extent at full resolution and as the program keeps it."""

@@ -17,8 +17,6 @@ from fxpath.model import Captured, Given
 from fxpath.passes import take_in
 from fxpath.pruning.channels import Channels
 
-__all__ = ["TOLERANCE", "Fault", "compare"]
-
 #: Largest difference between the outputs, of their largest entry.
 TOLERANCE = 1e-9
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["last_that", "most_within"]
-
 
 def most_within(budget: float, entries: int, lost: Callable[[int], float]) -> int:
     """The largest count whose loss is within a budget; one more would exceed it.

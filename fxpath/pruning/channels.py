@@ -16,8 +16,6 @@ from fxpath.model import Captured
 from fxpath.pruning.walk import Walk
 from fxpath.symmetry.labels import compressed
 
-__all__ = ["Axis", "Channels", "Group", "Kept"]
-
 
 @dataclass(frozen=True)
 class Kept:

@@ -7,8 +7,6 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-__all__ = ["Choice", "listed", "matches", "shown"]
-
 One = str | type[nn.Module]
 Choice = One | Sequence[One]
 

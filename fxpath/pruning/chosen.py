@@ -8,8 +8,6 @@ from fxpath.pruning.channels import Channels, Kept
 from fxpath.pruning.choices import Choice, listed, matches, shown
 from fxpath.pruning.surgery import places
 
-__all__ = ["keep_others"]
-
 
 def keep_others(model: nn.Module, found: Channels, include: Choice | None, exclude: Choice) -> None:
     """Keep the output channels of layers that are not included, or excluded.

@@ -25,8 +25,6 @@ from fxpath.pruning.plan import Bias
 from fxpath.pruning.surgery import places
 from fxpath.pruning.values import Reading, read_values
 
-__all__ = ["Constants"]
-
 #: What float64 makes of one number at two positions, of the sum of its terms' sizes.
 ROUNDING = 1e-12
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-__all__ = ["Constraints", "absolute", "check_amount", "check_budget", "unmet"]
-
 Constraints = Mapping[str, float | int | str]
 
 

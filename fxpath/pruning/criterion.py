@@ -12,8 +12,6 @@ from fxpath import criteria
 from fxpath.model import Given
 from fxpath.pruning.eligible import Eligible
 
-__all__ = ["Criterion", "Scores", "all_scores", "checked_scores", "name_of", "scores_of"]
-
 Scores = Mapping[str, Tensor]
 Criterion = str | Scores | Callable[..., Scores]
 

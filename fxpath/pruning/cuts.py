@@ -16,8 +16,6 @@ from fxpath.pruning.channels import Axis, Channels
 from fxpath.pruning.plan import Attribute, Cut, Plan
 from fxpath.pruning.surgery import attributes_of, places
 
-__all__ = ["Cost", "gone_mask", "layer_macs", "make_plan", "masked_tensors", "parameter_count"]
-
 
 def gone_mask(found: Channels, channels: Sequence[int]) -> Tensor:
     """Which numbers of channels go; the last place stands for -1, nothing."""

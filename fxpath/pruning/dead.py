@@ -26,8 +26,6 @@ from fxpath.pruning.smaller import PrunedChannels
 from fxpath.pruning.surgery import apply_plan, cut
 from fxpath.pruning.units import find_units
 
-__all__ = ["remove_dead"]
-
 _USED = Kept("they go together with channels that are in use")
 _LAST = Kept("a layer keeps one channel, or one in each group")
 

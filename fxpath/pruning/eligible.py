@@ -19,8 +19,6 @@ from fxpath.pairs.pair import Side
 from fxpath.pruning.choices import Choice, listed, matches, shown
 from fxpath.pruning.surgery import places
 
-__all__ = ["Eligible", "check_stored", "choose", "find_eligible"]
-
 _WEIGHING = (ops.conv, ops.contract)
 
 

@@ -14,8 +14,6 @@ from fxpath.pruning.budget import last_that, most_within
 from fxpath.pruning.patterns import NM, kept_by_pattern
 from fxpath.pruning.selection import count_of, cut, cut_capped
 
-__all__ = ["Goal", "decided"]
-
 Masks = dict[str, Tensor]
 
 

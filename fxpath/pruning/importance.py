@@ -10,8 +10,6 @@ from torch import Tensor
 from fxpath.pruning.channels import Channels
 from fxpath.pruning.criterion import Scores
 
-__all__ = ["channel_importance"]
-
 
 def channel_importance(found: Channels, scores: Scores) -> Tensor:
     """Sum of the scores of the entries that lead into each channel, float64, ``[channels]``.

@@ -17,18 +17,6 @@ from torch.nn.utils import prune as torch_prune
 
 from fxpath.model import named_tensors
 
-__all__ = [
-    "FORMAT",
-    "Masks",
-    "apply_masks",
-    "deep_copy",
-    "fingerprint",
-    "held_masks",
-    "load_masks",
-    "refresh",
-    "write_masks",
-]
-
 #: What a file of masks says that it is.
 FORMAT = "fxpath.masks/1"
 

@@ -14,8 +14,6 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from fxpath.pruning.eligible import Eligible
 
-__all__ = ["NM", "PatternReport", "PatternRow", "kept_by_pattern", "refused", "verify_pattern"]
-
 #: Layers whose weights a pattern can be in, and the axis of their input channels.
 _AXES: dict[type[nn.Module], int] = {
     **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), 1),

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Attribute", "Bias", "Cut", "Plan"]
-
 FORMAT = "fxpath.channels"
 VERSION = 1
 

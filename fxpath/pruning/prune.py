@@ -24,8 +24,6 @@ from fxpath.pruning.patterns import NM, refused
 from fxpath.pruning.pruned import Pruned, PrunedLayer
 from fxpath.pruning.source import Source
 
-__all__ = ["prune"]
-
 
 @plain_mode()
 @torch.no_grad()

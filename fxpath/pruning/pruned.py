@@ -16,8 +16,6 @@ from fxpath.model import named_tensors
 from fxpath.pairs.metric import PathMetric
 from fxpath.pruning.masks import deep_copy, fingerprint, refresh, write_masks
 
-__all__ = ["Pruned", "PrunedLayer", "with_state"]
-
 #: Said under every table: a zero is no speed by itself.
 RUNTIMES = (
     "Zeros are faster or smaller in these runtimes: TensorRT (2:4 patterns), OpenVINO (sparse "

@@ -10,9 +10,6 @@ from fxpath.pruning.channels import Channels, Kept
 from fxpath.pruning.units import Unit
 from fxpath.symmetry.labels import Forest
 
-__all__ = ["Ranking"]
-
-
 _WHOLE = Kept("all channels of a layer go together, and none would be left")
 
 

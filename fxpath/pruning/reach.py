@@ -19,8 +19,6 @@ from fxpath.graph import ops
 from fxpath.graph.interpret import Interpretation, Weighing
 from fxpath.pruning.channels import Channels
 
-__all__ = ["driven_channels", "live_channels"]
-
 
 def live_channels(lifted: fx.GraphModule, tensors: Mapping[str, Tensor], found: Channels) -> Tensor:
     """Channels that a path to an output runs through, ``[numbers]``: the others have share 0.

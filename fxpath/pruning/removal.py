@@ -41,8 +41,6 @@ from fxpath.pruning.surgery import apply_plan
 from fxpath.pruning.units import ENDS, find_units
 from fxpath.symmetry.rescaling import unread_modules
 
-__all__ = ["Chosen", "Network", "blame", "finished", "prune_channels"]
-
 
 @plain_mode()
 def prune_channels(

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "count_of", "cut", "cut_capped"]
-
 #: Entries that are looked at at once.
 _BLOCK = 1 << 20
 

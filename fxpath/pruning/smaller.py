@@ -16,8 +16,6 @@ from fxpath.pairs.metric import PathMetric
 from fxpath.pruning.plan import Plan
 from fxpath.pruning.surgery import apply_plan
 
-__all__ = ["ChannelRow", "KeptRow", "PrunedChannels", "load_pruned"]
-
 
 class ChannelRow(TypedDict):
     """The output channels of one layer."""

@@ -15,8 +15,6 @@ from fxpath.pruning.criterion import Criterion, checked_scores, scores_of
 from fxpath.pruning.eligible import Eligible
 from fxpath.pruning.pruned import with_state
 
-__all__ = ["Source"]
-
 #: Entries that are added up at once.
 _BLOCK = 1 << 17
 

@@ -13,8 +13,6 @@ from torch.nn.modules.conv import _ConvNd
 from fxpath.model import named_tensors
 from fxpath.pruning.plan import Bias, Cut, Plan
 
-__all__ = ["apply_plan", "cut", "places"]
-
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """A smaller copy of a model.

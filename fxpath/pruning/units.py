@@ -16,8 +16,6 @@ from torch import Tensor
 from fxpath.pruning.channels import Channels, Kept
 from fxpath.symmetry.labels import Forest
 
-__all__ = ["ENDS", "Unit", "find_units"]
-
 #: Why channel 0 stays, and what is tied to it.
 ENDS = Kept(
     "they are channels of the model's inputs or outputs, or meet those: in a sum, a tensor, or an "

@@ -12,8 +12,6 @@ from fxpath.graph import ops
 from fxpath.graph.interpret import Weighing
 from fxpath.graph.realization import Realization
 
-__all__ = ["Reading", "read_values"]
-
 
 @dataclass(frozen=True)
 class Reading:

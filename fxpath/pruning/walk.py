@@ -21,8 +21,6 @@ from fxpath.model import Captured
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import Coordinates, Labels, compressed
 
-__all__ = ["Walk"]
-
 _NUMBERS = {ops.coordinate, ops.coefficient}
 
 

@@ -18,8 +18,6 @@ from fxpath.graph.stencil import Stencil
 from fxpath.rules.common import Args, apply
 from fxpath.rules.registry import rule
 
-__all__ = ["without_padding"]
-
 aten = torch.ops.aten
 
 CONSTANT = {aten.pad.default, aten.constant_pad_nd.default}

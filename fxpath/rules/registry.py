@@ -15,8 +15,6 @@ from torch._ops import OpOverload
 
 from fxpath.graph.builder import Builder
 
-__all__ = ["RULES", "Rule", "rule"]
-
 #: Lifted counterparts of the activations that an operation returns, in the order of its results.
 Lifted = fx.Node | list[fx.Node | None]
 Rule = Callable[[Builder, fx.Node, dict[str, Any]], Lifted]

@@ -22,8 +22,6 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-__all__ = ["Balance", "Masses", "balance", "bounded"]
-
 #: How much the mass into a group may differ from the mass out of it, relative to their sum.
 TOLERANCE = 1e-11
 #: Steps after which the search ends; networks rescaled by 1e30 take about 30.

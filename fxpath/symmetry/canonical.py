@@ -15,8 +15,6 @@ from fxpath.program.evaluation import fitted
 from fxpath.program.program import build
 from fxpath.symmetry.least_norm import Canonical
 
-__all__ = ["canonical_magnitude", "relative_to_layer"]
-
 
 @plain_mode()
 @torch.no_grad()

@@ -16,8 +16,6 @@ from fxpath.model import Captured
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import Coordinates, Labels, Norm
 
-__all__ = ["EffectiveLabelling"]
-
 
 class EffectiveLabelling(Labelling):
     """The labelling in which each array of coordinates takes up its own factors.

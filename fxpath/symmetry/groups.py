@@ -18,8 +18,6 @@ from fxpath.model import Captured
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import FIXED, Carried, compressed
 
-__all__ = ["ChannelGroup", "ChannelGroups", "Member", "find_groups", "open_groups"]
-
 
 @dataclass(frozen=True)
 class Member:

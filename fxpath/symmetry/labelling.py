@@ -21,8 +21,6 @@ from fxpath.graph.interpret import Interpretation
 from fxpath.model import Captured
 from fxpath.symmetry.labels import FIXED, Carried, Coordinates, Forest, Labels, Norm, compressed
 
-__all__ = ["Labelling"]
-
 
 class Labelling(Interpretation):
     """Runs the lifted graph on labels.

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-__all__ = ["FIXED", "Carried", "Coordinates", "Forest", "Labels", "Norm", "compressed"]
-
 #: The label of input and output neurons, whose scale is given.
 FIXED = 0
 

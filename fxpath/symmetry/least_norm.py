@@ -24,8 +24,6 @@ from fxpath.symmetry.effective import EffectiveLabelling
 from fxpath.symmetry.groups import ChannelGroups
 from fxpath.symmetry.labels import FIXED, compressed
 
-__all__ = ["Canonical", "least_norm_factors"]
-
 #: Entries that are looked at in one go.
 CHUNK = 1 << 22
 #: Binary exponents of numbers whose squares float64 adds without loss.

@@ -18,8 +18,6 @@ from fxpath.passes import take_in
 from fxpath.symmetry.groups import ChannelGroups, find_groups, open_groups
 from fxpath.symmetry.least_norm import least_norm_factors
 
-__all__ = ["channel_groups", "normalize", "rescale", "unread_modules"]
-
 
 @plain_mode()
 def channel_groups(

@@ -17,8 +17,6 @@ from fxpath.capture.loading.vetting import vet
 from fxpath.capture.loading.words import UsageError, one_line
 from fxpath.capture.loading.zips import Refused, listed
 
-__all__ = ["load_program"]
-
 _WRITE = "write it with torch.export.save"
 # What a file of pickles starts with: a zip archive of torch.save, or the pickle itself.
 _PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")

@@ -17,8 +17,6 @@ from safetensors.torch import load_file
 from fxpath.capture.loading.words import UsageError, one_line, plain, some
 from fxpath.capture.loading.zips import listed
 
-__all__ = ["SUFFIXES", "advice", "read_checkpoint"]
-
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json")
 _SAVE = "torch.save(model.state_dict(), FILE)"
 # What people keep beside the weights.  Nothing of it is imported or called: inert objects stand for

@@ -33,8 +33,6 @@ from fxpath.capture.loading.checkpoints import SUFFIXES, advice, read_checkpoint
 from fxpath.capture.loading.states import fit_state_dict
 from fxpath.capture.loading.words import UsageError, one_line
 
-__all__ = ["KINDS", "Model", "load_model"]
-
 Model = nn.Module | ExportedProgram
 
 KINDS = "a MODEL is a torchvision name, package.module:callable or a .pt2 file"

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from fxpath.capture.loading.words import by, plain, some
 
-__all__ = ["fit_state_dict"]
-
 # Components that torch.compile, FSDP, activation checkpointing and data parallelism add to names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 _AVERAGED = re.compile(r"(^|[ _.-])(ema|swa|averaged?|shadow)([_.-]|$)|ema$", re.IGNORECASE)

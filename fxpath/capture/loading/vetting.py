@@ -26,8 +26,6 @@ import torch
 
 from fxpath.capture.loading.zips import Refused
 
-__all__ = ["vet"]
-
 # Of an operation: only where it stands in the user's code is ever shown.
 _METADATA = frozenset({"stack_trace", "nn_module_stack", "torch_fn"})
 # Operations of ATen that touch files or the screen.

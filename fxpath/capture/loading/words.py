@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["UsageError", "by", "one_line", "plain", "some"]
-
 
 class UsageError(Exception):
     """What the user can put right, said in one line."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import zipfile
 
-__all__ = ["Refused", "listed"]
-
 
 class Refused(ValueError):
     """What no honest file holds."""

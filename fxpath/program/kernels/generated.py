@@ -14,8 +14,6 @@ from torch import Tensor, fx
 
 from fxpath.program.kernels.operator import Kernel
 
-__all__ = ["applies", "column_sums", "dot", "scores_into"]
-
 #: Entries from which on a sweep through generated code repays its compilation, of some seconds.
 LARGE = 1 << 22
 

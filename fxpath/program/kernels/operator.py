@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "Kernel", "host", "operator", "scalar"]
-
 _LIBRARY = torch.library.Library("fxpath", "FRAGMENT")
 
 Kernel = Callable[..., Any]

@@ -14,8 +14,6 @@ from torch import Tensor
 from fxpath.graph import ops
 from fxpath.program.kernels.operator import host, operator, scalar
 
-__all__ = ["MASS", "SMALLEST", "least", "sum_to", "times"]
-
 #: Entries of new tensors that are at least so large lost no digit to underflow, which is below
 #: 2^-126 (2^-1022) for each of at most some 2^17 terms of a sum.
 SMALLEST = {torch.float32: 2.0**-85, torch.float64: 2.0**-900}
