@@ -108,8 +108,8 @@ def rows(case: str, sizes: Sequence[int]) -> Iterator[tuple[str, int, int, float
         exported = time.process_time()
         nodes = size / 1000 if case == "sound" else len(captured.graph_module.graph.nodes)
         setting = Setting(captured)
-        signed = lift(fold(captured.graph_module, setting), setting)
-        PathProgram(captured, rewrite(signed, setting), torch.float32, 1.0).path_norm()
+        lifted = lift(fold(captured.graph_module, setting), setting)
+        PathProgram(captured, rewrite(lifted, setting), torch.float32, 1.0).path_norm()
         taken = time.process_time() - exported
         yield case, size, int(nodes), exported - start, taken, 1000 * taken / nodes
 

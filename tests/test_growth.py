@@ -47,8 +47,8 @@ def rewriting(case: str, size: int) -> int:
 
     def run() -> None:
         setting = Setting(captured)
-        signed = lift(fold(captured.graph_module, setting), setting)
-        program = PathProgram(captured, rewrite(signed, setting), torch.float32, 1.0)
+        lifted = lift(fold(captured.graph_module, setting), setting)
+        program = PathProgram(captured, rewrite(lifted, setting), torch.float32, 1.0)
         program.evaluate(scores=True)
         list(coordinates(program.lifted, captured.live()))
 

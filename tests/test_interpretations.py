@@ -250,8 +250,8 @@ def test_a_bias_belongs_to_the_sums_that_it_alone_is_added_to(
     kind: str, words: list[Any], norm: float
 ) -> None:
     model = Adding(kind)
-    _, signed = take_in(model, Given((2,)))
-    assert biased(signed.graph) == words
+    _, lifted = take_in(model, Given((2,)))
+    assert biased(lifted.graph) == words
     assert fxpath.path_norm(model, (2,)) == norm
     shares = build(model, Given((2,))).scores()
     assert float(shares["bias"].sum()) == pytest.approx(11 / norm)
@@ -295,8 +295,8 @@ def test_maps_along_axes_cost_what_their_products_do() -> None:
 
 def test_weights_are_evaluated_with_their_signs_and_each_step_once() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1)).eval()
-    captured, signed = take_in(model, Given((1, 2, 2)))
-    wanted = [n for n in signed.graph.nodes if n.target is ops.coordinate]
+    captured, lifted = take_in(model, Given((1, 2, 2)))
+    wanted = [n for n in lifted.graph.nodes if n.target is ops.coordinate]
     counted: list[str] = []
 
     class Counting(TorchDispatchMode):
@@ -305,7 +305,7 @@ def test_weights_are_evaluated_with_their_signs_and_each_step_once() -> None:
             return function(*rest[1], **(rest[2] or {}))
 
     with Counting():
-        found = dict(evaluated(signed, captured.live(), wanted))
+        found = dict(evaluated(lifted, captured.live(), wanted))
     conv, norm, last = model
     factor = (norm.running_var.double() + norm.eps).rsqrt()
     folded = [conv.weight * factor[:, None, None, None], conv.bias.double() * factor]

@@ -36,10 +36,10 @@ class Weighing:
 class Interpretation:
     """Runs a lifted graph on values of some kind; a subclass says what operations do to them.
 
-    Eight methods are enough: :meth:`source`, :meth:`constant`, :meth:`known`, :meth:`coordinate`,
-    :meth:`weigh`, :meth:`add`, :meth:`join` and :meth:`total`, if values have a method ``map`` that
-    applies a linear map with non-negative coefficients.  All others have defaults in terms of
-    these: a bias is one more neuron that is added, a maximum is a sum.
+    Six methods are enough: :meth:`source`, :meth:`constant`, :meth:`weigh`, :meth:`add`,
+    :meth:`join` and :meth:`total`, and mostly :meth:`known` and :meth:`coordinate` too, if values
+    have a method ``map`` that applies a linear map with non-negative coefficients.  All others have
+    defaults in terms of these: a bias is one more neuron that is added, a maximum is a sum.
 
     What is computed from the model's tensors alone are plain tensors until ``coordinate`` or
     ``coefficient`` makes a weight of them.

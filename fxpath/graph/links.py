@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
 
 import torch
 from torch import Tensor, fx
@@ -48,13 +47,7 @@ class Kernel(Sequence[Stencil]):
     def __len__(self) -> int:
         return self.kernel
 
-    @overload
-    def __getitem__(self, index: int) -> Stencil: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Stencil]: ...
-    def __getitem__(self, index: int | slice) -> Stencil | Sequence[Stencil]:
-        if isinstance(index, slice):
-            return [self[tap] for tap in range(self.kernel)[index]]
+    def __getitem__(self, index: int) -> Stencil:  # type: ignore[override]
         shift = range(self.kernel)[index] * self.dilation - self.padding
         if self.transposed:
             # Position p is read at p * stride + shift.
@@ -90,7 +83,7 @@ def extents(node: fx.Node) -> tuple[int, ...]:
 
 
 def seen_through(node: fx.Node) -> fx.Node:
-    """The activation that path mass sees: behind words of the signed graph that it ignores."""
+    """The activation that path mass sees: behind words that it ignores."""
     while node.target in ops.IGNORED or (node.target is ops.clamp and not any(node.args[1:])):
         node = arguments(node)[0]
     return node

@@ -3,12 +3,11 @@
 Every supported ATen operation is rewritten into the few functions below, so that whatever
 interprets a lifted graph (the path-norm, its reduction, a metric between two sets of weights) has
 these to understand and no others.  Called as they are, they compute the l^1 path-norm without any
-care for
-range: a source of ones, entries of theta in absolute value, sums instead of maxima.
+care for range: a source of ones, entries of theta in absolute value, sums instead of maxima.
 
-The graph that the rules write is *signed*: it says ReLU, absolute value and sign, which bound, and
-which rank of a window, so that two networks can be told apart and values can be computed.  Path
-mass ignores all of that: see ``fxpath.graph.links.seen_through``.
+The graph that the rules write says more than path mass depends on: ReLU, absolute value and sign,
+which bound, and which rank of a window, so that two networks can be told apart and values can be
+computed.  Path mass ignores all of that: see ``fxpath.graph.links.seen_through``.
 
 Operations that only move entries (``aten.reshape``, ``aten.permute``, ``aten.cat``) appear in a
 lifted graph under their own name: they do the same to every kind of value.
@@ -333,7 +332,7 @@ def bound_sizes(lo: float | None, hi: float | None) -> tuple[float, float]:
     return abs(lo or 0.0), abs(hi or 0.0)
 
 
-# -- words of the signed graph, which path mass ignores --------------------------------------------
+# -- words that path mass ignores ------------------------------------------------------------------
 
 
 def relu(x: Tensor) -> Tensor:

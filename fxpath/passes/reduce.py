@@ -230,7 +230,7 @@ class _Reduction(Writer):
         for argument, axes in self.classes.reads[node]:
             others = [link for link in axes if link.dim != dim]
             piece = self._mapped(node, argument, others, partial=True)
-            own = self._partition(argument)[dim]
+            own = self._basis(argument)[dim]
             if not own.is_trivial:
                 piece = self._mix(piece, dim, _expansion(own))
             pieces.append(piece)
@@ -247,7 +247,7 @@ class _Reduction(Writer):
         x = self.env[argument]
         if self.choice[argument]:
             return x
-        for dim, partition in enumerate(self._partition(argument)):
+        for dim, partition in enumerate(self._basis(argument)):
             if not partition.is_trivial:
                 x = self._mix(x, dim, partition.sizes.double()[None])
         return x
@@ -256,8 +256,6 @@ class _Reduction(Writer):
 
     def _basis(self, node: fx.Node) -> list[Partition]:
         return partitions(self.classes, node, self.choice[node])
-
-    _partition = _basis
 
     def _full(self, node: fx.Node, argument: fx.Node, link: Link) -> bool:
         """Whether an axis is whole on both sides, so that a convolution runs as it was."""

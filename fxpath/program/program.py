@@ -42,7 +42,8 @@ class PathProgram:
             ``fxpath.graph.ops``; it prints, lints, and called on the model's tensors returns the
             path-norm without care for range.
         lifted: the network as the rules write it, with activations and signs, at full resolution.
-        reduced: the same after it, before each layer is lowered to what computes it fastest.
+        reduced: the same after the spatial reduction, before each layer is lowered to what computes
+            it fastest.
         dtype: number format of the evaluation; float64 takes over where float32 cannot hold the
             span of one tensor.
         q: exponent of the path-norm.

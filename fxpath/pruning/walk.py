@@ -16,12 +16,11 @@ from torch import Tensor, fx
 from fxpath.graph import ops
 from fxpath.graph.aten import RELABELLING, SLICE
 from fxpath.graph.edit import inputs_first
+from fxpath.graph.leaves import LEAVES
 from fxpath.graph.schema import arguments, bias_of
 from fxpath.model import Captured
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import Coordinates, Labels, compressed
-
-_NUMBERS = {ops.coordinate, ops.coefficient}
 
 
 class Walk(Labelling):
@@ -189,7 +188,7 @@ def _seen(
         view: Any = node.target
         return [(origin, view(seen, *rest, **node.kwargs)) for origin, seen in known[inputs[0]]]
     found = [each for one in inputs for each in known[one]]
-    if node.target in _NUMBERS:
+    if node.target in LEAVES:
         return found
     shape, tags = node.meta["val"].shape, getattr(node.target, "tags", ())
     alike = len(inputs) == 1 and inputs[0].meta["val"].shape == shape
