@@ -64,8 +64,9 @@ def test_twice_the_graph_takes_twice_the_calls(case: str) -> None:
 
 def test_sound_of_any_length_takes_the_same_calls() -> None:
     rewriting("sound", 2000)
-    short, long = rewriting("sound", 4000), rewriting("sound", 40000)
-    assert long <= 1.2 * short
+    # Both too long for dense matrices along their axis.
+    short, long = rewriting("sound", 40_000), rewriting("sound", 400_000)
+    assert long <= 1.02 * short
 
 
 class Masked(nn.Module):
