@@ -11,18 +11,7 @@ import torch
 from torch import fx
 
 from fxpath.errors import Problem, problem
-from fxpath.graph import ops
-from fxpath.graph.aten import (
-    BY_VALUE,
-    CAST,
-    EXPAND,
-    MADE_FROM_SHAPE,
-    PICKING,
-    RELABELLING,
-    SAME,
-    SLICE,
-    SPLITTING,
-)
+from fxpath.graph import aten, ops
 from fxpath.graph.constants import Constants
 from fxpath.graph.edit import form, inputs_first
 from fxpath.graph.made import fill_of, read_by
@@ -104,7 +93,7 @@ class Builder(Constants, Writer):
         if self.shape(x) == tuple(shape):
             return x
         full = (*(1,) * (len(shape) - len(self.shape(x))), *self.shape(x))
-        return self.emit(EXPAND, self.reshape(x, full), list(shape))
+        return self.emit(aten.EXPAND, self.reshape(x, full), list(shape))
 
     def add(self, terms: Sequence[fx.Node], shape: Sequence[int]) -> fx.Node:
         """The sum of any number of lifted values, of one shape."""
@@ -148,7 +137,7 @@ class Builder(Constants, Writer):
             return x
         plain = None if ranks else as_slice(stencil)
         if plain is not None:
-            node = self.emit(SLICE, x, dim, *plain)
+            node = self.emit(aten.SLICE, x, dim, *plain)
         else:
             index, weight = stencil.tensors()
             read = self.buffer(index, "index"), self.buffer(weight, "taps")
@@ -172,7 +161,7 @@ class Builder(Constants, Writer):
         if not isinstance(value, fx.Node):
             return self.number(value)
         views: list[fx.Node] = []
-        shown = {*RELABELLING, *SAME}
+        shown = {*aten.RELABELLING, *aten.SAME}
         while value not in self._weights and (value.target in shown or self._picks(value)):
             views.append(value)
             value = value.args[0]
@@ -180,8 +169,8 @@ class Builder(Constants, Writer):
             self._weights[value] = self._weight(value, user, suffix)
         lifted = self._weights[value]
         for view in reversed(views):
-            if view.target not in SAME:
-                called = BY_VALUE.get(target(view), target(view))
+            if view.target not in aten.SAME:
+                called = aten.BY_VALUE.get(target(view), target(view))
                 rest = fx.map_arg(view.args[1:], self._positions)
                 lifted = self.emit(called, lifted, *rest)
             self._weights[view] = lifted
@@ -189,7 +178,7 @@ class Builder(Constants, Writer):
 
     def _picks(self, value: fx.Node) -> bool:
         """Whether a value is a choice of a parameter's entries, which stay the parameter's own."""
-        if value.target not in PICKING or not depends_on_parameter(self.captured, value):
+        if value.target not in aten.PICKING or not depends_on_parameter(self.captured, value):
             return False
         known = [self.peek(n) for n in value.all_input_nodes[1:]]
         return all(k is not None and k.dtype in (torch.int64, torch.int32) for k in known)
@@ -205,7 +194,7 @@ class Builder(Constants, Writer):
         return self.emit(ops.coefficient, self.buffer(held, "number"))
 
     def _weight(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
-        if value.target is operator.getitem and arguments(value)[0].target in SPLITTING:
+        if value.target is operator.getitem and arguments(value)[0].target in aten.SPLITTING:
             return self._piece(value, user, suffix)
         held = self._form(value)
         check_format(held)
@@ -218,7 +207,7 @@ class Builder(Constants, Writer):
             return self.emit(ops.coefficient, self._fixed(value))
         static = self.static(value)
         if not static.meta["val"].is_floating_point():
-            static = self.emit(CAST, static, torch.float32)
+            static = self.emit(aten.CAST, static, torch.float32)
         return self.emit(ops.coordinate, static, self._own(name, value, static))
 
     def _form(self, value: fx.Node) -> Any:
@@ -237,7 +226,7 @@ class Builder(Constants, Writer):
         if known is not None and not bool(torch.isfinite(known).all()):
             raise Refusal(*INFINITE)
         if not static.meta["val"].is_floating_point():
-            static = self.emit(CAST, static, torch.float32)
+            static = self.emit(aten.CAST, static, torch.float32)
         return static
 
     def _piece(self, value: fx.Node, user: fx.Node, suffix: str) -> fx.Node:
@@ -253,7 +242,7 @@ class Builder(Constants, Writer):
             ]
             self._starts[split] = [*itertools.accumulate(sizes, initial=0)]
         start, end = self._starts[split][index], self._starts[split][index + 1]
-        piece = self.emit(SLICE, whole, dim, start, end)
+        piece = self.emit(aten.SLICE, whole, dim, start, end)
         return self.reshape(piece, tuple(split.meta["val"][index].shape))
 
     def _own(self, name: str, value: fx.Node, static: fx.Node) -> str:
@@ -281,13 +270,13 @@ class Builder(Constants, Writer):
         """Copy one step of a computation on parameters and constants."""
         if value.op != "call_function" or value in self._active:
             raise AssertionError(f"{value.name} is no constant expression")
-        if value.target in MADE_FROM_SHAPE:
+        if value.target in aten.MADE_FROM_SHAPE:
             copied = self._filled(value)
         else:
             if torch.Tag.nondeterministic_seeded in getattr(value.target, "tags", ()):
                 self.refuse(value, Refusal(*RANDOM))
             args, kwargs = fx.map_arg((value.args, value.kwargs), self._copied.__getitem__)
-            called = BY_VALUE.get(target(value), target(value))
+            called = aten.BY_VALUE.get(target(value), target(value))
             key = (called, repr(args), repr(kwargs))
             if key not in self._expressions:
                 self._expressions[key] = self.graph.call_function(called, args, kwargs)
@@ -298,5 +287,5 @@ class Builder(Constants, Writer):
     def _filled(self, value: fx.Node) -> fx.Node:
         made, number = value.meta["val"], fill_of(value)
         if isinstance(number, fx.Node):
-            return self.emit(EXPAND, self._copied[number], list(made.shape))
+            return self.emit(aten.EXPAND, self._copied[number], list(made.shape))
         return self.buffer(torch.full(tuple(made.shape), number, dtype=made.dtype), "filled")

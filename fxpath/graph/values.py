@@ -76,17 +76,6 @@ def is_float(value: fx.Node) -> bool:
     return isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
 
 
-def ancestors(output: fx.Node) -> set[fx.Node]:
-    """All that a value is computed from."""
-    found: set[fx.Node] = set()
-    stack = [output]
-    while stack:
-        new = [n for n in stack.pop().all_input_nodes if n not in found]
-        found.update(new)
-        stack.extend(new)
-    return found
-
-
 def frozen(norm: fx.Node) -> bool:
     """Whether a batch norm uses its running statistics."""
     bound = bind(norm)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from fxpath.errors import BLANK, Problem, SupportReport, UnsupportedModelError
+from fxpath.graph.edit import inputs_first
 from fxpath.model import Captured, Given, Model
 
 #: Whether a model is taken in for what is asked of it.
@@ -73,7 +74,7 @@ def _clean_outputs(
 ) -> list[int | str]:
     """Keys of the outputs that depend on no offending node."""
     results = next(iter(reversed(graph.nodes))).args[0]
-    tainted = {key for key, result in zip(keys, results, strict=True) if bad & _ancestors(result)}
+    tainted = {key for key, result in zip(keys, results, strict=True) if bad & _behind(result)}
     return [key for key in dict.fromkeys(keys) if key not in tainted]
 
 
@@ -87,18 +88,12 @@ def _cuts(graph: fx.Graph, bad: set[fx.Node]) -> Iterator[str]:
         for path, _ in (node.meta.get("nn_module_stack") or {}).values():
             if path and node.op == "call_function":
                 last[path] = node
-    before = {path: _ancestors(node) for path, node in last.items()}
+    before = {path: _behind(node) for path, node in last.items()}
     least = sum(node.op == "call_function" for node in graph.nodes) * _HEAD
     good = [path for path, nodes in before.items() if len(nodes) >= least and not nodes & bad]
     # Of modules with the same end, the outermost.
     yield from sorted(good, key=lambda path: (-len(before[path]), path.count(".")))
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, pending = {node}, [node]
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                pending.append(source)
-    return found
+def _behind(node: fx.Node) -> set[fx.Node]:
+    return set(inputs_first(node, ()))

@@ -17,22 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from fxpath.graph import ops
-from fxpath.graph.aten import (
-    ADD,
-    BATCH_NORMS,
-    CASTS,
-    CONVOLUTION,
-    CONVOLUTIONS,
-    DROPOUTS,
-    LINEAR,
-    MULTIPLY,
-    RESHAPE,
-    RESHAPES,
-    SAME,
-    TRANSPOSED,
-    WITH_STATISTICS,
-)
+from fxpath.graph import aten, ops
 from fxpath.graph.constants import active_nodes
 from fxpath.graph.edit import drop_dead, written
 from fxpath.graph.naming import coordinate_name, name_without_parameter
@@ -52,7 +37,7 @@ def fold(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
         copy.meta["val"] = fx.node.map_aggregate(copy.meta.get("val"), settled)
     active = active_nodes(graph, setting.captured)
     for node in list(graph.nodes):
-        if node.target in BATCH_NORMS and frozen(node) and _alone(node, active):
+        if node.target in aten.BATCH_NORMS and frozen(node) and _alone(node, active):
             source = _producer(bind(node)["input"])
             if source is not None and _foldable(source, active):
                 _fold(setting.captured, source, node)
@@ -66,7 +51,7 @@ def _alone(norm: fx.Node, active: set[fx.Node]) -> bool:
     """Whether a norm reads no activation but its input, and gives nothing but that normalized."""
     bound = bind(norm)
     read = [bound[key] for key in ("weight", "bias", "running_mean", "running_var")]
-    items = norm.target in WITH_STATISTICS
+    items = norm.target in aten.WITH_STATISTICS
     return not any(value in active for value in read) and not (
         items and any(arguments(user)[1] != 0 for user in norm.users)
     )
@@ -83,10 +68,10 @@ def _producer(value: Any) -> fx.Node | None:
 
 def _transparent(node: fx.Node) -> bool:
     """Whether an operation hands on its argument as it is, channel axis included."""
-    if node.target in DROPOUTS:
+    if node.target in aten.DROPOUTS:
         bound = bind(node)
         return not bound["train"] or bound["p"] == 0
-    if node.target not in {*SAME, *CASTS, *RESHAPES}:
+    if node.target not in {*aten.SAME, *aten.CASTS, *aten.RESHAPES}:
         return False
     before, after = arguments(node)[0].meta["val"], node.meta["val"]
     return before.shape == after.shape and bool(after.is_floating_point())
@@ -94,23 +79,23 @@ def _transparent(node: fx.Node) -> bool:
 
 def _foldable(node: fx.Node, active: set[fx.Node]) -> bool:
     """Whether channels, which batch norm has on axis 1, are the output axis of the map."""
-    if node.target not in {*CONVOLUTIONS, *TRANSPOSED, LINEAR}:
+    if node.target not in {*aten.CONVOLUTIONS, *aten.TRANSPOSED, aten.LINEAR}:
         return False
     bound = bind(node)
     weight = bound["weight"]
     if "val" not in weight.meta or weight in active or bound["bias"] in active:
         return False
     dims = node.meta["val"].dim()
-    if node.target is LINEAR and weight.meta["val"].dim() != 2:
+    if node.target is aten.LINEAR and weight.meta["val"].dim() != 2:
         return False
-    return dims == (2 if node.target is LINEAR else weight.meta["val"].dim())
+    return dims == (2 if node.target is aten.LINEAR else weight.meta["val"].dim())
 
 
 def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
     graph = node.graph
     bound = bind(node)
     weight = bound["weight"]
-    transposed = node.target in TRANSPOSED or bool(bound.get("transposed"))
+    transposed = node.target in aten.TRANSPOSED or bool(bound.get("transposed"))
     factor, bias = _effective(captured, norm, bound["bias"], before=node)
     with graph.inserting_before(node):
         folded = graph.call_function(
@@ -122,7 +107,7 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
     ) or name_without_parameter(captured, node, "weight", weight)
     node.args = (bound["input"], folded, bias, *node.args[3:])
     node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")}
-    if node.target is CONVOLUTION and len(node.args) < 3:
+    if node.target is aten.CONVOLUTION and len(node.args) < 3:
         raise AssertionError("aten.convolution takes its arguments by position")
     _replace(norm, node)
 
@@ -134,10 +119,10 @@ def _write_out(captured: Captured, norm: fx.Node) -> None:
     shape[1] = -1
     step = x
     for function, weight in zip(
-        (MULTIPLY, ADD), _effective(captured, norm, None, before=norm), strict=True
+        (aten.MULTIPLY, aten.ADD), _effective(captured, norm, None, before=norm), strict=True
     ):
         with graph.inserting_before(norm):
-            beside = graph.call_function(RESHAPE, (weight, shape))
+            beside = graph.call_function(aten.RESHAPE, (weight, shape))
             step = graph.call_function(function, (step, beside))
         beside.meta["val"] = weight.meta["val"].reshape(shape)
         step.meta = {**norm.meta, "val": x.meta["val"]}
@@ -146,7 +131,7 @@ def _write_out(captured: Captured, norm: fx.Node) -> None:
 
 def _replace(norm: fx.Node, step: fx.Node) -> None:
     """Let a norm's readers read its result: the node itself, or item 0 of a native batch norm."""
-    for result in list(norm.users) if norm.target in WITH_STATISTICS else [norm]:
+    for result in list(norm.users) if norm.target in aten.WITH_STATISTICS else [norm]:
         result.replace_all_uses_with(step)
 
 

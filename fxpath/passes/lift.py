@@ -17,10 +17,11 @@ from fxpath.capture.sources import unreliable
 from fxpath.errors import SupportReport, UnsupportedModelError
 from fxpath.graph import ops
 from fxpath.graph.builder import Builder
+from fxpath.graph.edit import inputs_first
 from fxpath.graph.leaves import number_leaves
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import arguments, bind, target
-from fxpath.graph.values import ancestors, check_shape, is_float
+from fxpath.graph.values import check_shape, is_float
 from fxpath.passes.biases import own_biases
 from fxpath.passes.setting import Setting
 from fxpath.rules import RULES, refusal
@@ -55,7 +56,7 @@ def lift(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
 def _walk(build: Builder, graph: fx.Graph) -> None:
     """Lift node by node; problems are collected, not raised."""
     output = next(iter(reversed(graph.nodes)))
-    needed = ancestors(output)
+    needed = set(inputs_first(output, ()))
     inputs = 0
     for node in graph.nodes:
         if not build.is_active(node):

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterator, Mapping
 from torch import fx
 
 from fxpath.graph import ops
+from fxpath.graph.edit import inputs_first
 from fxpath.graph.made import read_by
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured
@@ -106,11 +107,8 @@ def _computed_from(captured: Captured, value: object) -> Iterator[tuple[str, boo
 
 def _read(captured: Captured) -> set[str]:
     """Tensors whose values an output is computed from, or seems to be."""
-    graph = captured.graph_module.graph
-    stack, seen = [next(iter(reversed(graph.nodes)))], set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes if node.op == "output" else read_by(node)
+    (results,) = next(iter(reversed(captured.graph_module.graph.nodes))).args
+    seen: dict[fx.Node, None] = {}
+    for result in results:
+        seen.update(dict.fromkeys(inputs_first(result, seen, read_by)))
     return {captured.tensors[node.name] for node in seen if node.name in captured.tensors}
