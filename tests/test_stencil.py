@@ -20,7 +20,7 @@ import fxpath
 from fxpath.graph import ops, stencil
 from fxpath.graph.costs import multiply_adds
 from fxpath.graph.exact import Coefficient, Rows, exact_sums, numbered
-from fxpath.graph.links import Kernel, extents, links, mark_static, row_power, static
+from fxpath.graph.links import Kernel, extents, links, mark_static, row_power, seen_through, static
 from fxpath.graph.schema import bias_of
 from fxpath.graph.stencil import Stencil
 from fxpath.model import Given
@@ -239,7 +239,8 @@ def test_classes_are_those_of_the_definition(seed: int) -> None:
     mark_static(graph)
     found = find_classes(graph, q)
     reachable, observable = slow_classes(graph, q)
-    for node in reachable:
+    assert found.reachable.keys() == {node for node in reachable if seen_through(node) is node}
+    for node in found.reachable:
         assert [p.of.tolist() for p in found.reachable[node]] == reachable[node], node
         assert [p.of.tolist() for p in found.observable[node]] == observable[node], node
         for p in (*found.reachable[node], *found.observable[node]):

@@ -260,7 +260,9 @@ class Interpretation:
 
     def clamp(self, x: Any, lo: float | None, hi: float | None) -> Any:
         """2-max-pooling against two numbers: by default biases of their sizes."""
-        bounds = map(Fraction, ops.bound_sizes(lo, hi))
+        bounds = [Fraction(bound) for bound in ops.bound_sizes(lo, hi)]
+        if not any(bounds):
+            return self.relu(x)
         sizes = sum(power_of_number(bound, self.q) for bound in bounds)
         return self.shift(x, self.known(self.filled((), float(sizes))))
 

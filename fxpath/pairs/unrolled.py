@@ -185,7 +185,7 @@ class Neurons(PairInterpretation, Generic[S]):
         zeros = self.filled(shape, 0.0)
         return self.settle(Pending([], lambda x, side: zeros, shape), bias, self._is_final())
 
-    def weigh(self, x: S, weight: Signed, bias: Signed | None, run: Weighing) -> S:
+    def weigh(self, x: S, weight: Signed, bias: Signed | None, run: Weighing) -> Any:
         shapes = self._shape(0), self._shape(1)
         if run.operation is ops.conv:
             unrolled = edges.convolution(*shapes, tuple(self.node.meta["val"].shape), *run.spec)
@@ -202,12 +202,14 @@ class Neurons(PairInterpretation, Generic[S]):
         bias: Signed | None,
         unrolled: Unrolled,
         run: Callable[[Tensor, Tensor], Tensor],
-    ) -> S:
+    ) -> Any:
         pending: Pending[S] = Pending(
             [(unrolled, x, weight)],
             lambda values, side: run(values[0], (weight.first, weight.second)[side].abs()),
             tuple(self.node.meta["val"].shape),
         )
+        if bias is None and all(user.target is ops.shift for user in _readers(self.node)):
+            return pending  # the bias that is added belongs to the same neurons
         return self.settle(pending, bias, self._is_final())
 
     def scale(self, x: Any, weight: Signed, bias: Signed | None = None) -> Any:
@@ -219,8 +221,11 @@ class Neurons(PairInterpretation, Generic[S]):
     def slope(self, x: S, a: Tensor | float) -> S:
         return self.through(x, lambda v: v, lambda v: ops.slope(v, a))
 
-    def shift(self, x: S, bias: Signed) -> S:
-        return self.settle(self._copies([x]), bias, self._is_final())
+    def shift(self, x: Any, bias: Signed) -> S:
+        if isinstance(x, Pending) and x.shape != tuple(self.node.meta["val"].shape):
+            x = self.settle(x, None, False)  # the bias makes more neurons of them
+        pending = x if isinstance(x, Pending) else self._copies([x])
+        return self.settle(pending, bias, self._is_final())
 
     def add(self, x: S, y: S) -> S:
         return self.settle(self._copies([x, y]), None, self._is_final())
@@ -269,6 +274,14 @@ class Neurons(PairInterpretation, Generic[S]):
 
     def _is_final(self) -> bool:
         return self.node in self._final
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads an activation, through words that path mass ignores."""
+    readers: list[fx.Node] = []
+    for user in node.users:
+        readers += [user] if seen_through(user) is user else _readers(user)
+    return readers
 
 
 def _final(graph: fx.Graph) -> set[fx.Node]:

@@ -96,8 +96,8 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
     bound = bind(node)
     weight = bound["weight"]
     transposed = node.target in aten.TRANSPOSED or bool(bound.get("transposed"))
-    factor, bias = _effective(captured, norm, bound["bias"], before=node)
-    with graph.inserting_before(node):
+    factor, bias = _effective(captured, norm, bound["bias"])
+    with graph.inserting_before(norm):
         folded = graph.call_function(
             ops.folded_weight, (weight, factor, int(transposed), bound.get("groups", 1))
         )
@@ -109,6 +109,7 @@ def _fold(captured: Captured, node: fx.Node, norm: fx.Node) -> None:
     node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")}
     if node.target is aten.CONVOLUTION and len(node.args) < 3:
         raise AssertionError("aten.convolution takes its arguments by position")
+    norm.prepend(node)  # behind what its weights are computed from
     _replace(norm, node)
 
 
@@ -119,7 +120,7 @@ def _write_out(captured: Captured, norm: fx.Node) -> None:
     shape[1] = -1
     step = x
     for function, weight in zip(
-        (aten.MULTIPLY, aten.ADD), _effective(captured, norm, None, before=norm), strict=True
+        (aten.MULTIPLY, aten.ADD), _effective(captured, norm, None), strict=True
     ):
         with graph.inserting_before(norm):
             beside = graph.call_function(aten.RESHAPE, (weight, shape))
@@ -135,12 +136,10 @@ def _replace(norm: fx.Node, step: fx.Node) -> None:
         result.replace_all_uses_with(step)
 
 
-def _effective(
-    captured: Captured, norm: fx.Node, bias: Any, before: fx.Node
-) -> tuple[fx.Node, fx.Node]:
+def _effective(captured: Captured, norm: fx.Node, bias: Any) -> tuple[fx.Node, fx.Node]:
     """Nodes for gamma / sigma and beta + gamma (bias - mu) / sigma of a frozen batch norm."""
     graph, stats = norm.graph, bind(norm)
-    with graph.inserting_before(before):
+    with graph.inserting_before(norm):
         factor = graph.call_function(
             ops.normalizer, (stats["weight"], stats["running_var"], stats["eps"])
         )

@@ -160,18 +160,16 @@ class _Reduction(Writer):
         lead = [link for link in axes if link.dim < 2]
         x = self._mapped(node, argument, lead, partial=True)
         x = self._whole(x, argument, {link.source_dim for link in lead})
-        y = self.emit(ops.conv, x, self.env[arguments(node)[1]], None, *arguments(node)[3:])
+        basis, bias = self._basis(node), self._bias(node)
+        taken = [d for d in range(2, len(basis)) if not basis[d].is_trivial]
+        weight, spec = self.env[arguments(node)[1]], arguments(node)[3:]
+        y = self.emit(ops.conv, x, weight, None if taken else bias, *spec)
         y.meta["whole"] = True
-        for link in axes:
-            partition = self._basis(node)[link.dim]
-            if link.dim >= 2 and not partition.is_trivial:
-                size = len(partition.of)
-                every = Partition.trivial(size)
-                y = self._mix(
-                    y, link.dim, self._matrix(node, link.dim, identity(size), every, False)
-                )
-        bias = self._bias(node)
-        return y if bias is None else self.emit(ops.shift, y, bias)
+        for dim in taken:
+            size = len(basis[dim].of)
+            every = Partition.trivial(size)
+            y = self._mix(y, dim, self._matrix(node, dim, identity(size), every, False))
+        return self.emit(ops.shift, y, bias) if taken and bias is not None else y
 
     def _untransposed(self, weight: fx.Node, groups: Any) -> fx.Node:
         """[in, out / groups, ...] of a transposed convolution as [out, in / groups, ...]."""

@@ -217,7 +217,7 @@ class _Expansion(Interpretation):
     def move(self, target: Callable[..., Tensor], x: Any, *args: Any) -> Any:
         if isinstance(x, _Entries):
             return super().move(target, x, *args)
-        ids = target(x.ids + 1, *args) - 1
+        ids = target(_double(x.ids + 1), *args).long() - 1
         if bool((ids >= 0).all()):
             return _Neurons(ids)
         # Zeros that it puts in are neurons that nothing reaches.

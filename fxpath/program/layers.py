@@ -141,6 +141,8 @@ def _channels(module: fx.GraphModule, node: fx.Node) -> Channels:
         if node.target is ops.contract:
             form = letters(arguments(node)[3])
             kept = "".join(c for c in form.weight if c in form.out)
+            # What the input has as well are places (a batch), unless there is nothing else.
+            kept = "".join(c for c in kept if c not in form.x) or kept
             return torch.einsum(f"{form.weight}->{kept}", seen).flatten()
         return seen.flatten()
 

@@ -104,6 +104,11 @@ class _Reach(Interpretation):
         note(counts > 0.5)
         return _Flow((counts > 0.5).to(counts.dtype))
 
+    def clamp(self, x: _Flow, lo: float | None, hi: float | None) -> _Flow:
+        # However small a bound is, paths begin at it.
+        bounded = self._biases and any(ops.bound_sizes(lo, hi))
+        return self._reached(x.value + float(bounded))
+
     def _leaf(self, value: Tensor) -> _Flow:
         value = value.detach().clone()
         if torch.is_grad_enabled() and value.numel():
