@@ -85,3 +85,24 @@ def test_a_reshape_that_moves_the_channels_is_not_folded() -> None:
 def test_hard_coded_dropout_is_still_refused() -> None:
     report = fxpath.check(Net(lambda x: nn.functional.dropout(x, 0.5, True)), (1,))
     assert [problem.operation for problem in report.problems] == ["aten.dropout.default"]
+
+
+class Late(nn.Module):
+    """A norm whose gamma is computed behind the map that it is folded into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.root = nn.Linear(1, 1), nn.Parameter(torch.tensor([3.0]))
+        self.register_buffer("mean", torch.tensor([2.5]))
+        self.register_buffer("var", torch.tensor([2.0]))
+        nn.init.ones_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return nn.functional.batch_norm(x, self.mean, self.var * 2, self.root**2, None, eps=0.0)
+
+
+def test_a_factor_that_is_computed_behind_the_map_is_folded() -> None:
+    # 9 / 2 (x + 2 - 2.5)
+    assert fxpath.path_norm(Late().eval(), (1,)) == pytest.approx(4.5 * FOLDED)

@@ -215,11 +215,11 @@ class Resampling(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(1, 1, 2)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.conv(x)
         y = nn.functional.interpolate(x, scale_factor=1.5, mode="bicubic")
         z = nn.functional.interpolate(x, (3, 4), mode="bilinear", align_corners=True)
-        return y.abs(), nn.functional.adaptive_avg_pool2d(-z, (2, 3))
+        return y.abs(), nn.functional.adaptive_avg_pool2d(-z, (2, 3)), nn.functional.unfold(x, 2)
 
 
 class Clipping(nn.Module):

@@ -171,3 +171,26 @@ def test_flatten_folds_at_every_position() -> None:
     # Nothing but constants: one channel stays, and what that reads through zero padding.
     assert left(result) == {"0": 5, "2": 1, "6": 3}
     assert any("one channel" in row["reason"] for row in result.kept)
+
+
+class Bounded(nn.Module):
+    def __init__(self, lo: float | None, hi: float | None) -> None:
+        super().__init__()
+        self.bounds = lo, hi
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(*self.bounds)
+
+
+@pytest.mark.parametrize("bounds", [(0.25, None), (None, -0.25), (0.125, 0.25)])
+def test_constants_that_a_small_bound_makes_go_into_the_next_bias(
+    bounds: tuple[float | None, float | None],
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Bounded(*bounds), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].bias[0] = 0
+    smaller = fxpath.remove_dead(model, (3,)).model
+    assert smaller[0].weight.shape == (3, 3) and smaller[2].weight.shape == (2, 3)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(smaller(x), model(x), rtol=1e-12, atol=1e-12)

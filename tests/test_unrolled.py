@@ -72,6 +72,11 @@ NETS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
         (1, 4, 5, 4),
         lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.ReLU(), nn.MaxPool3d(2), nn.Flatten()),
     ),
+    # Small and padded: the reduction keeps the first convolution whole.
+    "kept whole": (
+        (2, 5, 5),
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 1, 3)),
+    ),
     "batch norm apart": (
         LINE,
         lambda: nn.Sequential(
@@ -181,3 +186,26 @@ def test_what_a_fixed_factor_with_a_bias_reads_is_no_output() -> None:
     assert scaled.norms == pytest.approx(twin.norms)
     assert scaled.change == pytest.approx(twin.change)
     assert scaled.through_common == pytest.approx(twin.through_common)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda m, x: -(x @ m.weight) + m.shift,
+        lambda m, x: (x @ m.weight + m.shift).clamp(max=0),
+        lambda m, x: (x @ m.weight).clamp(max=0).abs() + m.shift,
+    ],
+    ids=["negated", "bounded by zero", "both"],
+)
+def test_what_path_mass_ignores_does_not_make_neurons(end: Callable[..., torch.Tensor]) -> None:
+    def bound(forward: Callable[..., torch.Tensor]) -> dict[str, float]:
+        torch.manual_seed(0)
+        model = Net(forward, weight=weight(3, 4), shift=weight(4)).double()
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+        return dict(fxpath.path_metric(model, other, (3,)).bounds)
+
+    plain = bound(lambda m, x: x @ m.weight + m.shift)
+    assert bound(end) == pytest.approx(plain, rel=1e-12)
