@@ -131,7 +131,7 @@ def _check_recipe(name: str, model: nn.Module, shape: tuple[int, ...]) -> None:
 
 def _cases(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
     batch = _batch(model, 1, shape)
-    eager, compiled = build(model, shape), fxpath.compile(model, shape)
+    eager, compiled = build(model, shape), fxpath.compile(model, shape, backend="eager")
     sizes = criteria.magnitude(model)
     scores = {name: torch.empty_like(score) for name, score in eager.scores().items()}
     return {

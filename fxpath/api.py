@@ -56,7 +56,8 @@ def analyze(
         q: exponent of the path-norm, >= 0; 0 counts non-zero paths.  Other than 1 runs in float64.
         dtype: ``torch.float32`` or ``torch.float64``; by default float64 if the model has such
             parameters, else float32.
-        compile: run through ``torch.compile``; for one evaluation it costs more than it saves.
+        compile: run the graph through ``torch.compile`` with Inductor; for one evaluation it costs
+            more than it saves.
         reduce: shrink the network by its spatial symmetry first; exact either way, ``False`` is
             for comparison.
 
@@ -80,7 +81,7 @@ def analyze(
         True
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
-    return Analysis.of(build(model, given, q, dtype, compile, reduce))
+    return Analysis.of(build(model, given, q, dtype, "inductor" if compile else "eager", reduce))
 
 
 def compile(
@@ -94,28 +95,44 @@ def compile(
     outputs: Outputs = None,
     q: float = 1,
     dtype: torch.dtype | None = None,
+    backend: str = "inductor",
     reduce: bool = True,
 ) -> PathProgram:
     """Capture and rewrite a model once, to evaluate it many times on its live parameters.
 
-    Arguments, and errors raised, are those of :func:`analyze`.  ``torch.compile`` runs at the first
-    evaluation.
+    One flat graph of ATen operations computes the norm and every score.
+
+    Args:
+        model: as for :func:`analyze`.
+        input_shape: as for :func:`analyze`.
+        example_inputs: as for :func:`analyze`.
+        example_kwargs: as for :func:`analyze`.
+        batch_dim: as for :func:`analyze`.
+        until: as for :func:`analyze`.
+        outputs: as for :func:`analyze`.
+        q: as for :func:`analyze`.
+        dtype: as for :func:`analyze`.
+        backend: what runs the graph: ``"inductor"`` compiles it as a whole at the first evaluation,
+            which takes from seconds to a minute, and again only if forms of tensors change;
+            ``"eager"`` runs it as it is; any other name of a backend of ``torch.compile`` is passed
+            on.  Where float32 does not suffice, the graph in float64 is run in the same way.
+        reduce: as for :func:`analyze`.
 
     Returns:
         A :class:`~fxpath.PathProgram`.
 
     Raises:
         UnsupportedModelError: listing every operation that the theory does not cover.
-        ValueError: as :func:`analyze`.
+        ValueError: as :func:`analyze`, or for an unknown backend.
 
     Example:
         >>> import torch, fxpath
-        >>> program = fxpath.compile(torch.nn.Linear(3, 2))
+        >>> program = fxpath.compile(torch.nn.Linear(3, 2), backend="eager")
         >>> loss = 0.01 * program.log_path_norm()
         >>> loss.backward()
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
-    return build(model, given, q, dtype, True, reduce)
+    return build(model, given, q, dtype, backend, reduce)
 
 
 def path_norm(model: Model, input_shape: Shapes = None, *, q: float = 1, **options: Any) -> float:
@@ -250,4 +267,4 @@ def _program(
 ) -> PathProgram:
     """The program behind the verbs that take the options of :func:`analyze`."""
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
-    return build(model, given, q, dtype, compile, reduce)
+    return build(model, given, q, dtype, "inductor" if compile else "eager", reduce)

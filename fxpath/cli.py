@@ -190,7 +190,7 @@ def _graph(arguments: argparse.Namespace) -> int:
     with _explained(arguments.model, arguments):
         model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
         with _without_print_outs(arguments):
-            program = fxpath.compile(model, **model_options(arguments))
+            program = fxpath.compile(model, backend="eager", **model_options(arguments))
     print(f"# input {program.captured.inputs}")
     if arguments.sizes:
         print(_sizes_table(program.sizes()))

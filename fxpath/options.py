@@ -162,7 +162,7 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         "-q", type=_parse_exponent, default=1, metavar="Q", help="exponent of the norm (default 1)"
     )
     analyze.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    analyze.add_argument("--compile", action="store_true", help="run through torch.compile")
+    analyze.add_argument("--compile", action="store_true", help="compile the graph with Inductor")
     analyze.set_defaults(command=commands["analyze"])
 
     graph = added.add_parser("graph", parents=[common], help="print the rewritten graph")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fxpath
 from fxpath.criteria import canonical_magnitude, path_magnitude
-from fxpath.program.evaluate import coordinates
 from fxpath.program.program import build
+from fxpath.program.theta import coordinates
 from fxpath.symmetry import least_norm
 from tests.support.canonical import MORE, assert_equal, minimized, mlp, taken
 from tests.support.nets import randomize

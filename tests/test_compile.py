@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+from fxpath.program.kernels import generated
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fxpath
-from fxpath.program.kernels import generated
 from tests.support.nets import randomize
 
 

@@ -16,8 +16,8 @@ from benchmarks.growth import CASES
 from fxpath.capture import capture
 from fxpath.model import Given
 from fxpath.passes import Setting, fold, lift, rewrite
-from fxpath.program.evaluate import coordinates
 from fxpath.program.program import PathProgram, build
+from fxpath.program.theta import coordinates
 
 
 def calls(run: Callable[[], Any]) -> int:

@@ -21,7 +21,7 @@ from tests.support.nets import SMALL, mlp, small_net
 def compiled() -> Iterator[tuple[nn.Module, fxpath.PathProgram]]:
     """A tiny MLP and its program; compiling is slow, so all tests share one."""
     model = mlp().double()
-    yield model, fxpath.compile(model, (5,))
+    yield model, fxpath.compile(model, (5,), backend="eager")
 
 
 def test_program_agrees_with_the_analysis_on_live_parameters(
@@ -178,7 +178,7 @@ def test_program_notices_values_that_are_not_finite(
 @pytest.mark.slow
 def test_program_of_a_network_with_batch_norm_follows_its_statistics() -> None:
     model = small_net().double()
-    program = fxpath.compile(model, SMALL)
+    program = fxpath.compile(model, SMALL, backend="eager")
     for _ in range(2):
         analysis = fxpath.analyze(model, SMALL)
         assert program.path_norm() == pytest.approx(analysis.path_norm, rel=1e-12)

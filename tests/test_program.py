@@ -114,7 +114,7 @@ NOTICED: dict[str, tuple[Callable[[Edited], Any], str]] = {
 @pytest.mark.parametrize("edit", READ_ANEW)
 def test_edits_are_read_anew(edit: str) -> None:
     model = Edited()
-    program = fxpath.compile(model, (4,))
+    program = fxpath.compile(model, (4,), backend="eager")
     before = program.path_norm()
     READ_ANEW[edit](model)
     assert program.path_norm() == pytest.approx(fxpath.path_norm(model, (4,)), rel=1e-6)
@@ -124,7 +124,7 @@ def test_edits_are_read_anew(edit: str) -> None:
 @pytest.mark.parametrize("edit", NOTICED)
 def test_edits_of_what_the_graph_was_made_for_are_noticed(edit: str) -> None:
     model = Edited()
-    program = fxpath.compile(model, (4,))
+    program = fxpath.compile(model, (4,), backend="eager")
     program.path_norm()
     change, named = NOTICED[edit]
     change(model)
@@ -136,7 +136,7 @@ def test_edits_of_what_the_graph_was_made_for_are_noticed(edit: str) -> None:
 @pytest.mark.parametrize("edit", NUMBERS)
 def test_edits_of_what_was_read_as_a_number_are_noticed(edit: str) -> None:
     model = Numbers()
-    program = fxpath.compile(model, (3,))
+    program = fxpath.compile(model, (3,), backend="eager")
     weights = model.l.weight[:2].abs().sum() + model.l.bias[:2].abs().sum()
     assert program.path_norm() == pytest.approx(6 * weights.item(), rel=1e-6)
     change, named = NUMBERS[edit]
@@ -211,7 +211,7 @@ def test_absolute_values_below_float32() -> None:
 
 
 def test_buffers_that_cannot_hold_the_scores() -> None:
-    program = fxpath.compile(blown_up(), (64,))
+    program = fxpath.compile(blown_up(), (64,), backend="eager")
     scores = program.scores()
     wide = {name: torch.empty_like(share) for name, share in scores.items()}
     assert program.scores(out=wide)["48.bias"] is wide["48.bias"]
@@ -225,7 +225,7 @@ def test_buffers_that_cannot_hold_the_scores() -> None:
 
 
 def test_buffers_that_cannot_be_written_to() -> None:
-    program = fxpath.compile(nn.Linear(2, 2), (2,))
+    program = fxpath.compile(nn.Linear(2, 2), (2,), backend="eager")
     bias, size = torch.empty(2), (2, 2)
     with torch.inference_mode():
         inferred = torch.empty(size)
@@ -254,7 +254,7 @@ def test_a_copy_that_was_made_in_inference_mode() -> None:
 
 def test_buffers_share_no_memory() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    program = fxpath.compile(model, (2,))
+    program = fxpath.compile(model, (2,), backend="eager")
     whole = torch.empty(12)
     weights, biases = ("0.weight", "1.weight"), ("0.bias", "1.bias")
     apart = {name: whole[4 * i : 4 * i + 4].view(2, 2) for i, name in enumerate(weights)}
@@ -344,7 +344,7 @@ class Computed(nn.Module):
 
 def test_a_backward_of_its_own_is_refused() -> None:
     model = Computed(Sign.apply, nn.Identity())
-    program = fxpath.compile(model, (3,))
+    program = fxpath.compile(model, (3,), backend="eager")
     assert program.path_norm() > 0
     with pytest.raises(fxpath.UnsupportedModelError, match="Sign computes.*backward"):
         program.log_path_norm()
@@ -353,7 +353,7 @@ def test_a_backward_of_its_own_is_refused() -> None:
 @pytest.mark.parametrize("behind", [nn.Identity(), Halved.apply])
 def test_a_straight_through_estimator_by_detach(behind: Any) -> None:
     model = Computed(detached, behind)
-    fxpath.compile(model, (3,)).log_path_norm().backward()
+    fxpath.compile(model, (3,), backend="eager").log_path_norm().backward()
     assert model.w.grad is not None
     found = model.w.grad.clone()
     model.zero_grad()
@@ -369,7 +369,7 @@ def test_a_straight_through_estimator_by_detach(behind: Any) -> None:
 @pytest.mark.parametrize("passed_on", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_programs_are_copied_with_their_model(passed_on: Callable[[Any], Any]) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    program = fxpath.compile(model, (3,))
+    program = fxpath.compile(model, (3,), backend="eager")
     before = program.path_norm()
     other = passed_on(program)
     with torch.no_grad():
@@ -385,7 +385,7 @@ def test_programs_are_copied_with_their_model(passed_on: Callable[[Any], Any]) -
 
 def test_programs_of_exported_programs_say_why_they_do_not_pickle() -> None:
     exported = torch.export.export(nn.Linear(3, 2), (torch.zeros(1, 3),))
-    program = fxpath.compile(exported)
+    program = fxpath.compile(exported, backend="eager")
     with pytest.raises(TypeError, match=r"torch\.export\.save"):
         pickle.dumps(program)
     assert copy.deepcopy(program).path_norm() == program.path_norm()
@@ -393,7 +393,7 @@ def test_programs_of_exported_programs_say_why_they_do_not_pickle() -> None:
 
 def test_threads_share_a_cold_program() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
-    program = fxpath.compile(model, (3, 8, 8))
+    program = fxpath.compile(model, (3, 8, 8), backend="eager")
     found: list[float] = []
 
     def run() -> None:

@@ -21,7 +21,7 @@ def check_against_double(model: nn.Module, shape: tuple[int, ...], compiled: boo
     assert found.path_norm == pytest.approx(expected.path_norm, rel=1e-5)
     for name, share in expected.scores.items():
         torch.testing.assert_close(found.scores[name].double(), share, rtol=1e-4, atol=1e-7)
-    program = fxpath.compile(model, shape)
+    program = fxpath.compile(model, shape, backend="eager")
     assert program.log_path_norm().exp().item() == pytest.approx(expected.path_norm, rel=1e-5)
     return found.path_norm
 
@@ -86,7 +86,7 @@ def test_a_root_of_a_weight_that_is_zero_has_no_gradient() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
     with torch.no_grad():
         model[0].weight[0, 0] = 0
-    fxpath.compile(model, (2,), q=0.5).log_path_norm().backward()
+    fxpath.compile(model, (2,), q=0.5, backend="eager").log_path_norm().backward()
     grads: list[Tensor] = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(grads) == 4 and all(bool(grad.isfinite().all()) for grad in grads)
     assert model[0].weight.grad is not None and model[0].weight.grad[0, 0] == 0
@@ -94,7 +94,7 @@ def test_a_root_of_a_weight_that_is_zero_has_no_gradient() -> None:
 
 def test_counting_paths_refuses_what_is_no_number() -> None:
     model = nn.Linear(2, 1)
-    program = fxpath.compile(model, (2,), q=0)
+    program = fxpath.compile(model, (2,), q=0, backend="eager")
     assert program.path_norm() == 3
     with torch.no_grad():
         model.weight[0, 0] = torch.nan
@@ -112,7 +112,7 @@ def test_layers_without_neurons() -> None:
 
 def test_buffers_for_scores_are_checked() -> None:
     model = nn.Linear(2, 1)
-    program = fxpath.compile(model, (2,))
+    program = fxpath.compile(model, (2,), backend="eager")
     with pytest.raises(ValueError, match="int64"):
         program.scores(out={"weight": torch.zeros(1, 2).long(), "bias": torch.zeros(1)})
     tracked = {

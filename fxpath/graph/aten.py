@@ -6,9 +6,11 @@ passes ask of operations: which are convolutions, which only show a tensor in an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 aten = torch.ops.aten
 
@@ -31,6 +33,16 @@ SELECTIONS: set[Any] = {
 #: All of them.
 MOVES: set[Any] = {CAT, EXPAND, PERMUTE, RESHAPE, SLICE, *SELECTIONS}
 
+#: The transposes of those that select entries: ``(gradient, shape, *arguments)``.
+SELECTION_BACKWARD: dict[Any, Callable[..., Tensor]] = {
+    SLICE: aten.slice_backward.default,
+    aten.diagonal.default: aten.diagonal_backward.default,
+    aten.unfold.default: aten.unfold_backward.default,
+    aten.im2col.default: lambda grad, shape, *spec: aten.col2im(grad, shape[-2:], *spec),
+    aten.tril.default: lambda grad, shape, k: aten.tril(grad, k),
+    aten.triu.default: lambda grad, shape, k: aten.triu(grad, k),
+}
+
 # -- what is computed ------------------------------------------------------------------------------
 
 ADD = aten.add.Tensor
@@ -39,6 +51,7 @@ MULTIPLY = aten.mul.Tensor
 ZEROS = aten.zeros.default
 
 CONVOLUTION = aten.convolution.default
+CONVOLUTION_BACKWARD = aten.convolution_backward.default
 CONVOLUTIONS: set[Any] = {
     *(getattr(aten, f"conv{n}d").default for n in (1, 2, 3)),
     *(getattr(aten, f"conv{n}d").padding for n in (1, 2, 3)),

@@ -13,7 +13,10 @@ from fxpath.graph.schema import arguments, target
 
 
 def evaluated(
-    module: fx.GraphModule, tensors: Mapping[str, Tensor], wanted: Sequence[fx.Node]
+    module: fx.GraphModule,
+    tensors: Mapping[str, Tensor],
+    wanted: Sequence[fx.Node],
+    attached: bool = False,
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Evaluate some nodes; each step is done once, and nothing is held longer than it is needed.
 
@@ -21,6 +24,7 @@ def evaluated(
         module: a lifted graph.
         tensors: the model's tensors by the names of the graph's placeholders.
         wanted: of its nodes; of an effective parameter what it reads, with signs.
+        attached: whether to record what autograd needs.
     """
     needed: dict[fx.Node, None] = {}
     for node in wanted:
@@ -31,7 +35,7 @@ def evaluated(
     for node in needed:
         if node.op == "placeholder":
             given = tensors[str(node.target)]
-            known[node] = given.detach() if given.requires_grad else given
+            known[node] = given.detach() if given.requires_grad and not attached else given
         elif node.op == "get_attr":
             known[node] = module.get_buffer(str(node.target)).to(device)
         elif node.target in LEAVES:

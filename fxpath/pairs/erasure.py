@@ -23,8 +23,6 @@ from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import BLOCK, Pair, Side, Weights
 from fxpath.passes import Setting, rewrite, take_in
 from fxpath.passes.reduce import reduce
-from fxpath.program.evaluate import evaluate
-from fxpath.program.path_norm import PathNorm
 from fxpath.program.program import PathProgram, format_of
 
 
@@ -112,8 +110,9 @@ def estimated_loss(
     """The relative path-metric of an erasure but for what cancels, and much faster."""
     logs = []
     for tensors in (ours, theirs):
-        run = evaluate(PathNorm(program.graph_module, torch.float64), tensors, None)
-        logs.append(float(run.total.log()))
+        run = program.flat.norm(tensors, torch.float64)
+        log = math.log(run.mantissa) if run.mantissa > 0 else -math.inf
+        logs.append(log + run.exponent * math.log(2))
     return -math.expm1(logs[1] - logs[0]) if math.isfinite(logs[0]) else 0.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from fxpath.model import Captured
@@ -21,6 +22,11 @@ class Setting:
 
     captured: Captured
     q: float = 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's tensors are."""
+        return next((t.device for t in self.captured.live().values()), torch.device("cpu"))
 
 
 #: Every pass takes a graph module, which it leaves as it is, and returns another one.

@@ -18,12 +18,13 @@ from fxpath.graph.schema import arguments
 from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.modes import plain_mode
 from fxpath.passes import Rewritten, Setting, rewrite, take_in
+from fxpath.program.backends import check_backend
 from fxpath.program.buffers import check_buffers, check_holds, writable
-from fxpath.program.evaluate import Compiled, Run, coordinates, evaluate, score_shapes
 from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
-from fxpath.program.kernels.scales import MASS, SMALLEST, least
-from fxpath.program.path_norm import PathNorm, Total
+from fxpath.program.flat import Flat, Run
+from fxpath.program.gradient import log_of
 from fxpath.program.sizes import SizeRow, sizes
+from fxpath.program.theta import coordinates, score_shapes
 
 
 class PathProgram:
@@ -52,7 +53,7 @@ class PathProgram:
         >>> import torch, fxpath
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.constant_(model.weight, -3.0)
-        >>> program = fxpath.compile(model, (2,))
+        >>> program = fxpath.compile(model, (2,), backend="eager")
         >>> program.path_norm()
         6.0
         >>> _ = model.weight.data.mul_(2)
@@ -66,7 +67,7 @@ class PathProgram:
         graphs: Rewritten,
         dtype: torch.dtype,
         q: float,
-        compiled: bool = False,
+        backend: str = "eager",
         given: Given | None = None,
     ) -> None:
         """Programs are made by :func:`fxpath.compile`."""
@@ -76,7 +77,7 @@ class PathProgram:
         self.graph_module = graphs.lowered
         self.dtype = dtype if q == 1 else torch.float64
         self.q = q
-        self._compiled = Compiled(self.graph_module, self.dtype, q) if compiled else None
+        self.flat = Flat(self.graph_module, Setting(captured, q), backend)
 
     # -- results ----------------------------------------------------------------------------------
 
@@ -106,11 +107,9 @@ class PathProgram:
             raise UnsupportedModelError(SupportReport(tuple(problems)))
         live = self.captured.live()
         for dtype in self._formats():
-            norm = PathNorm(self.graph_module, dtype, self.q)
-            total: Total = norm.run(live, live=True)
-            run = Run(total, least(norm.watch.scales), None)
+            run, log, gradients = self.flat.gradients(live, dtype)
             if self._healthy(dtype, run, live):
-                return total.log() / (self.q or 1)
+                return log_of(self.flat, live, dtype, log, gradients) / (self.q or 1)
         raise self._failure(live)
 
     def scores(self, out: MutableMapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -173,7 +172,7 @@ class PathProgram:
 
     def _request(self) -> tuple[Any, ...]:
         """What :func:`build` was asked for."""
-        return self.given, self.q, self.dtype, self._compiled is not None, not self._whole
+        return self.given, self.q, self.dtype, self.flat.backend, not self._whole
 
     def sizes(self) -> list[SizeRow]:
         """Extents and multiply-adds of each activation, at full resolution and as kept."""
@@ -201,18 +200,25 @@ class PathProgram:
         """
         live = self.captured.live() if tensors is None else tensors
         for dtype in self._formats():
-            shares = self._buffers(dtype, live, out or {}) if scores else None
-            if self._compiled is not None and dtype == self.dtype:
-                run = self._compiled(live, shares)
-            else:
-                run = evaluate(PathNorm(self.graph_module, dtype, self.q), live, shares)
+            shares = self._buffers(dtype, live, out or {}) if scores else {}
+            run = self._run(dtype, live, shares if scores else None)
             if self._healthy(dtype, run, live):
                 zeros = self._sparsity(live) if details else {}
-                mantissa, exponent = run.total.mantissa.item(), int(run.total.scale[0])
-                found = {} if shares is None else self._fitted(dtype, shares, live)
+                found = self._fitted(dtype, shares, live)
                 raised = self._raised(found, live) if details else {}
-                return Evaluation(mantissa, exponent, found, zeros, raised, self.q)
+                return Evaluation(run.mantissa, run.exponent, found, zeros, raised, self.q)
         raise self._failure(live)
+
+    def _run(
+        self,
+        dtype: torch.dtype,
+        live: Mapping[str, Tensor],
+        shares: Mapping[str, Tensor] | None,
+        raised: int = 0,
+    ) -> Run:
+        if shares is None:
+            return self.flat.norm(live, dtype)
+        return self.flat.scores(live, dtype, list(shares.values()), raised)
 
     def _fitted(
         self, dtype: torch.dtype, shares: dict[str, Tensor], live: Mapping[str, Tensor]
@@ -224,7 +230,7 @@ class PathProgram:
         if not short:
             return shares
         wide = self._buffers(torch.float64, live, {})
-        run = evaluate(PathNorm(self.graph_module, torch.float64, self.q), live, wide)
+        run = self._run(torch.float64, live, wide)
         if not self._healthy(torch.float64, run, live):
             raise self._failure(live)
         # The others stay as they are, where the caller wants them.
@@ -240,7 +246,7 @@ class PathProgram:
         if not below:
             return {}
         raised = self._buffers(torch.float64, live, {})
-        evaluate(PathNorm(self.graph_module, torch.float64, self.q), live, raised, RAISED)
+        self._run(torch.float64, live, raised, RAISED)
         return {
             name: raised[name]
             for name in below
@@ -292,24 +298,17 @@ class PathProgram:
 
     def _healthy(self, dtype: torch.dtype, run: Run, live: Mapping[str, Tensor]) -> bool:
         """Whether nothing over- or underflowed that exact arithmetic would have kept."""
-        if not math.isfinite(run.total.mantissa.item()):
+        if not math.isfinite(run.mantissa):
             return False
-        if run.total.mantissa.item() == 0:
-            return self._has_no_path(live)
-        if run.mass is not None:
-            return run.mass.item() <= MASS[dtype]
-        if run.smallest.item() >= SMALLEST[dtype]:
-            return True
-        # Some entry is small or zero: the gradient tells whether it matters.
-        norm = PathNorm(self.graph_module, dtype, self.q)
-        checked = evaluate(norm, live, self._buffers(dtype, live, {}))
-        assert checked.mass is not None
-        return checked.mass.item() <= MASS[dtype]
-
-    def _has_no_path(self, live: Mapping[str, Tensor]) -> bool:
-        """Whether the norm is zero, by counting paths, which cannot underflow."""
-        norm = PathNorm(self.graph_module, torch.float64, 0.0)
-        return evaluate(norm, live, None).total.mantissa.item() == 0
+        if run.mantissa == 0:
+            # Whether there is no path, by counting them, which cannot underflow.
+            counting = Flat(self.graph_module, Setting(self.captured, 0.0))
+            return counting.norm(live, torch.float64).mantissa == 0
+        fits = run.fits(dtype)
+        if fits is None:
+            # Some entry is small or zero: the gradient tells whether it matters.
+            fits = self._run(dtype, live, self._buffers(dtype, live, {})).fits(dtype)
+        return bool(fits)
 
     def _failure(self, live: Mapping[str, Tensor]) -> Exception:
         try:
@@ -345,16 +344,18 @@ def build(
     given: Given | Shapes = None,
     q: float = 1.0,
     dtype: torch.dtype | None = None,
-    compiled: bool = False,
+    backend: str = "eager",
     reduced: bool = True,
 ) -> PathProgram:
     """Capture and rewrite a model, for what the caller says about inputs or their shape alone.
 
     Raises:
-        ValueError: for a NaN or infinite parameter, a shape that cannot be inferred, q < 0.
+        ValueError: for a NaN or infinite parameter, a shape that cannot be inferred, q < 0, an
+            unknown backend.
         UnsupportedModelError: listing every operation without an exact rule.
     """
     exponent = _exponent(q)
+    check_backend(backend)
     given = given if isinstance(given, Given) else Given(given)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(
@@ -363,7 +364,7 @@ def build(
     captured, lifted = take_in(model, given)
     own = format_of(captured, lifted)
     graphs = rewrite(lifted, Setting(captured, exponent), not reduced)
-    return PathProgram(captured, graphs, dtype or own, exponent, compiled, given)
+    return PathProgram(captured, graphs, dtype or own, exponent, backend, given)
 
 
 def format_of(captured: Captured, lifted: fx.GraphModule) -> torch.dtype:
@@ -381,10 +382,10 @@ def format_of(captured: Captured, lifted: fx.GraphModule) -> torch.dtype:
 
 
 def _rebuild(
-    model: Model, given: Given | None, q: float, dtype: torch.dtype, compiled: bool, reduced: bool
+    model: Model, given: Given | None, q: float, dtype: torch.dtype, backend: str, reduced: bool
 ) -> PathProgram:
     """A copy of a program, for a copy of its model."""
-    return build(model, given, q, dtype, compiled, reduced)
+    return build(model, given, q, dtype, backend, reduced)
 
 
 def _exponent(q: float) -> float:

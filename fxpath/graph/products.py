@@ -1,0 +1,187 @@
+"""Steps of a derived graph that multiply: weights with what they read, and both transposes.
+
+Shapes: a weight ``[outputs, ...]`` whose other axes are read as one, ``[outputs, inputs]``;
+columns ``[inputs, positions]``; gradients ``[outputs, positions]``.
+
+A sweep does the same to a weight that is not lifted yet, block by block of rows: |W| is formed,
+used, and turned into scores while it is in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fxpath.graph.power import power, power_into
+
+#: Entries of a weight that are lifted and used at once: 4 MB of float32 stay in the cache.
+BLOCK = 1 << 20
+
+#: Columns below which a product is taken with its operands transposed, which BLAS does faster.
+NARROW = 16
+
+#: Rows that are summed at a time where one vector is read: columns of many rows are not read in the
+#: order of memory.
+GROUP = 8
+
+
+def lift(value: Tensor, dtype: torch.dtype, q: float) -> Tensor:
+    """``|value| ** q``."""
+    return power(value.to(dtype), q)
+
+
+def product(weight: Tensor, columns: Tensor) -> Tensor:
+    """``weight @ columns``."""
+    flat = _flat(weight)
+    if columns.shape[1] == 1:
+        # Code that is generated lifts, multiplies and sums in one sweep.
+        return (flat * columns[:, 0]).sum(1, keepdim=True)
+    return flat @ columns
+
+
+def product_back(weight: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of the columns: ``weight.T @ grad``."""
+    flat = _flat(weight)
+    if grad.shape[1] != 1:
+        return flat.T @ grad
+    if len(flat) % GROUP:
+        return (flat * grad).sum(0)[:, None]
+    groups = len(flat) // GROUP
+    grouped = flat.reshape(groups, GROUP, -1) * grad.reshape(groups, GROUP, 1)
+    return grouped.sum(1).sum(0)[:, None]
+
+
+def outer(grad: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the weight: ``grad @ columns.T``."""
+    if columns.shape[1] == 1:
+        return (grad * columns[:, 0]).reshape(weight.shape)
+    return (grad @ columns.T).reshape(weight.shape)
+
+
+def outer_sum(grad: Tensor, columns: Tensor) -> Tensor:
+    """The sum of all entries of :func:`outer`."""
+    return (grad.sum(0) * columns.sum(0)).sum()
+
+
+def score(weight: Tensor, grad: Tensor, columns: Tensor) -> Tensor:
+    """Shares (14) of a lifted weight: itself times its gradient."""
+    return weight * outer(grad, columns, weight)
+
+
+def grouped(weight: Tensor, columns: Tensor, groups: int) -> Tensor:
+    """:func:`product` for each group of output channels and its input channels."""
+    made = torch.bmm(_split(_flat(weight), groups), _split(columns, groups))
+    return made.reshape(len(weight), columns.shape[1])
+
+
+def grouped_back(weight: Tensor, grad: Tensor, groups: int) -> Tensor:
+    """:func:`product_back` for each group."""
+    made = torch.bmm(_split(_flat(weight), groups).transpose(1, 2), _split(grad, groups))
+    return made.reshape(groups * made.shape[1], grad.shape[1])
+
+
+def grouped_outer(grad: Tensor, columns: Tensor, groups: int, shape: tuple[int, ...]) -> Tensor:
+    """:func:`outer` for each group, in the weight's shape."""
+    made = torch.bmm(_split(grad, groups), _split(columns, groups).transpose(1, 2))
+    return made.reshape(shape)
+
+
+def _split(x: Tensor, groups: int) -> Tensor:
+    return x.reshape(groups, len(x) // groups, x.shape[1])
+
+
+def steepness(a: Tensor, dtype: torch.dtype, q: float) -> Tensor:
+    """The factor of a slope: ``max(1, |a|) ** q``."""
+    steep = a.to(dtype).abs().clamp(min=1)
+    return steep if q == 1 else steep.pow(q)
+
+
+# -- sweeps ----------------------------------------------------------------------------------------
+
+
+def scratch(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for blocks, once for all sweeps of a run: fresh pages cost as much as a product."""
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+def block_size(shape: Sequence[int], device: torch.device) -> int:
+    """Entries of the largest block of a weight."""
+    flat = torch.Size((shape[0], math.prod(shape[1:])))
+    return max(((r.stop - r.start) * flat[1] for r in _blocks(flat, device)), default=0)
+
+
+def sweep(weight: Tensor, columns: Tensor, q: float, memory: Tensor) -> Tensor:
+    """:func:`product` of a weight that is lifted on the way."""
+    flat = _flat(weight)
+    y = columns.new_empty(flat.shape[0], columns.shape[1])
+    narrow = columns.T.contiguous() if columns.shape[1] < NARROW else None
+    for rows in _blocks(flat.shape, flat.device):
+        part = flat[rows]
+        block = power_into(memory[: part.numel()].view(part.shape), part, q)
+        if narrow is None:
+            torch.mm(block, columns, out=y[rows])
+        elif len(narrow) == 1:
+            torch.mv(block, narrow[0], out=y[rows, 0])
+        else:
+            y[rows] = torch.mm(narrow, block.T).T
+    return y
+
+
+def sweep_back(
+    weight: Tensor,
+    grad: Tensor,
+    columns: Tensor,
+    q: float,
+    memory: Tensor,
+    out: Tensor,
+    gradient: bool,
+) -> Tensor | None:
+    """:func:`score` into ``out``, and :func:`product_back` if ``gradient``, in one sweep."""
+    flat, scores = _flat(weight), _flat(out)
+    narrow = columns.shape[1] < NARROW
+    result = columns.new_zeros(columns.T.shape if narrow else columns.shape) if gradient else None
+    for rows in _blocks(flat.shape, flat.device):
+        beta = int(rows.start > 0)  # nothing to add to before the first block
+        g, block = grad[rows], power_into(scores[rows], flat[rows], q)
+        if result is None:
+            pass
+        elif len(result) == 1 and narrow:
+            result[0].addmv_(block.T, g[:, 0], beta=beta)
+        else:
+            result.addmm_(*((g.T, block) if narrow else (block.T, g)), beta=beta)
+        if columns.shape[1] == 1:
+            block.mul_(g).mul_(columns[:, 0])
+        else:
+            made = memory[: block.numel()].view(block.shape)
+            block.mul_(torch.mm(g, columns.T, out=made))
+    return result.T if result is not None and narrow else result
+
+
+def lift_into(out: Tensor, value: Tensor, q: float) -> Tensor:
+    """:func:`lift` where the scores will stand."""
+    return power_into(out, value, q)
+
+
+def times_into(out: Tensor, grad: Tensor) -> Tensor:
+    """Scores where the lifted weight stands."""
+    return out.mul_(grad)
+
+
+def copy_into(out: Tensor, scores: Tensor) -> Tensor:
+    """Scores that were computed elsewhere."""
+    return out.copy_(scores)
+
+
+def _flat(weight: Tensor) -> Tensor:
+    return weight.reshape(len(weight), math.prod(weight.shape[1:]))
+
+
+def _blocks(shape: torch.Size, device: torch.device) -> Iterator[slice]:
+    """Blocks of rows that stay in the cache of a CPU; elsewhere all at once."""
+    rows, columns = shape
+    step = max(1, BLOCK // max(1, columns)) if device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))

@@ -1,0 +1,237 @@
+"""Steps of a derived graph that keep numbers in range, in plain ATen: nothing is read on the host.
+
+A scaled value is a tensor and an exponent of two, 0-d, which stay on the data's own device; the
+exponent ``None`` is zero, that of zeros is minus infinity or far below all others.  A *settle*
+brings the terms of a sum to one exponent, near that of the largest entry, by powers of two; its
+transpose multiplies by the same ones.  They are constants for differentiation.
+
+Two witnesses tell whether a number format sufficed.  A sum of products loses at most its number of
+terms times the format's smallest number t to underflow.  This is harmless where the smallest entry
+of every tensor is far above t; and also where t times the sum of the gradient of log ||Phi||, which
+is the part of the path-norm that may be lost, is far below 1: small or zero entries that nothing
+blows up again do not count.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Entries of new tensors that are at least so large lost no digit to underflow, which is below
+#: 2^-126 (2^-1022) for each of at most some 2^17 terms of a sum.
+SMALLEST = {torch.float32: 2.0**-85, torch.float64: 2.0**-900}
+
+#: Sums of gradients up to which the part of the norm that was lost to underflow is below the last
+#: digit.
+MASS = {torch.float32: 2.0**85, torch.float64: 2.0**900}
+
+#: Exponent from which on a tensor is taken for zeros.
+VOID = -1e6
+
+#: Exponents that one power of two can have in each number format.
+LIMIT = {torch.float32: 126.0, torch.float64: 1022.0}
+
+
+def settle(
+    values: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    measured: Sequence[bool],
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The sum of scaled values, at a common exponent.
+
+    Args:
+        values: mantissas, which broadcast to the first one or to each other.
+        scales: their exponents.
+        measured: whether to look for the largest entry; one that is known to be near 1 need not.
+        factor: multiplied with the first value, along axis 1, if given.
+
+    Returns:
+        The sum, its exponent, the smallest entry in units of the coarsest rounding that went into
+        it, and the exponents of the powers of two that the values were multiplied by.
+    """
+    tops = [
+        _top(v, e, m, factor if i == 0 else None)
+        for i, (v, e, m) in enumerate(zip(values, scales, measured, strict=True))
+    ]
+    common, shifts = _common(tops, scales, values[0])
+    powers = [torch.exp2(shift) for shift in shifts]
+    bounds, first = [*powers, torch.ones_like(powers[0])], powers[0]
+    if factor is not None:
+        # Rounding of either of the two is multiplied by the other one.
+        bounds += [v.max() * powers[0] for v in (values[0], factor) if v.numel()]
+        first = beside(powers[0] * factor, values[0])
+    terms = [v * p for v, p in zip(values[1:], powers[1:], strict=True)]
+    if terms:
+        total = torch.addcmul(functools.reduce(torch.add, terms), values[0], first)
+    else:
+        total = values[0] * first
+    return total, common, _smallest(total, _largest(bounds)), shifts
+
+
+def settle_back(
+    grad: Tensor,
+    values: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    factor: Tensor | None,
+    needed: Sequence[bool],
+    deep: bool,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The transpose of :func:`settle`.
+
+    Args:
+        grad: of the sum.
+        values: as there.
+        shifts: what it returned.
+        factor: as there.
+        needed: of which values, and whether of the factor, gradients are asked for.
+        deep: whether powers of two that are below the number format count: the gradient is above.
+
+    Returns:
+        The largest sum of any gradient in it, and the gradients of the values, and the factor, that
+        are ``needed``.
+    """
+    sums = grad.sum()
+    masses = [sums, *(sums * torch.exp2(shift) for shift in shifts)]
+    first, more = grad, []
+    if factor is not None:
+        dims = [d for d in range(grad.dim()) if d != 1]
+        scaled = torch.exp2(shifts[0]) * factor
+        masses.append((grad.sum(dims) * scaled).sum())
+        more = [_times((grad * values[0]).sum(dims), shifts[0], deep)]
+        masses.append(more[0].sum())  # what a rounding of the factor may lose
+        first = grad * beside(factor if deep else scaled, grad)
+    if factor is None or deep:
+        first = _times(first, shifts[0], deep)
+    grads = [_sum_to(first, values[0])]
+    for value, shift in zip(values[1:], shifts[1:], strict=True):
+        # Summed before it is scaled: a bias has few entries.
+        grads.append(_times(_sum_to(grad, value), shift, deep))
+    every = zip([*grads, *more], needed, strict=True)
+    return _largest(masses), [g if asked else None for g, asked in every]
+
+
+def join(
+    values: Sequence[Tensor], scales: Sequence[Tensor | None], measured: Sequence[bool], dim: int
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Scaled values side by side along an axis; see :func:`settle`."""
+    tops = [_top(*each) for each in zip(values, scales, measured, strict=True)]
+    common, shifts = _common(tops, scales, values[0])
+    powers = [torch.exp2(shift) for shift in shifts]
+    joined = torch.cat([v * p for v, p in zip(values, powers, strict=True)], dim)
+    bounds = [*powers, torch.ones_like(powers[0])]
+    return joined, common, _smallest(joined, _largest(bounds)), shifts
+
+
+def join_back(
+    grad: Tensor, sizes: Sequence[int], shifts: Sequence[Tensor], dim: int, deep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The transpose of :func:`join`; see :func:`settle_back`."""
+    pieces = list(grad.split(list(sizes), dim))
+    sums = [piece.sum() for piece in pieces]
+    masses = [*sums, *(s * torch.exp2(shift) for s, shift in zip(sums, shifts, strict=True))]
+    return _largest(masses), [_times(p, s, deep) for p, s in zip(pieces, shifts, strict=True)]
+
+
+def sum_up(
+    values: Sequence[Tensor], scales: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The sum of all entries in float64: mantissa, exponent, and what each value is shifted by."""
+    sums = [value.sum(dtype=torch.float64) for value in values]
+    exponents = [None if scale is None else scale.double() for scale in scales]
+    tops = [_plus(s.log2().floor(), e) for s, e in zip(sums, exponents, strict=True)]
+    common, shifts = _common(tops, exponents, sums[0])
+    terms = [s * torch.exp2(shift) for s, shift in zip(sums, shifts, strict=True)]
+    return functools.reduce(torch.add, terms), common, shifts
+
+
+def seed(mantissa: Tensor, shift: Tensor, dtype: torch.dtype, raised: int) -> Tensor:
+    """The gradient of log ||Phi||, times ``2 ** raised``, in each entry of an output; 0-d."""
+    share = torch.where(mantissa == 0, 0.0, 2.0**raised / mantissa)
+    return _times(share, shift, raised > 0).to(dtype)
+
+
+def spread(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """One number everywhere."""
+    return value.expand(list(shape))
+
+
+def kept(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a conversion to ``dtype`` stays within its normal range.
+
+    Returns:
+        What :func:`settle` says as the smallest entry, so that it passes for sufficient only if no
+        entry that is not 0 loses digits; 0-d.
+    """
+    sizes = value.abs().reshape(-1)
+    if not len(sizes):
+        return value.new_full((), math.inf, dtype=dtype)
+    least = torch.where(sizes == 0, math.inf, sizes).min()
+    return (least * (SMALLEST[dtype] / torch.finfo(dtype).tiny)).to(dtype)
+
+
+def least(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The smallest of some 0-d tensors, inf for none; NaN if there is one."""
+    return functools.reduce(torch.minimum, values, torch.full_like(like, math.inf)).double()
+
+
+def most(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The largest of some 0-d tensors, 0 for none; NaN if there is one."""
+    return functools.reduce(torch.maximum, values, torch.zeros_like(like)).double()
+
+
+def beside(vector: Tensor, x: Tensor) -> Tensor:
+    """A 1-d tensor shaped to broadcast along axis 1 of ``x``."""
+    return vector.reshape([-1 if axis == 1 else 1 for axis in range(x.dim())])
+
+
+def _common(
+    tops: Sequence[Tensor], scales: Sequence[Tensor | None], like: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The largest exponent, and those of the powers of two that lead there."""
+    common = _largest(tops).clamp(min=VOID)
+    limit = LIMIT[like.dtype]
+    return common, [((-common) if e is None else e - common).clamp(max=limit) for e in scales]
+
+
+def _times(value: Tensor, shift: Tensor, deep: bool) -> Tensor:
+    """``value * 2 ** shift``, in two steps if the power alone may be below float64."""
+    if not deep:
+        return value * torch.exp2(shift)
+    near = shift.clamp(min=-1000)
+    return value * torch.exp2(near) * torch.exp2(shift - near)
+
+
+def _top(
+    value: Tensor, scale: Tensor | None, measured: bool, factor: Tensor | None = None
+) -> Tensor:
+    """Exponent of the largest entry, minus infinity for zeros."""
+    if not value.numel():
+        return value.new_full((), -math.inf)
+    if not measured:
+        return value.new_zeros(()) if scale is None else scale
+    if factor is not None:
+        # Before any scaling: a large entry often meets a small factor.
+        value = value.amax([d for d in range(value.dim()) if d != 1]) * factor
+    return _plus(value.max().log2().floor(), scale)
+
+
+def _plus(exponent: Tensor, scale: Tensor | None) -> Tensor:
+    return exponent if scale is None else exponent + scale
+
+
+def _smallest(value: Tensor, coarsest: Tensor) -> Tensor:
+    return value.min() / coarsest if value.numel() else torch.full_like(coarsest, math.inf)
+
+
+def _largest(values: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.maximum, values)
+
+
+def _sum_to(value: Tensor, like: Tensor) -> Tensor:
+    """Sum over what was broadcast from ``like``."""
+    return value.sum_to_size(like.shape) if value.shape != like.shape else value

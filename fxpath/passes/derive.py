@@ -1,0 +1,193 @@
+"""Pass: append the reverse half, so that one flat graph computes the norm and every score.
+
+Requires a lowered graph.  Ensures a graph with the same placeholders and one output, a dictionary:
+
+- ``mantissa``, ``exponent``: ``||Phi||_q^q = mantissa * 2 ** exponent``, float64;
+- ``smallest``, and with the reverse half ``mass``: the two witnesses of range of
+  :mod:`fxpath.graph.scaling`, float64;
+- ``scores``: name -> share of path mass (14) of every coordinate, or ``gradients``: those of
+  ``log ||Phi||_q^q`` with respect to each of :func:`leaves`, lifted.
+
+It calls plain functions over ATen, of :mod:`fxpath.graph.scaling`, ``products``, ``shapes`` and
+``ops``: no step has a side effect or reads a number on the host, and all tensors are on the device
+of the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from fxpath.graph import ops, products, scaling
+from fxpath.graph.edit import drop_dead, written
+from fxpath.graph.leaves import LEAVES
+from fxpath.graph.links import extents
+from fxpath.graph.schema import arguments, target
+from fxpath.passes.setting import Setting
+from fxpath.passes.tape import Factored, Fixed, Outer, Tape, Value
+from fxpath.passes.words import WORDS
+
+#: How a derived graph ends: without a reverse half, with shares, or with gradients.
+Ending = Literal["norm", "scores", "gradients"]
+
+
+def derive(
+    module: fx.GraphModule,
+    setting: Setting,
+    dtype: torch.dtype,
+    ending: Ending = "scores",
+    raised: int = 0,
+) -> fx.GraphModule:
+    """Append the reverse half to a lowered graph; ``module`` itself is not changed.
+
+    Args:
+        module: a lowered graph.
+        setting: whose network it is.
+        dtype: number format of the steps.
+        ending: what is asked for besides the norm.
+        raised: shares and gradients are multiplied by ``2 ** raised``: those that would be below
+            the number format are within it, and those of other entries beyond.
+    """
+    tape = Tape(dtype, setting.device, setting.q, raised)
+    return _Derivation(module, tape, ending).run()
+
+
+#: A leaf: what is lifted, and how.
+Leaf = tuple[fx.Node, Callable[[Tensor, torch.dtype, float], Tensor]]
+
+
+def leaves(module: fx.GraphModule) -> list[Leaf]:
+    """All that ``||Phi||`` depends on, in a lowered graph: coordinates, and numbers beside them."""
+    found: list[Leaf] = []
+    for node in module.graph.nodes:
+        if node.target is ops.slope and isinstance(node.args[1], fx.Node):
+            found.append((node.args[1], products.steepness))
+        elif node.target in LEAVES:
+            found.append((arguments(node)[0], products.lift))
+    return [(raw, lift) for raw, lift in found if raw.op != "get_attr"]
+
+
+class _Derivation:
+    def __init__(self, module: fx.GraphModule, tape: Tape, ending: Ending) -> None:
+        self.module, self.tape, self.ending = module, tape, ending
+        self.env: dict[fx.Node, Any] = {}
+        self.leaves: list[Value] = []
+        self.first: dict[str, Value] = {}
+        self.scores: dict[str, fx.Node | None] = {}
+        self.gradients: dict[Value, fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.module.graph.nodes:
+            if node.op == "output":
+                self.tape.graph.output(self.env[arguments(node)[0]])
+            else:
+                self.env[node] = self._step(node)
+        drop_dead(self.tape.graph)
+        return written(self.tape.root, self.tape.graph)
+
+    def _step(self, node: fx.Node) -> Any:
+        tape = self.tape
+        if node.op == "placeholder":
+            return tape.graph.placeholder(str(node.target))
+        if node.op == "get_attr":
+            return tape.hold(self.module.get_buffer(str(node.target)), str(node.target))
+        args: Any
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        if node.target is ops.coordinate:
+            return self._coordinate(node, *args)
+        if node.target is ops.coefficient:
+            return self._architecture(node, args[0], products.lift)
+        if node.target is ops.total:
+            return self._total(*args)
+        if node.target is ops.slope and isinstance(arguments(node)[1], fx.Node):
+            args = args[0], self._architecture(arguments(node)[1], args[1], products.steepness)
+        lifted = any(isinstance(self.env[n], Value | Factored) for n in node.all_input_nodes)
+        if lifted or node.target is ops.source:
+            return WORDS[target(node)](tape, node, *args, **kwargs)
+        # What is computed from the model's tensors before they are lifted.
+        made = tape.emit(target(node), *args)
+        made.kwargs = kwargs
+        return made
+
+    def _coordinate(self, node: fx.Node, raw: fx.Node, name: str) -> Value:
+        """Entries of theta: a leaf of its own for each use."""
+        tape, shape = self.tape, extents(node)
+        asked = self.ending != "norm"
+        lifted = tape.emit(products.lift, raw, tape.dtype, tape.q)
+        lifted.meta["val"] = torch.empty(shape, dtype=tape.dtype, device="meta")
+        leaf = Value(lifted, shape, wanted=asked)
+        # A weight in float64 may lose digits; what is added loses none.
+        read = arguments(node)[0]
+        converted = read.meta["val"].dtype == torch.float64 != tape.dtype
+        converted = converted and read.target is not ops.folded_bias
+        if converted:
+            tape.smallest.append(tape.emit(scaling.kept, raw, tape.dtype))
+        self.leaves.append(leaf)
+        self.first.setdefault(name, leaf)
+        self.scores.setdefault(name, None)
+
+        def back(grad: fx.Node | Outer) -> None:
+            if converted:
+                tape.masses.append(
+                    tape.emit(products.outer_sum, grad.grad, grad.columns)
+                    if isinstance(grad, Outer)
+                    else tape.emit(torch.sum, grad)
+                )
+            if self.ending == "gradients":
+                self.gradients[leaf] = tape.formed(leaf, grad)
+                return
+            share = (
+                tape.emit(products.score, leaf.node, grad.grad, grad.columns)
+                if isinstance(grad, Outer)
+                else tape.emit(torch.mul, leaf.node, grad)
+            )
+            other = self.scores[name]
+            self.scores[name] = share if other is None else tape.emit(torch.add, share, other)
+
+        if asked:
+            tape.backs.append((leaf, back, False))
+        return leaf
+
+    def _architecture(self, node: fx.Node, raw: fx.Node | Fixed, lift: Any) -> Value:
+        """Numbers of the architecture: leaves too, where gradients are asked for."""
+        tape = self.tape
+        wanted = self.ending == "gradients" and isinstance(raw, fx.Node)
+        made = tape.emit(lift, raw, tape.dtype, tape.q)
+        leaf = Value(made, extents(node), wanted=wanted)
+        if wanted:
+            self.leaves.append(leaf)
+            tape.backs.append((leaf, lambda grad: self.gradients.update({leaf: grad}), True))
+        return leaf
+
+    def _total(self, outputs: list[Value]) -> dict[str, Any]:
+        """The sum over all output neurons, and the way back."""
+        tape = self.tape
+        made = tape.emit(scaling.sum_up, [x.node for x in outputs], [x.scale for x in outputs])
+        mantissa, exponent, shifts = (tape.item(made, i) for i in range(3))
+        found: dict[str, Any] = {
+            "mantissa": mantissa,
+            "exponent": exponent,
+            "smallest": tape.emit(scaling.least, tape.smallest, mantissa),
+        }
+        if self.ending == "norm":
+            return found
+        for i, value in enumerate(outputs):
+            if value.wanted:
+                shift = tape.item(shifts, i)
+                each = tape.emit(scaling.seed, mantissa, shift, tape.dtype, tape.raised)
+                tape.give(value, tape.emit(scaling.spread, each, value.shape))
+        tape.back()
+        found["mass"] = tape.emit(scaling.most, tape.masses, mantissa)
+        zeros = self._zeros
+        if self.ending == "gradients":
+            grads = [self.gradients.get(leaf) or zeros(leaf) for leaf in self.leaves]
+            return found | {"gradients": grads}
+        scores = {n: s or zeros(self.first[n]) for n, s in self.scores.items()}
+        return found | {"scores": scores}
+
+    def _zeros(self, leaf: Value) -> fx.Node:
+        """Of what no path reaches."""
+        return self.tape.emit(torch.zeros_like, leaf.node)

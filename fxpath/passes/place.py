@@ -1,0 +1,123 @@
+"""Pass: let a derived graph run in given memory, where ``|W|`` stands until its scores do.
+
+Requires a derived graph.  Ensures one more placeholder for each score, in their order, into which
+it is written.  A weight that one product alone reads is lifted, multiplied and turned into scores
+while a block of it is in the cache.  So there is no second copy of any weight, but of one that is
+used twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpath.graph import products
+from fxpath.graph.edit import written
+from fxpath.graph.schema import arguments
+from fxpath.passes.setting import Setting
+
+
+def place(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
+    """Place a derived graph; ``module`` itself is not changed."""
+    return _Placement(module, setting.device).run()
+
+
+def into(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
+    """The same for compilers: functional steps, but for the last ones, which write the scores."""
+    placement = _Placement(module, setting.device)
+    for score, out in placement.outs.items():
+        placement.copy(score, out)
+    return written(module, placement.graph)
+
+
+class _Placement:
+    """Attributes: the new graph; the memory of each score, by the node that computes it."""
+
+    def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
+        self.module, self.device = module, device
+        self.graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        made: Any = self.graph.graph_copy(module.graph, copied)
+        results: dict[str, Any] = dict(made)
+        for old, new in copied.items():
+            new.meta.update(old.meta)
+        self.output = self.graph.output(results)
+        known = [n for n in self.graph.nodes if n.op == "placeholder"]
+        # Where placeholders end.
+        self.start = known[-1].next if known else next(iter(self.graph.nodes))
+        self.outs: dict[fx.Node, fx.Node] = {}
+        with self.graph.inserting_before(self.start):
+            for i, score in enumerate(results.get("scores", {}).values()):
+                self.outs[score] = self.graph.placeholder(f"out_{i}")
+
+    def run(self) -> fx.GraphModule:
+        with self.graph.inserting_before(self.start):
+            memory = self.graph.call_function(products.scratch, (0, torch.float32, self.device))
+        for lift in [n for n in self.graph.nodes if n.target is products.lift]:
+            if self._sweep(lift, memory):
+                shape, dtype = lift.meta["val"].shape, lift.meta["val"].dtype
+                size = max(arguments(memory)[0], products.block_size(shape, self.device))
+                memory.args = (size, dtype, self.device)
+                self.graph.erase_node(lift)
+        if not memory.users:
+            self.graph.erase_node(memory)
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for score, out in self.outs.items():
+            if score in order and not self._multiply(score, out, order):
+                self.copy(score, out)
+        return written(self.module, self.graph)
+
+    def copy(self, score: fx.Node, out: fx.Node) -> None:
+        """Write a score where it belongs."""
+        with self.graph.inserting_after(score):
+            kept = self.graph.call_function(products.copy_into, (out, score))
+        score.replace_all_uses_with(kept, lambda user: user is self.output)
+
+    def _sweep(self, lift: fx.Node, memory: fx.Node) -> bool:
+        """Read a weight block by block, if only one product, its transpose and its score do."""
+        readers = {user.target: user for user in lift.users}
+        product, back, score = (
+            readers.pop(step, None)
+            for step in (products.product, products.product_back, products.score)
+        )
+        found = [n for n in (product, back, score) if n is not None]
+        if product is None or readers or len(found) != len(lift.users):
+            return False
+        if (score is not None) != bool(self.outs) or score is not None and score not in self.outs:
+            return False
+        raw, _, q = arguments(lift)
+        with self.graph.inserting_before(product):
+            args: Any = raw, arguments(product)[1], q, memory
+            product.replace_all_uses_with(self.graph.call_function(products.sweep, args))
+        self.graph.erase_node(product)
+        if score is not None:
+            _, grad, columns = arguments(score)
+            with self.graph.inserting_before(back or score):
+                args = raw, grad, columns, q, memory, self.outs[score], back is not None
+                swept = self.graph.call_function(products.sweep_back, args)
+            if back is not None:
+                back.replace_all_uses_with(swept)
+                self.graph.erase_node(back)
+            score.replace_all_uses_with(self.outs[score])
+            self.graph.erase_node(score)
+        return True
+
+    def _multiply(self, score: fx.Node, out: fx.Node, order: dict[fx.Node, int]) -> bool:
+        """Lift a weight where its scores will stand, if they are the last thing that reads it."""
+        if score.target is not torch.mul or set(score.users) != {self.output}:
+            return False
+        lift, grad = arguments(score)
+        if lift.target is not products.lift or any(order[u] > order[score] for u in lift.users):
+            return False
+        raw, _, q = arguments(lift)
+        with self.graph.inserting_before(lift):
+            there = self.graph.call_function(products.lift_into, (out, raw, q))
+        lift.replace_all_uses_with(there)
+        self.graph.erase_node(lift)
+        with self.graph.inserting_before(score):
+            kept = self.graph.call_function(products.times_into, (there, grad))
+        score.replace_all_uses_with(kept)
+        self.graph.erase_node(score)
+        return True

@@ -1,0 +1,124 @@
+"""Runs of a derived graph: as its own Python, or through a backend of torch.compile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpath.graph.scaling import MASS, SMALLEST
+from fxpath.passes import Setting
+from fxpath.passes.derive import Ending, derive
+from fxpath.passes.place import into, place
+from fxpath.program.backends import compiled
+
+#: A placed graph, or one that was compiled: from tensors and memory for scores to what it found.
+Callee = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run found: ``||Phi||_q^q = mantissa * 2 ** exponent``.
+
+    Attributes:
+        mantissa: finite, unless numbers did not fit.
+        exponent: of two.
+        smallest: smallest entry of any tensor, before scaling.
+        mass: largest sum of a gradient of log ||Phi||_q^q; ``None`` without a reverse half.
+    """
+
+    mantissa: float
+    exponent: int
+    smallest: float
+    mass: float | None
+
+    def fits(self, dtype: torch.dtype) -> bool | None:
+        """Whether nothing underflowed that counts; ``None`` if only a reverse half can tell."""
+        if self.mass is not None:
+            return self.mass <= MASS[dtype]
+        return True if self.smallest >= SMALLEST[dtype] else None
+
+
+@dataclass(frozen=True)
+class Flat:
+    """All derived graphs of one lowered graph; each is made when it is first asked for.
+
+    Attributes:
+        module: the lowered graph.
+        setting: whose network it is.
+        backend: what runs them: ``"eager"`` is the graph's own Python, any other name is one of
+            ``torch.compile``'s.
+    """
+
+    module: fx.GraphModule
+    setting: Setting
+    backend: str = "eager"
+    _made: dict[Any, Callee] = field(default_factory=dict)
+
+    def norm(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
+        """The norm alone."""
+        return _run(self._call("norm", dtype, tensors, []))
+
+    def scores(
+        self,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        out: Sequence[Tensor],
+        raised: int = 0,
+    ) -> Run:
+        """The norm, and shares of path mass (14), times ``2 ** raised``, in given memory."""
+        return _run(self._call("scores", dtype, tensors, out, raised))
+
+    def gradients(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> tuple[Run, Tensor, Sequence[Tensor]]:
+        """The norm, its logarithm, and the gradients of that by the graph's leaves."""
+        found = self._call("gradients", dtype, tensors, [])
+        log = found["mantissa"].log() + found["exponent"] * torch.log(
+            found["exponent"].new_tensor(2)
+        )
+        return _run(found), log, found["gradients"]
+
+    def _call(
+        self,
+        ending: Ending,
+        dtype: torch.dtype,
+        tensors: Mapping[str, Tensor],
+        out: Sequence[Tensor],
+        raised: int = 0,
+    ) -> dict[str, Any]:
+        values = [tensors[key].detach() for key in placeholders(self.module)]
+        backend = self.backend if not raised else "eager"
+        with torch.no_grad():
+            return self._callee(ending, dtype, raised, backend, [*values, *out])(*values, *out)
+
+    def _callee(
+        self, ending: Ending, dtype: torch.dtype, raised: int, backend: str, given: list[Tensor]
+    ) -> Callee:
+        # Constants stand on the device where the model's tensors were when the graph was made.
+        device = given[0].device if given else None
+        key = (ending, dtype, raised, device)
+        if key not in self._made:
+            derived = derive(self.module, self.setting, dtype, ending, raised)
+            if backend == "eager":
+                self._made[key] = place(derived, self.setting)
+            else:
+                self._made[key] = compiled(into(derived, self.setting), backend)
+        return self._made[key]
+
+
+def placeholders(module: fx.GraphModule) -> list[str]:
+    """Names of a graph's inputs."""
+    return [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def _run(found: dict[str, Any]) -> Run:
+    """The numbers of a run: read once, at its end."""
+    names = [n for n in ("mantissa", "exponent", "smallest", "mass") if n in found]
+    mantissa, exponent, smallest, *mass = torch.stack([found[n] for n in names]).tolist()
+    whole = int(exponent) if math.isfinite(exponent) else 0
+    return Run(mantissa, whole, smallest, mass[0] if mass else None)
