@@ -49,6 +49,7 @@ ADD = aten.add.Tensor
 LINEAR = aten.linear.default
 MULTIPLY = aten.mul.Tensor
 ZEROS = aten.zeros.default
+METADATA = aten._assert_tensor_metadata.default
 
 CONVOLUTION = aten.convolution.default
 CONVOLUTION_BACKWARD = aten.convolution_backward.default

@@ -18,6 +18,8 @@ from fxpath.graph.schema import arguments
 from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.modes import plain_mode
 from fxpath.passes import Rewritten, Setting, rewrite, take_in
+from fxpath.passes.derive import Ending, derive
+from fxpath.program.artefact import exported
 from fxpath.program.backends import check_backend
 from fxpath.program.buffers import check_buffers, check_holds, writable
 from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
@@ -139,6 +141,45 @@ class PathProgram:
                 with torch.no_grad():
                     out[name].copy_(share)
         return dict(out)
+
+    @plain_mode()
+    def exported(self, scores: bool = True) -> ExportedProgram:
+        """The flat graph as an ``ExportedProgram`` of ATen operations, for any toolchain.
+
+        It holds the model's tensors as buffers under their own names, takes no input, and returns a
+        dictionary of tensors: ``mantissa`` and ``exponent`` of ``||Phi||_q^q = mantissa * 2 **
+        exponent``, ``smallest`` and ``mass`` (see Raises), and ``scores``, name -> shares of path
+        mass (14).  It loads where fxpath is not installed.
+
+        Args:
+            scores: whether it computes scores and ``mass``, or the norm alone.
+
+        Returns:
+            The program, in the program's number format.  Weights are exchanged with
+            ``exported.module().load_state_dict(..., strict=False)``.
+
+        Raises:
+            FloatingPointError: if float32 does not suffice for the model as it is: compile it with
+                ``dtype=torch.float64``.  With other weights it suffices while ``mass`` is at most
+                2^85 (float64: 2^900), or ``smallest`` at least 2^-85 (2^-900).
+
+        Example:
+            >>> import torch, fxpath
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> _ = torch.nn.init.constant_(model.weight, -3.0)
+            >>> found = fxpath.compile(model, backend="eager").exported().module()()
+            >>> float(found["mantissa"] * 2 ** found["exponent"])
+            6.0
+            >>> found["scores"]["weight"].tolist()
+            [[0.5, 0.5]]
+        """
+        live = self.captured.live()
+        ending: Ending = "scores" if scores else "norm"
+        run = self._run(self.dtype, live, self._buffers(self.dtype, live, {}) if scores else None)
+        if not self._healthy(self.dtype, run, live):
+            raise self._failure(live)
+        derived = derive(self.graph_module, self.flat.setting, self.dtype, ending)
+        return exported(derived, self.captured.tensors, live)
 
     @plain_mode()
     def with_exponent(self, q: float) -> PathProgram:
