@@ -101,6 +101,9 @@ class _Hoisting(Writer):
                 asks = self._plan(_Ask(made, axis, _eye(extents(node)[axis])))
                 if asks[0].moves:
                     made = self._carry_out(asks)
+        for node in list(self.graph.nodes):
+            if node.target is ops.conv:
+                self._overlap(node)
         return self.finish()
 
     def _plan(self, root: _Ask) -> list[_Ask]:
@@ -126,8 +129,8 @@ class _Hoisting(Writer):
         x, axis, matrix = ask.x, ask.axis, ask.matrix
         if x.target is ops.mix:
             inner, _, other = arguments(x)
-            read = matrix @ self.held(other) if ask.merges else matrix
-            ask.within = {inner: _Ask(inner, axis, read)}
+            both = matrix @ self.held(other) if ask.merges else matrix
+            ask.within = {inner: _Ask(inner, axis, both)}
         elif not static(x) and not (x.target is ops.conv and arguments(x)[6]):
             asks = {}
             for argument, axes in links(x, self.q):
@@ -173,27 +176,44 @@ class _Hoisting(Writer):
         if not ask.moves:
             return x if ask.is_identity else self._mix(x, ask.axis, ask.matrix)
         made = _done(ask.parts[0]) if ask.merges else self._again(ask)
-        made.meta.setdefault("origin", x.meta.get("origin"))
-        if "full" in x.meta:
-            made.meta["full"] = *made.meta.get("full", ()), *x.meta["full"]
-        return made
+        return _standing_for(x, made)
 
     def _again(self, ask: _Ask) -> fx.Node:
         """An operation on mapped arguments."""
         x, axis = ask.x, ask.axis
-        args = fx.map_arg(arguments(x), lambda n: _done(ask.within[n]) if n in ask.within else n)
-        args = list(args)
-        if ask.bias is not None:
-            args[bias_place(x)] = _done(ask.bias)
+        args: list[Any] = [
+            *fx.map_arg(arguments(x), lambda n: _done(ask.within[n]) if n in ask.within else n)
+        ]
+        place = bias_place(x)
+        if ask.bias is not None and place is not None:
+            args[place] = _done(ask.bias)
         if x.target is ops.clamp:
             return self._clamp(args, len(extents(x)), axis, _sums(ask.matrix))
         if x.target is RESHAPE:
             args[1] = list(ask.shape)
         elif x.target is ops.conv and axis >= 2:
-            # Taps side by side, and a stride of one kernel.
-            for place, number in ((3, extents(args[1])[axis]), (4, 0), (5, 1)):
-                args[place] = [*args[place][: axis - 2], number, *args[place][axis - 1 :]]
+            _set_spec(args, axis, extents(args[1])[axis], 0)
         return self.emit(target(x), *args)
+
+    def _overlap(self, conv: fx.Node) -> None:
+        """Lay down once what output positions that are neighbours both read."""
+        args: list[Any] = [*arguments(conv)]
+        x, maps = args[0], dict[int, tuple[fx.Node, Tensor]]()
+        while x.target is ops.mix and len(x.users) == 1 and arguments(x)[1] not in maps:
+            inner, axis, matrix = arguments(x)
+            taps = self.held(matrix)
+            if axis >= 2 and _side_by_side(conv, axis):
+                kernel = extents(args[1])[axis]
+                taps, stride, padding = _overlapped(taps.unflatten(0, (-1, kernel)))
+                _set_spec(args, axis, stride, padding)
+            maps[axis], x = (x, taps), inner
+        if args == [*arguments(conv)]:
+            return
+        with self.graph.inserting_before(conv):
+            for axis, (old, matrix) in reversed(maps.items()):
+                x = _standing_for(old, self._made(_Ask(x, axis, matrix)))
+            made = _standing_for(conv, self.emit(ops.conv, x, *args[1:]))
+        conv.replace_all_uses_with(made)
 
     def _clamp(self, args: list[Any], rank: int, axis: int, sums: Tensor) -> fx.Node:
         """Bounds count as often as positions are added up: they become biases."""
@@ -209,6 +229,14 @@ class _Hoisting(Writer):
 
     def _mix(self, x: fx.Node, axis: int, matrix: Tensor) -> fx.Node:
         return self.emit(ops.mix, x, axis, self.buffer(matrix, "matrix"))
+
+
+def _standing_for(old: fx.Node, new: fx.Node) -> fx.Node:
+    """Note that one node takes the place of another, besides what it stood for."""
+    new.meta.setdefault("origin", old.meta.get("origin"))
+    if "full" in old.meta:
+        new.meta["full"] = *new.meta.get("full", ()), *old.meta["full"]
+    return new
 
 
 def _lowering(node: fx.Node) -> Iterator[int]:
@@ -230,10 +258,10 @@ def _through(matrix: Tensor, taps: Taps) -> Tensor | None:
 
     Rows are ordered by output position, then tap.  ``None`` where nothing gets fewer.
     """
-    if len(taps) == 1 and taps[0].is_identity:
-        return matrix
+    if not isinstance(taps, Kernel):
+        return matrix if len(taps) == 1 and taps[0].is_identity else None
     rows, before = matrix.shape
-    if not isinstance(taps, Kernel) or rows * len(taps) * taps.size > LARGEST:
+    if rows * len(taps) * taps.size > LARGEST:
         return None
     if rows >= before and rows * len(taps) >= taps.size:
         return None
@@ -241,6 +269,34 @@ def _through(matrix: Tensor, taps: Taps) -> Tensor | None:
     for k, tap in enumerate(taps):
         read[:, k].index_add_(1, tap.position, matrix[:, tap.row])
     return read.flatten(0, 1)
+
+
+def _side_by_side(conv: fx.Node, axis: int) -> bool:
+    """Whether each tap of each output position reads a position of its own, in this order."""
+    x, weight, _, *spec = arguments(conv)[:6]
+    kernel = extents(weight)[axis]
+    lies = [each[axis - 2] for each in spec] == [kernel, 0, 1] and not arguments(conv)[6]
+    return lies and 1 < kernel == extents(x)[axis] / extents(conv)[axis]
+
+
+def _set_spec(args: list[Any], axis: int, stride: int, padding: int) -> None:
+    """Let a convolution read taps that lie side by side along an axis."""
+    for place, number in ((3, stride), (4, padding), (5, 1)):
+        args[place] = [*args[place][: axis - 2], number, *args[place][axis - 1 :]]
+
+
+def _overlapped(taps: Tensor) -> tuple[Tensor, int, int]:
+    """The fewest rows from which a convolution reads ``[out, taps, in]``, its stride and padding.
+
+    Output positions that are neighbours share what they read, and beyond a border is nothing.
+    """
+    out, kernel, _ = taps.shape
+    shared = (s for s in range(1, kernel) if torch.equal(taps[1:, : kernel - s], taps[:-1, s:]))
+    step = next(shared, kernel)
+    rows = torch.cat((taps[: out - 1, :step].flatten(0, 1), *taps[out - 1 :]))
+    read = rows.any(1).nonzero()
+    beyond = min(int(read[0]), len(rows) - 1 - int(read[-1])) if len(read) else 0
+    return rows[beyond : len(rows) - beyond], step, beyond
 
 
 def _sums(matrix: Tensor) -> Tensor:
