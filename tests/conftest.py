@@ -31,12 +31,13 @@ def _kept_to(stage: str, step: Pass) -> Pass:
 
 
 # Whatever a test does, and whoever calls a pass, it keeps what is written in fxpath.graph.spec.
-for stage, step in {
-    "folded": passes.fold,
-    "lifted": passes.lift,
-    "reduced": passes.reduce,
-    "lowered": passes.lower,
-}.items():
+for stage, step in (
+    ("folded", passes.fold),
+    ("lifted", passes.lift),
+    ("reduced", passes.reduce),
+    ("reduced", passes.hoist),
+    ("lowered", passes.lower),
+):
     checked = _kept_to(stage, step)
     for module in [m for name, m in sys.modules.items() if name.startswith("fxpath.")]:
         for name, value in list(vars(module).items()):

@@ -12,7 +12,7 @@ from fxpath.capture import capture
 from fxpath.graph import ops
 from fxpath.graph.spec import NOTES, violations
 from fxpath.model import Captured, Given
-from fxpath.passes import Setting, fold, lift, lower, reduce
+from fxpath.passes import Setting, fold, hoist, lift, lower, reduce
 
 
 class Moved(nn.Module):
@@ -57,6 +57,7 @@ def test_every_pass_keeps_the_spec_and_the_graph_that_it_is_given(captured: Capt
         ("folded", fold),
         ("lifted", lift),
         ("reduced", reduce),
+        ("reduced", hoist),
         ("lowered", lower),
     ):
         before = written_down(module)

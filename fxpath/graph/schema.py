@@ -29,8 +29,13 @@ def target(node: fx.Node) -> Any:
 
 def bias_of(node: fx.Node) -> fx.Node | None:
     """The bias of an operation of the vocabulary, if it has one."""
-    place = _BIASES.get(target(node))
+    place = bias_place(node)
     return None if place is None or place >= len(node.args) else arguments(node)[place]
+
+
+def bias_place(node: fx.Node) -> int | None:
+    """Where an operation of the vocabulary has its bias among its arguments, if it can have one."""
+    return _BIASES.get(target(node))
 
 
 def bind(node: fx.Node) -> dict[str, Any]:

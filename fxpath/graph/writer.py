@@ -40,6 +40,15 @@ class Writer:
         node.meta["val"] = form(tensor)
         return node
 
+    def copy(self, module: fx.GraphModule) -> None:
+        """Take over a whole graph, to change the copy."""
+        copied = {
+            node: self.buffer(module.get_buffer(str(node.target)), "constant")
+            for node in module.graph.nodes
+            if node.op == "get_attr"
+        }
+        self.graph.output(self.graph.graph_copy(module.graph, copied))
+
     def held(self, node: fx.Node) -> Tensor:
         """The tensor of a constant."""
         return self.root.get_buffer(str(node.target))

@@ -9,6 +9,7 @@ Each pass is one file and one function of one signature, graph module in, graph 
   rules of :mod:`fxpath.rules`;
 - ``reduce``: positions that are equal for all weights are kept once; ``classes`` finds them,
   ``bases`` chooses whether a tensor is kept by value or in sums;
+- ``hoist``: fixed maps move in front of layers that then have fewer positions;
 - ``lower``: each layer is computed in the way that is fastest.
 """
 
@@ -23,6 +24,7 @@ from fxpath.errors import UnsupportedModelError
 from fxpath.model import Captured, Given, Model
 from fxpath.passes.advice import with_advice
 from fxpath.passes.fold import fold
+from fxpath.passes.hoist import hoist
 from fxpath.passes.lift import lift
 from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
@@ -33,6 +35,7 @@ __all__ = [
     "Rewritten",
     "Setting",
     "fold",
+    "hoist",
     "lift",
     "lower",
     "reduce",
@@ -47,7 +50,8 @@ class Rewritten:
 
     Attributes:
         lifted: as the rules write it, at full resolution, with activations and signs.
-        reduced: the same after the spatial reduction; ``lifted`` itself without it.
+        reduced: the same after the spatial reduction, fixed maps where they cost least; ``lifted``
+            itself without it.
         lowered: the graph that is run.
     """
 
@@ -75,8 +79,8 @@ def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
 
 
 def rewrite(lifted: fx.GraphModule, setting: Setting, whole: bool = False) -> Rewritten:
-    """The second half, to a graph that is run: reduce, lower; ``whole`` leaves out the former."""
-    reduced = lifted if whole else reduce(lifted, setting)
+    """The second half, to a graph that is run; ``whole`` leaves out the reduction."""
+    reduced = lifted if whole else hoist(reduce(lifted, setting), setting)
     lowered = lower(reduced, setting)
     return Rewritten(lifted, reduced, lowered)
 

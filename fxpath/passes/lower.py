@@ -52,12 +52,7 @@ def lower(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
 class _Lowering(Writer):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
-        copied = {
-            node: self.buffer(module.get_buffer(node.target), "constant")
-            for node in module.graph.nodes
-            if node.op == "get_attr"
-        }
-        self.graph.output(self.graph.graph_copy(module.graph, copied))
+        self.copy(module)
 
     def run(self) -> fx.GraphModule:
         for node in self.graph.nodes:

@@ -32,6 +32,7 @@ def sizes(lifted: fx.GraphModule, program: fx.GraphModule) -> list[SizeRow]:
 
     Returns:
         Rows with the multiply-adds of both; those of a reduced node include its maps between bases.
+        Where one node stands for several activations, the first one has them all.
     """
     kept: dict[str, fx.Node] = {}
     macs: dict[str, int] = {}
@@ -39,7 +40,7 @@ def sizes(lifted: fx.GraphModule, program: fx.GraphModule) -> list[SizeRow]:
     for node in program.graph.nodes:
         pending += multiply_adds(node) if node.op == "call_function" else 0
         full = node.meta.get("full", (node,) if lifted is program else ())
-        for source in [each for each in full if seen_through(each) is each][-1:]:
+        for source in (each for each in full if seen_through(each) is each):
             kept[source.name], macs[source.name] = node, pending
             pending = 0
     rows = []
