@@ -287,7 +287,12 @@ def _select(t: Tape, node: fx.Node, x: Value, *_: Any) -> Value:
     return t.fixed(x, t.emit(target(node), x.node, *spec), extents(node), 1, back)
 
 
+def _ignored(t: Tape, node: fx.Node, x: Value) -> Value:
+    return x
+
+
 WORDS: Mapping[Any, Word] = {
+    **dict.fromkeys(ops.IGNORED, _ignored),
     ops.source: _source,
     ops.constant: _constant,
     ops.factored: _factored,
