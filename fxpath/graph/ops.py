@@ -188,6 +188,10 @@ def columns(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """
     batch, channels, *_ = x.shape
     sizes = _positions(x.shape, matrices)
+    matrix = matrices[0] if batch == 1 and len(matrices) == 1 else None
+    if matrix is not None:  # for all positions together: nothing has to be permuted
+        read = x.reshape(channels, -1) @ matrix.flatten(0, 1).to(x.dtype).T
+        return read.reshape(-1, matrix.shape[1])
     y = x.transpose(0, 1).reshape(batch * channels, *sizes)
     shapes = [_tapped(n, m) for n, m in zip(sizes, matrices, strict=True)]
     for axis in reversed(range(len(sizes))):
@@ -205,6 +209,10 @@ def uncolumns(grad: Tensor, shape: Sequence[int], matrices: Sequence[Tensor | No
     """The transpose of :func:`columns`: from its result's shape back to ``shape``."""
     batch, channels, *extents = shape
     sizes = _positions(shape, matrices)
+    matrix = matrices[0] if batch == 1 and len(matrices) == 1 else None
+    if matrix is not None:
+        read = grad.reshape(channels, -1) @ matrix.flatten(0, 1).to(grad.dtype)
+        return read.reshape(tuple(shape))
     shapes = [_tapped(n, m) for n, m in zip(sizes, matrices, strict=True)]
     split = grad.reshape(channels, *(k for k, _ in shapes), batch, *(o for _, o in shapes))
     order = [1 + len(sizes)]

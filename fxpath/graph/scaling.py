@@ -35,13 +35,17 @@ VOID = -1e6
 #: Exponents that one power of two can have in each number format.
 LIMIT = {torch.float32: 126.0, torch.float64: 1022.0}
 
+#: Exponent of a power of two that float64 holds in any case.
+NEAR = 1000.0
+
 
 def settle(
     values: Sequence[Tensor],
     scales: Sequence[Tensor | None],
     measured: Sequence[bool],
     factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    watch: bool = True,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """The sum of scaled values, at a common exponent.
 
     Args:
@@ -49,10 +53,11 @@ def settle(
         scales: their exponents.
         measured: whether to look for the largest entry; one that is known to be near 1 need not.
         factor: multiplied with the first value, along axis 1, if given.
+        watch: whether to look for the smallest entry.
 
     Returns:
-        The sum, its exponent, the smallest entry in units of the coarsest rounding that went into
-        it, and the exponents of the powers of two that the values were multiplied by.
+        The sum, its exponent; the powers of two that the values were multiplied by, and their
+        exponents; and if asked for the smallest entry, in units of the coarsest rounding.
     """
     tops = [
         _top(v, e, m, factor if i == 0 else None)
@@ -60,81 +65,88 @@ def settle(
     ]
     common, shifts = _common(tops, scales, values[0])
     powers = [torch.exp2(shift) for shift in shifts]
-    bounds, first = [*powers, torch.ones_like(powers[0])], powers[0]
-    if factor is not None:
-        # Rounding of either of the two is multiplied by the other one.
-        bounds += [v.max() * powers[0] for v in (values[0], factor) if v.numel()]
-        first = beside(powers[0] * factor, values[0])
+    first = powers[0] if factor is None else beside(powers[0] * factor, values[0])
     terms = [v * p for v, p in zip(values[1:], powers[1:], strict=True)]
     if terms:
         total = torch.addcmul(functools.reduce(torch.add, terms), values[0], first)
     else:
         total = values[0] * first
-    return total, common, _smallest(total, _largest(bounds)), shifts
+    # Rounding of a value or its factor is multiplied by the other one.
+    both = [] if factor is None else [v.max() * powers[0] for v in (values[0], factor) if v.numel()]
+    return total, common, powers, shifts, _smallest(total, [*powers, *both]) if watch else None
 
 
 def settle_back(
     grad: Tensor,
     values: Sequence[Tensor],
-    shifts: Sequence[Tensor],
+    powers: Sequence[Tensor],
+    shifts: Sequence[Tensor] | None,
     factor: Tensor | None,
     needed: Sequence[bool],
-    deep: bool,
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """The transpose of :func:`settle`.
 
     Args:
         grad: of the sum.
         values: as there.
-        shifts: what it returned.
+        powers: what it returned.
+        shifts: what it returned, if powers of two below the number format count, since the gradient
+            is far above it.
         factor: as there.
         needed: of which values, and whether of the factor, gradients are asked for.
-        deep: whether powers of two that are below the number format count: the gradient is above.
 
     Returns:
-        The largest sum of any gradient in it, and the gradients of the values, and the factor, that
-        are ``needed``.
+        The sums of gradients that tell what underflow may have lost, and the gradients of the
+        values, and the factor, that are ``needed``.
     """
     sums = grad.sum()
-    masses = [sums, *(sums * torch.exp2(shift) for shift in shifts)]
-    first, more = grad, []
-    if factor is not None:
+    masses, more = [sums, sums * powers[0]], []
+    if factor is None:
+        first = _times(grad, powers, shifts, 0)
+    else:
         dims = [d for d in range(grad.dim()) if d != 1]
-        scaled = torch.exp2(shifts[0]) * factor
-        masses.append((grad.sum(dims) * scaled).sum())
-        more = [_times((grad * values[0]).sum(dims), shifts[0], deep)]
-        masses.append(more[0].sum())  # what a rounding of the factor may lose
-        first = grad * beside(factor if deep else scaled, grad)
-    if factor is None or deep:
-        first = _times(first, shifts[0], deep)
+        scaled = powers[0] * factor
+        more = [_times((grad * values[0]).sum(dims), powers, shifts, 0)]
+        # The last one is what a rounding of the factor may lose.
+        masses += [(grad.sum(dims) * scaled).sum(), more[0].sum()]
+        if shifts is None:
+            first = grad * beside(scaled, grad)
+        else:
+            first = _times(grad * beside(factor, grad), powers, shifts, 0)
     grads = [_sum_to(first, values[0])]
-    for value, shift in zip(values[1:], shifts[1:], strict=True):
+    for i, value in enumerate(values[1:], 1):
         # Summed before it is scaled: a bias has few entries.
-        grads.append(_times(_sum_to(grad, value), shift, deep))
+        grads.append(_times(_sum_to(grad, value), powers, shifts, i))
     every = zip([*grads, *more], needed, strict=True)
-    return _largest(masses), [g if asked else None for g, asked in every]
+    return masses, [g if asked else None for g, asked in every]
 
 
 def join(
-    values: Sequence[Tensor], scales: Sequence[Tensor | None], measured: Sequence[bool], dim: int
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    values: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    measured: Sequence[bool],
+    dim: int,
+    watch: bool = True,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """Scaled values side by side along an axis; see :func:`settle`."""
     tops = [_top(*each) for each in zip(values, scales, measured, strict=True)]
     common, shifts = _common(tops, scales, values[0])
     powers = [torch.exp2(shift) for shift in shifts]
     joined = torch.cat([v * p for v, p in zip(values, powers, strict=True)], dim)
-    bounds = [*powers, torch.ones_like(powers[0])]
-    return joined, common, _smallest(joined, _largest(bounds)), shifts
+    return joined, common, powers, shifts, _smallest(joined, powers) if watch else None
 
 
 def join_back(
-    grad: Tensor, sizes: Sequence[int], shifts: Sequence[Tensor], dim: int, deep: bool
-) -> tuple[Tensor, list[Tensor]]:
+    grad: Tensor,
+    sizes: Sequence[int],
+    powers: Sequence[Tensor],
+    shifts: Sequence[Tensor] | None,
+    dim: int,
+) -> tuple[list[Tensor], list[Tensor]]:
     """The transpose of :func:`join`; see :func:`settle_back`."""
     pieces = list(grad.split(list(sizes), dim))
-    sums = [piece.sum() for piece in pieces]
-    masses = [*sums, *(s * torch.exp2(shift) for s, shift in zip(sums, shifts, strict=True))]
-    return _largest(masses), [_times(p, s, deep) for p, s in zip(pieces, shifts, strict=True)]
+    grads = [_times(piece, powers, shifts, i) for i, piece in enumerate(pieces)]
+    return [grad.sum()], grads
 
 
 def sum_up(
@@ -152,7 +164,8 @@ def sum_up(
 def seed(mantissa: Tensor, shift: Tensor, dtype: torch.dtype, raised: int) -> Tensor:
     """The gradient of log ||Phi||, times ``2 ** raised``, in each entry of an output; 0-d."""
     share = torch.where(mantissa == 0, 0.0, 2.0**raised / mantissa)
-    return _times(share, shift, raised > 0).to(dtype)
+    share = share * torch.exp2(shift.clamp(min=-NEAR)) * torch.exp2((shift + NEAR).clamp(max=0))
+    return share.to(dtype)
 
 
 def spread(value: Tensor, shape: Sequence[int]) -> Tensor:
@@ -179,9 +192,10 @@ def least(values: Sequence[Tensor], like: Tensor) -> Tensor:
     return functools.reduce(torch.minimum, values, torch.full_like(like, math.inf)).double()
 
 
-def most(values: Sequence[Tensor], like: Tensor) -> Tensor:
+def most(values: Sequence[Sequence[Tensor]], like: Tensor) -> Tensor:
     """The largest of some 0-d tensors, 0 for none; NaN if there is one."""
-    return functools.reduce(torch.maximum, values, torch.zeros_like(like)).double()
+    flat = [value for each in values for value in each]
+    return functools.reduce(torch.maximum, flat, torch.zeros_like(like)).double()
 
 
 def beside(vector: Tensor, x: Tensor) -> Tensor:
@@ -198,12 +212,14 @@ def _common(
     return common, [((-common) if e is None else e - common).clamp(max=limit) for e in scales]
 
 
-def _times(value: Tensor, shift: Tensor, deep: bool) -> Tensor:
-    """``value * 2 ** shift``, in two steps if the power alone may be below float64."""
-    if not deep:
-        return value * torch.exp2(shift)
-    near = shift.clamp(min=-1000)
-    return value * torch.exp2(near) * torch.exp2(shift - near)
+def _times(
+    value: Tensor, powers: Sequence[Tensor], shifts: Sequence[Tensor] | None, index: int
+) -> Tensor:
+    """A value times a power of two, in two steps if the power alone may be below float64."""
+    if shifts is None:
+        return value * powers[index]
+    near = shifts[index].clamp(min=-NEAR)
+    return value * torch.exp2(near) * torch.exp2(shifts[index] - near)
 
 
 def _top(
@@ -224,8 +240,10 @@ def _plus(exponent: Tensor, scale: Tensor | None) -> Tensor:
     return exponent if scale is None else exponent + scale
 
 
-def _smallest(value: Tensor, coarsest: Tensor) -> Tensor:
-    return value.min() / coarsest if value.numel() else torch.full_like(coarsest, math.inf)
+def _smallest(value: Tensor, bounds: Sequence[Tensor]) -> Tensor:
+    if not value.numel():
+        return torch.full_like(bounds[0], math.inf)
+    return value.min() / _largest(bounds).clamp(min=1)
 
 
 def _largest(values: Sequence[Tensor]) -> Tensor:

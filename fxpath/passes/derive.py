@@ -3,7 +3,7 @@
 Requires a lowered graph.  Ensures a graph with the same placeholders and one output, a dictionary:
 
 - ``mantissa``, ``exponent``: ``||Phi||_q^q = mantissa * 2 ** exponent``, float64;
-- ``smallest``, and with the reverse half ``mass``: the two witnesses of range of
+- ``smallest``, or with the reverse half ``mass``, which always decides: the witnesses of range of
   :mod:`fxpath.graph.scaling`, float64;
 - ``scores``: name -> share of path mass (14) of every coordinate, or ``gradients``: those of
   ``log ||Phi||_q^q`` with respect to each of :func:`leaves`, lifted.
@@ -51,7 +51,7 @@ def derive(
         raised: shares and gradients are multiplied by ``2 ** raised``: those that would be below
             the number format are within it, and those of other entries beyond.
     """
-    tape = Tape(dtype, setting.device, setting.q, raised)
+    tape = Tape(dtype, setting.device, setting.q, ending == "norm", raised)
     return _Derivation(module, tape, ending).run()
 
 
@@ -123,7 +123,7 @@ class _Derivation:
         read = arguments(node)[0]
         converted = read.meta["val"].dtype == torch.float64 != tape.dtype
         converted = converted and read.target is not ops.folded_bias
-        if converted:
+        if converted and tape.watch:
             tape.smallest.append(tape.emit(scaling.kept, raw, tape.dtype))
         self.leaves.append(leaf)
         self.first.setdefault(name, leaf)
@@ -131,11 +131,12 @@ class _Derivation:
 
         def back(grad: fx.Node | Outer) -> None:
             if converted:
-                tape.masses.append(
+                total = (
                     tape.emit(products.outer_sum, grad.grad, grad.columns)
                     if isinstance(grad, Outer)
                     else tape.emit(torch.sum, grad)
                 )
+                tape.masses.append([total])
             if self.ending == "gradients":
                 self.gradients[leaf] = tape.formed(leaf, grad)
                 return
@@ -170,10 +171,9 @@ class _Derivation:
         found: dict[str, Any] = {
             "mantissa": mantissa,
             "exponent": exponent,
-            "smallest": tape.emit(scaling.least, tape.smallest, mantissa),
         }
         if self.ending == "norm":
-            return found
+            return found | {"smallest": tape.emit(scaling.least, tape.smallest, mantissa)}
         for i, value in enumerate(outputs):
             if value.wanted:
                 shift = tape.item(shifts, i)

@@ -72,16 +72,25 @@ class Tape:
         root: holds constants.
         backs: for each value that has a gradient, in the order of execution, its transpose, and
             whether that takes a tensor, or an :class:`Outer` as well.
-        smallest: the first witness of range, see :mod:`fxpath.graph.scaling`.
-        masses: the second one.
+        watch: whether the first witness of range is asked for, see :mod:`fxpath.graph.scaling`.
+        smallest: what makes it up.
+        masses: lists of what makes up the second one.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, q: float, raised: int = 0) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        q: float,
+        watch: bool,
+        raised: int = 0,
+    ) -> None:
         self.graph, self.root = fx.Graph(), torch.nn.Module()
-        self.dtype, self.device, self.q, self.raised = dtype, device, q, raised
+        self.dtype, self.device, self.q = dtype, device, q
+        self.watch, self.raised = watch, raised
         self.backs: list[tuple[Value, Callable[[Any], None], bool]] = []
         self.smallest: list[fx.Node] = []
-        self.masses: list[fx.Node] = []
+        self.masses: list[Any] = []
         self._grads: dict[Value, fx.Node | Outer] = {}
 
     # -- writing ----------------------------------------------------------------------------------
@@ -145,15 +154,13 @@ class Tape:
         """The sum of some values at a common scale."""
         nodes, scales = [v.node for v in values], [v.scale for v in values]
         factors = None if factor is None else factor.node
-        made = self.emit(scaling.settle, nodes, scales, list(measured), factors)
-        shifts = self.item(made, 3)
+        made = self.emit(scaling.settle, nodes, scales, list(measured), factors, self.watch)
+        powers, shifts = self.item(made, 2), self.item(made, 3) if self.raised else None
         terms = [*values] if factor is None else [*values, factor]
         wanted = [v.wanted for v in terms]
 
-        deep = self.raised > 0
-
         def back(grad: fx.Node) -> None:
-            found = self.emit(scaling.settle_back, grad, nodes, shifts, factors, wanted, deep)
+            found = self.emit(scaling.settle_back, grad, nodes, powers, shifts, factors, wanted)
             self.masses.append(self.item(found, 0))
             grads = self.item(found, 1)
             for i, value in enumerate(terms):
@@ -167,14 +174,12 @@ class Tape:
         """Values side by side."""
         nodes, scales = [v.node for v in values], [v.scale for v in values]
         measured = [self.grown(v.bits) for v in values]
-        made = self.emit(scaling.join, nodes, scales, measured, dim)
-        shifts = self.item(made, 3)
-
-        deep = self.raised > 0
+        made = self.emit(scaling.join, nodes, scales, measured, dim, self.watch)
+        powers, shifts = self.item(made, 2), self.item(made, 3) if self.raised else None
 
         def back(grad: fx.Node) -> None:
             sizes = [v.shape[dim] for v in values]
-            found = self.emit(scaling.join_back, grad, sizes, shifts, dim, deep)
+            found = self.emit(scaling.join_back, grad, sizes, powers, shifts, dim)
             self.masses.append(self.item(found, 0))
             grads = self.item(found, 1)
             for i, value in enumerate(values):
@@ -199,7 +204,8 @@ class Tape:
     def _scaled(
         self, made: fx.Node, shape: Sequence[int], bits: float, wanted: bool, back: Back
     ) -> Value:
-        self.smallest.append(self.item(made, 2))
+        if self.watch:
+            self.smallest.append(self.item(made, 4))
         node, scale = self.item(made, 0), self.item(made, 1)
         value = Value(node, tuple(shape), scale, bits, wanted, active=True)
         if wanted:

@@ -27,20 +27,20 @@ class Run:
     Attributes:
         mantissa: finite, unless numbers did not fit.
         exponent: of two.
-        smallest: smallest entry of any tensor, before scaling.
-        mass: largest sum of a gradient of log ||Phi||_q^q; ``None`` without a reverse half.
+        smallest: smallest entry of any tensor, before scaling; ``None`` with a reverse half.
+        mass: largest sum of a gradient of log ||Phi||_q^q; ``None`` without one.
     """
 
     mantissa: float
     exponent: int
-    smallest: float
+    smallest: float | None
     mass: float | None
 
     def fits(self, dtype: torch.dtype) -> bool | None:
         """Whether nothing underflowed that counts; ``None`` if only a reverse half can tell."""
         if self.mass is not None:
             return self.mass <= MASS[dtype]
-        return True if self.smallest >= SMALLEST[dtype] else None
+        return True if self.smallest is not None and self.smallest >= SMALLEST[dtype] else None
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ def placeholders(module: fx.GraphModule) -> list[str]:
 
 def _run(found: dict[str, Any]) -> Run:
     """The numbers of a run: read once, at its end."""
-    names = [n for n in ("mantissa", "exponent", "smallest", "mass") if n in found]
-    mantissa, exponent, smallest, *mass = torch.stack([found[n] for n in names]).tolist()
+    names = [name for name in ("mantissa", "exponent", "smallest", "mass") if name in found]
+    values = torch.stack([found[name] for name in names]).tolist()
+    numbers = dict(zip(names, values, strict=True))
+    exponent = numbers["exponent"]
     whole = int(exponent) if math.isfinite(exponent) else 0
-    return Run(mantissa, whole, smallest, mass[0] if mass else None)
+    return Run(numbers["mantissa"], whole, numbers.get("smallest"), numbers.get("mass"))

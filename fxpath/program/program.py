@@ -148,11 +148,11 @@ class PathProgram:
 
         It holds the model's tensors as buffers under their own names, takes no input, and returns a
         dictionary of tensors: ``mantissa`` and ``exponent`` of ``||Phi||_q^q = mantissa * 2 **
-        exponent``, ``smallest`` and ``mass`` (see Raises), and ``scores``, name -> shares of path
+        exponent``, ``mass`` (or ``smallest``; see Raises), and ``scores``, name -> shares of path
         mass (14).  It loads where fxpath is not installed.
 
         Args:
-            scores: whether it computes scores and ``mass``, or the norm alone.
+            scores: whether it computes scores and ``mass``, or the norm and ``smallest`` alone.
 
         Returns:
             The program, in the program's number format.  Weights are exchanged with
@@ -161,7 +161,7 @@ class PathProgram:
         Raises:
             FloatingPointError: if float32 does not suffice for the model as it is: compile it with
                 ``dtype=torch.float64``.  With other weights it suffices while ``mass`` is at most
-                2^85 (float64: 2^900), or ``smallest`` at least 2^-85 (2^-900).
+                2^85 (float64: 2^900), or if ``smallest`` is at least 2^-85 (2^-900).
 
         Example:
             >>> import torch, fxpath
