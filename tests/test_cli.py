@@ -343,6 +343,12 @@ def test_a_signal_during_the_import(tmp_path: Path) -> None:
     assert result.stderr == "fxpath: interrupted\n"
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert re.fullmatch(r"fxpath \S.*\n", capsys.readouterr().out)
+
+
 def test_as_a_process(nets: Path) -> None:
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
         # The package under test, whether it is installed or not.
@@ -354,7 +360,6 @@ def test_as_a_process(nets: Path) -> None:
             env={**os.environ, "PYTHONPATH": path},
         )
 
-    assert re.fullmatch(r"fxpath \S.*\n", run("--version").stdout)
     result = run("check", "nothing")
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1

@@ -38,7 +38,8 @@ def test_metric_lies_between_its_bounds_and_is_the_value_where_exact(
     assume(0 < dag.count_paths() < MAX_PATHS)
     second = net.dag(other)
     phi, phi_other = dag.phi(), second.phi()
-    metric = fxpath.path_metric(model, other, example_inputs=inputs_of(net))
+    # A state dict: the same pair, and one capture instead of two.
+    metric = fxpath.path_metric(model, other.state_dict(), example_inputs=inputs_of(net))
     true = float(np.abs(phi - phi_other).sum())
     slack = 1e-9 * true + 1e-12 * metric.path_norm + 1e-12
 
@@ -76,7 +77,7 @@ def test_sum_of_path_magnitudes_bounds_the_metric(net: Net, seed: int) -> None:
     model = net.module()
     assume(0 < net.dag(model).count_paths() < MAX_PATHS)
     other = changed(model, "pruned", seed)
-    metric = fxpath.path_metric(model, other, example_inputs=inputs_of(net))
+    metric = fxpath.path_metric(model, other.state_dict(), example_inputs=inputs_of(net))
     expected = 0.0
     dag = net.dag(model)
     for name, index in dag.coordinates():
@@ -124,12 +125,12 @@ def test_difference_is_carried_without_cancellation() -> None:
 def test_nothing_reported_changes_with_the_scale_of_neurons(how: str, bias: bool) -> None:
     model = lenet(bias)
     other = changed(model, how, 1)
-    metric = fxpath.path_metric(model, other, (1, 14, 14))
+    metric = fxpath.path_metric(model, other.state_dict(), (1, 14, 14))
     raw = []
     for seed in range(3):
         pair = [rescale(model, seed), other] if seed else [model, rescale(other, seed)]
         pair = [rescale(model, 5), rescale(other, 6)] if seed == 2 else pair
-        again = fxpath.path_metric(*pair, (1, 14, 14))
+        again = fxpath.path_metric(pair[0], pair[1].state_dict(), (1, 14, 14))
         assert (again.signs_agree, again.dominated, again.exact) == (
             metric.signs_agree,
             metric.dominated,

@@ -25,20 +25,22 @@ AWKWARD = (0.3, 1.0, 5.0)  # no powers of two
 
 
 def assert_same(
-    model: nn.Module, other: nn.Module, shape: tuple[int, ...], scores: bool = True
+    model: nn.Module, *others: nn.Module, shape: tuple[int, ...], scores: bool = True
 ) -> None:
     """One function, one path-norm, one Path-Mag."""
     expected = outputs(model, shape)
     scale = expected.abs().max().item()
-    torch.testing.assert_close(outputs(other, shape), expected, rtol=0, atol=1e-10 * scale)
+    for other in others:
+        torch.testing.assert_close(outputs(other, shape), expected, rtol=0, atol=1e-10 * scale)
     if not scores:
-        norms = [fxpath.path_norm(each, shape) for each in (model, other)]
-        assert norms[1] == pytest.approx(norms[0], rel=1e-10)
+        norm, *norms = [fxpath.path_norm(each, shape) for each in (model, *others)]
+        assert norms == pytest.approx([norm] * len(others), rel=1e-10)
         return
-    before, after = fxpath.analyze(model, shape), fxpath.analyze(other, shape)
-    assert after.log10_path_norm == pytest.approx(before.log10_path_norm, rel=1e-10)
-    for name, share in before.scores.items():
-        torch.testing.assert_close(after.scores[name], share, rtol=1e-9, atol=1e-15)
+    before, *analyses = [fxpath.analyze(each, shape) for each in (model, *others)]
+    for after in analyses:
+        assert after.log10_path_norm == pytest.approx(before.log10_path_norm, rel=1e-10)
+        for name, share in before.scores.items():
+            torch.testing.assert_close(after.scores[name], share, rtol=1e-9, atol=1e-15)
 
 
 # Real models
@@ -98,8 +100,7 @@ def test_real_models_keep_their_function(name: str) -> None:
     assert groups.blocked == ()
     rescaled, normalized = fxpath.rescale(model, shape), fxpath.normalize(model, shape)
     small = name in ("resnet18", "squeezenet1_1")  # gradients of the others take long
-    assert_same(model, rescaled, shape, scores=small)
-    assert_same(model, normalized, shape, scores=small)
+    assert_same(model, rescaled, normalized, shape=shape, scores=small)
     # Of a model and its rescaled copy the normalized ones are equal, digit by digit.
     assert not changed(normalized, fxpath.normalize(rescaled, shape))
     convolutions = {n for n, p in model.named_parameters() if p.dim() == 4}
@@ -146,9 +147,8 @@ def test_unusual_models_keep_their_function(name: str) -> None:
     groups = fxpath.channel_groups(model, shape)
     rescalable = sum(group.rescalable for group in groups.groups)
     assert (len(groups), rescalable) == UNUSUAL[name][2:]
-    for seed in range(2):
-        assert_same(model, fxpath.rescale(model, shape, choices=AWKWARD, seed=seed), shape)
-    assert_same(model, fxpath.normalize(model, shape), shape)
+    rescaled = [fxpath.rescale(model, shape, choices=AWKWARD, seed=seed) for seed in range(2)]
+    assert_same(model, *rescaled, fxpath.normalize(model, shape), shape=shape)
 
 
 class Repeated(nn.Module):
@@ -171,17 +171,17 @@ def test_entries_that_are_shown_several_times_have_one_factor() -> None:
     model = Repeated().double()
     # The channels in front of the kernel and behind it, and the rows: the second is read twice.
     assert len(fxpath.channel_groups(model, (1, 3, 3))) == 1 + 1 + 3
-    assert_same(model, fxpath.rescale(model, (1, 3, 3), choices=(0.3, 5.0)), (1, 3, 3))
+    assert_same(model, fxpath.rescale(model, (1, 3, 3), choices=(0.3, 5.0)), shape=(1, 3, 3))
 
 
 def test_the_comparison_notices_a_change() -> None:
     model, shape = unusual("residual")
     other = copy.deepcopy(model)
-    assert_same(model, other, shape)
+    assert_same(model, other, shape=shape)
     with torch.no_grad():
         other.inner.weight[2] *= 1.001
     with pytest.raises(AssertionError):
-        assert_same(model, other, shape)
+        assert_same(model, other, shape=shape)
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
@@ -287,7 +287,7 @@ def test_a_dead_channel_stays_as_it_is() -> None:
         model[0].bias[1] = 0
     normalized = fxpath.normalize(model)
     assert torch.equal(normalized[2].weight[:, 1], model[2].weight[:, 1])
-    assert_same(model, normalized, (2,))
+    assert_same(model, normalized, shape=(2,))
 
 
 # The model that is handed in, and refusals
@@ -320,7 +320,7 @@ def test_computed_weights_are_refused_by_name() -> None:
             with pytest.raises(ValueError, match=f"{name}: computed from other parameters"):
                 verb(model)
     prune.remove(pruned[0], "weight")
-    assert_same(pruned.double(), fxpath.normalize(pruned), (3,))
+    assert_same(pruned.double(), fxpath.normalize(pruned), shape=(3,))
 
 
 def test_wrong_arguments() -> None:

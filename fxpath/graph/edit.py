@@ -69,7 +69,10 @@ class Forms:
         self._known: dict[tuple[Any, str], Any] = {}
 
     def __call__(self, function: Callable[..., Any], args: Any) -> Any:
-        """The form of ``function(*args)``, where nodes stand for what their ``meta`` says."""
+        """The form of ``function(*args)``, where nodes stand for what their ``meta`` says.
+
+        Tensors among the arguments are forms themselves, on the meta device.
+        """
         # The name of a coordinate says nothing about its shape.
         told = args[:1] if function is ops.coordinate else args
         key = function, repr(fx.node.map_aggregate(told, _look))
@@ -80,7 +83,8 @@ class Forms:
 
 def _look(value: Any) -> Any:
     """An argument, or how it looks."""
-    if not isinstance(value, fx.Node):
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    elif not isinstance(value, Tensor):
         return value
-    seen = value.meta["val"]
-    return f"{seen.dtype} {tuple(seen.shape)}"
+    return f"{value.dtype} {tuple(value.shape)}"

@@ -56,18 +56,22 @@ STAGES: dict[str, set[Any]] = {
 }
 
 
-def violations(module: fx.GraphModule, stage: str, captured: Captured) -> list[str]:
+def violations(
+    module: fx.GraphModule, stage: str, captured: Captured, made: Forms | None = None
+) -> list[str]:
     """What does not hold of a graph after a pass; empty if all does.
 
     Args:
         module: what the pass returned.
         stage: ``"folded"``, or one of :data:`STAGES`.
         captured: the captured model.
+        made: what operations are known to return, for whoever checks many graphs.
     """
     module.graph.lint()
+    made = made or Forms()
     if stage == "folded":
-        return list(_folded(module.graph, captured))
-    found, made = list(_coordinates(module.graph)), Forms()
+        return list(_folded(module.graph, captured, made))
+    found = list(_coordinates(module.graph))
     for node in module.graph.nodes:
         found += [f"{node.name}: {what}" for what in _node(module, node, STAGES[stage], made)]
     return found
@@ -83,7 +87,7 @@ def _coordinates(graph: fx.Graph) -> Iterator[str]:
                 yield f"{node.name}: {name} has another shape elsewhere"
 
 
-def _folded(graph: fx.Graph, captured: Captured) -> Iterator[str]:
+def _folded(graph: fx.Graph, captured: Captured, made: Forms) -> Iterator[str]:
     """No norm is left that is an affine map of its input alone."""
     active = active_nodes(graph, captured)
     known = {node.name for node in captured.graph_module.graph.nodes}
@@ -91,8 +95,9 @@ def _folded(graph: fx.Graph, captured: Captured) -> Iterator[str]:
         if node.op != "call_function":
             continue
         if node.name not in known:
-            shapes = fx.map_arg(arguments(node), lambda n: n.meta["val"].double().to("meta"))
-            if target(node)(*shapes).shape != node.meta["val"].shape:
+            # The model's own number formats may be mixed here, which is settled later.
+            forms = fx.map_arg(arguments(node), lambda n: form(n.meta["val"]).double())
+            if made(target(node), forms).shape != node.meta["val"].shape:
                 yield f"{node.name}: its shape is not that of its operation"
         if node.target not in _EFFECTIVE and not _is_aten(node):
             yield f"{node.name}: {node.target} is no ATen operation"

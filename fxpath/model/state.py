@@ -59,19 +59,22 @@ def slots(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name, _MISSING) for name in named if not name.startswith("__")}
 
 
-def global_names(function: types.FunctionType) -> set[str]:
+def global_names(function: types.FunctionType) -> frozenset[str]:
     """Names of globals that a function or one nested in it reads or writes."""
-    return set(_names(function.__code__))
+    return _names(function.__code__)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    if code.co_names:
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME"):
-                yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Found once: a trace looks at hundreds of functions, and code does not change."""
+    instructions = dis.get_instructions(code) if code.co_names else ()
+    found = {
+        instruction.argval
+        for instruction in instructions
+        if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME")
+    }
+    nested = [_names(part) for part in code.co_consts if isinstance(part, types.CodeType)]
+    return frozenset(found.union(*nested))
 
 
 def parts(value: Any) -> Iterable[Any]:

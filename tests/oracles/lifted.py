@@ -72,19 +72,22 @@ class _Stop(Exception):
 
 
 class Lifting:
-    """One forward pass of the lifted network."""
+    """One forward pass of the lifted network.
+
+    Calls of a convolution or linear map that are ``shared`` have other readers than a BatchNorm.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         q: float,
         rules: Mapping[str, Callable[..., Any]],
-        sole_readers: frozenset[int],
+        shared: frozenset[int] = frozenset(),
     ) -> None:
         self.model = model
         self.q = q
         self.rules = rules
-        self.sole_readers = sole_readers
+        self.shared = shared
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.buffers = {id(b): name for name, b in model.named_buffers()}
         self.module_stack: list[str] = []

@@ -92,7 +92,7 @@ def _batch_norm(
     weight_name = lifting.names.get(id(weight), lifting.sibling(norm_name, "weight"))
     bias_name = lifting.names.get(id(bias), lifting.sibling(norm_name, "bias"))
     value, affine = lifting.read(input), input.affine
-    if affine and affine.call in lifting.sole_readers and affine.channels_at_axis_1:
+    if affine and affine.call not in lifting.shared and affine.channels_at_axis_1:
         # Folded: the convolution gets the scale, and both biases become one before the modulus.
         if affine.bias is not None:
             lifting.coordinates.pop(id(affine.lifted_bias), None)

@@ -55,15 +55,14 @@ def reference(
     """
     twin = _float64_copy(model)
     shapes = _shapes(inputs_or_shape)
-    # Whether a BatchNorm is the only reader of a convolution is known after a whole pass only.
-    with torch.no_grad():
-        scout = Lifting(twin, q, RULES, sole_readers=frozenset())
-        scout.run(shapes, until)
-        sole_readers = frozenset(call for call, count in scout.readers.items() if count == 1)
-        del scout
-    lifting = Lifting(twin, q, RULES, sole_readers=sole_readers)
+    lifting = Lifting(twin, q, RULES)
     with torch.set_grad_enabled(scores):
         total = lifting.run(shapes, until)
+        # Whether a BatchNorm is the only reader of a convolution is known after a whole pass only.
+        shared = frozenset(call for call, count in lifting.readers.items() if count > 1)
+        if shared:
+            lifting = Lifting(twin, q, RULES, shared)
+            total = lifting.run(shapes, until)
 
     coordinates = list(lifting.coordinates.values())
     del lifting, twin  # a gigabyte for VGG: only the leaves are needed from here on
@@ -72,10 +71,11 @@ def reference(
         leaves = [leaf for _, leaf in coordinates]
         gradients: list[Tensor | None] = [*torch.autograd.grad(total, leaves, allow_unused=True)]
         for i, (name, leaf) in enumerate(coordinates):
-            share = torch.zeros_like(leaf)
             gradient, gradients[i] = gradients[i], None
-            if gradient is not None and total.item():
-                share = leaf.detach() * gradient.div(total.item())
+            if gradient is None or not total.item():
+                share = torch.zeros_like(leaf)
+            else:
+                share = gradient.div(total.item()).mul_(leaf.detach())
             # A parameter that is used several times collects the shares of all its uses.
             shares[name] = shares[name] + share if name in shares else share
     log10_sum = math.log10(total.item()) if total.item() else -math.inf

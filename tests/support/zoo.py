@@ -115,3 +115,21 @@ def build_hollow(name: str) -> nn.Module:
     """Make a torchvision model quickly, its weights zero: enough to look at its operations."""
     with _WithoutInitialization():
         return torchvision.models.get_model(name, weights=None)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Parameters that have a shape and no numbers."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
+
+
+def module_types(name: str) -> set[type[nn.Module]]:
+    """The classes of which a torchvision model is built."""
+    with _WithoutMemory():
+        return {
+            type(module) for module in torchvision.models.get_model(name, weights=None).modules()
+        }
