@@ -36,6 +36,8 @@ MOVES: set[Any] = {CAT, EXPAND, PERMUTE, RESHAPE, SLICE, *SELECTIONS}
 #: The transposes of those that select entries: ``(gradient, shape, *arguments)``.
 SELECTION_BACKWARD: dict[Any, Callable[..., Tensor]] = {
     SLICE: aten.slice_backward.default,
+    aten.select.int: aten.select_backward.default,
+    aten.flip.default: lambda grad, shape, dims: aten.flip(grad, dims),
     aten.diagonal.default: aten.diagonal_backward.default,
     aten.unfold.default: aten.unfold_backward.default,
     aten.im2col.default: lambda grad, shape, *spec: aten.col2im(grad, shape[-2:], *spec),

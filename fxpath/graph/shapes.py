@@ -42,6 +42,17 @@ def sum_to(grad: Tensor, shape: Sequence[int]) -> Tensor:
     return grad.sum_to_size(tuple(shape))
 
 
+def positions(shape: Sequence[int], device: torch.device) -> Tensor:
+    """The number of each entry."""
+    return torch.arange(math.prod(shape), device=device).reshape(tuple(shape))
+
+
+def put_back(grad: Tensor, picked: Tensor, shape: Sequence[int]) -> Tensor:
+    """The transpose of picking entries by their numbers: what was picked twice adds up."""
+    zeros = grad.new_zeros(math.prod(shape))
+    return zeros.index_add(0, picked.reshape(-1), grad.reshape(-1)).reshape(tuple(shape))
+
+
 def along_back(grad: Tensor, dim: int, index: Tensor, weight: Tensor, size: int) -> Tensor:
     """The transpose of :func:`fxpath.graph.ops.along`, to ``size`` positions."""
     out, taps = index.shape

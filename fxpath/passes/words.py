@@ -19,6 +19,8 @@ from fxpath.graph.aten import (
     CONVOLUTION_BACKWARD,
     EXPAND,
     PERMUTE,
+    PICKING,
+    RELABELLING,
     RESHAPE,
     SELECTION_BACKWARD,
 )
@@ -287,11 +289,38 @@ def _select(t: Tape, node: fx.Node, x: Value, *_: Any) -> Value:
     return t.fixed(x, t.emit(target(node), x.node, *spec), extents(node), 1, back)
 
 
+def _relabel(t: Tape, node: fx.Node, x: Value, *args: Any) -> Value:
+    """Another order or shape of all entries."""
+    seen = target(node)(torch.empty(x.shape, device="meta"), *args)
+    # Axes in the order of memory, which is that of the argument.
+    order = sorted(range(seen.dim()), key=lambda d: -seen.stride(d))
+
+    def back(grad: fx.Node) -> None:
+        turned = t.emit(PERMUTE, grad, order)
+        t.give(x, t.emit(RESHAPE, turned, list(x.shape)))
+
+    return t.made(t.emit(target(node), x.node, *args), x, back, shape=extents(node))
+
+
+def _pick(t: Tape, node: fx.Node, x: Value, *args: Any) -> Value:
+    """Entries by constant lists of positions."""
+
+    def back(grad: fx.Node) -> None:
+        every = t.emit(shapes.positions, x.shape, t.device)
+        picked = t.emit(target(node), every, *args)
+        t.give(x, t.emit(shapes.put_back, grad, picked, x.shape))
+
+    return t.made(t.emit(target(node), x.node, *args), x, back, shape=extents(node))
+
+
 def _ignored(t: Tape, node: fx.Node, x: Value) -> Value:
     return x
 
 
 WORDS: Mapping[Any, Word] = {
+    # What only weights are moved by.
+    **dict.fromkeys(RELABELLING, _relabel),
+    **dict.fromkeys(PICKING, _pick),
     **dict.fromkeys(ops.IGNORED, _ignored),
     ops.source: _source,
     ops.constant: _constant,

@@ -5,15 +5,17 @@ Everything else in this package is about never having to form this vector.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxpath.graph.interpret import Interpretation, Weighing
+from fxpath.graph import ops
+from fxpath.graph.edit import form
+from fxpath.graph.schema import arguments
 from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
@@ -21,6 +23,7 @@ from fxpath.passes import Setting, take_in
 from fxpath.passes.reduce import reduce
 from fxpath.paths.dag import Dag, Entry, followed
 from fxpath.paths.expand import expand
+from fxpath.program.flat import Flat
 
 
 @dataclass(frozen=True)
@@ -211,37 +214,20 @@ def path_lifting(
     return PathLifting(phi, ends, starts, activity, dag.inputs, dag, edges, first, flat)
 
 
-class _Count(Interpretation):
-    """The number of paths: every coordinate counts as one, whether or not it is zero."""
-
-    activation = Tensor
-
-    def coordinate(self, value: Tensor, name: str) -> Tensor:
-        return torch.ones_like(value, dtype=self.dtype)
-
-    def source(self, shape: Sequence[int]) -> Tensor:
-        return self.filled(shape, 1.0)
-
-    def constant(self, bias: Tensor) -> Tensor:
-        return bias
-
-    def weigh(self, x: Tensor, weight: Tensor, bias: Tensor | None, run: Weighing) -> Tensor:
-        y = run(x, weight)
-        return y if bias is None else y + bias
-
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-    def join(self, pieces: list[Tensor], dim: int) -> Tensor:
-        return torch.cat(pieces, dim)
-
-    def total(self, outputs: list[Tensor]) -> float:
-        return sum(float(output.sum()) for output in outputs)
-
-
 def _count(module: fx.GraphModule, captured: Captured, live: Mapping[str, Tensor]) -> int:
-    total: float = _Count(reduce(module, Setting(captured, 0)), torch.float64, 0).run(live)
-    return round(total) if math.isfinite(total) else 10**308
+    """The number of paths: every coordinate counts as one, whether or not it is zero."""
+    setting = Setting(captured, 0.0)
+    reduced = reduce(module, setting)
+    for node in reduced.graph.nodes:
+        if node.target is ops.coordinate:
+            one = torch.ones((), dtype=torch.float64).expand(node.meta["val"].shape)
+            reduced.register_buffer(f"ones_{node.name}", one)
+            with reduced.graph.inserting_before(node):
+                ones = reduced.graph.get_attr(f"ones_{node.name}")
+            ones.meta["val"] = form(one)
+            node.args = ones, *arguments(node)[1:]
+    run = Flat(reduced, setting).norm(live, torch.float64)
+    return round(Fraction(run.mantissa) * Fraction(2) ** run.exponent)
 
 
 def _check_count(count: int, limit: int) -> None:
