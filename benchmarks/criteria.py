@@ -1,6 +1,8 @@
 """The paper's Table 3: what pruning criteria cost, in multiples of a forward pass.
 
-`python -m benchmarks.criteria`, or `fxpath bench`.  Weights are random.
+`python -m benchmarks.criteria`, or `fxpath bench`.  Weights are random.  One program is measured at
+a time, with a forward pass between any two runs, as each takes the caches from the other; ratios
+are those of the medians of the two.
 """
 
 from __future__ import annotations
@@ -155,8 +157,9 @@ def measure(
 def _timed(
     name: str, repeats: int, full: bool, columns: Sequence[str], where: torch.device
 ) -> dict[str, Any]:
-    model = load_module(name).to(where)
+    model = load_module(name)
     shape = tuple(infer_input_shape(model))
+    model.to(where)
     _check_recipe(name, model, shape)
     row: dict[str, Any] = {
         "model": name,

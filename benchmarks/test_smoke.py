@@ -8,8 +8,8 @@ import gc
 import json
 import sys
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks import channels, columns, criteria, growth, memory, operators, t
 from benchmarks.recipe import SumPool2d, recipe
 from fxpath import cli
 from fxpath.capture.loading import UsageError
+from fxpath.program import backends
 from fxpath.program.flat import Flat
 
 BASELINES = ("magnitude", "magnitude_out", "obd", "recipe_f64", "recipe_f32")
@@ -305,12 +306,15 @@ def test_deviation() -> None:
 
 
 class FakeGraph:
-    """Calls again what was captured, which `step` is set to."""
+    """Runs again what ran while it was captured, into the same tensors."""
 
-    step: Any
+    run: Any
+    found: dict[str, Any]
 
     def replay(self) -> None:
-        self.step()
+        for name, value in self.run().items():
+            if isinstance(value, Tensor):
+                self.found[name].copy_(value)
 
 
 @pytest.mark.parametrize("scores", [False, True])
@@ -318,33 +322,48 @@ def test_a_cuda_graph_is_recorded_and_replayed(
     monkeypatch: pytest.MonkeyPatch, scores: bool
 ) -> None:
     graph, model = FakeGraph(), chain(nn.MaxPool2d(2)).eval()
-    steps: list[Any] = []
     aside = types.SimpleNamespace(wait_stream=lambda other: None)
     made = Flat.steps
 
-    def kept(*args: Any) -> Any:
-        steps.append(made(*args))
-        return steps[-1]
+    def steps(*args: Any) -> Any:
+        run = made(*args)
 
-    @contextmanager
-    def capture(recorded: FakeGraph) -> Iterator[None]:
-        yield
-        recorded.step = steps[-1]
+        def step() -> dict[str, Any]:
+            graph.run, graph.found = run, run()
+            return graph.found
+
+        return step
 
     for name, fake in {
         "Stream": lambda: aside,
         "current_stream": lambda: aside,
         "stream": contextlib.nullcontext,
         "CUDAGraph": lambda: graph,
-        "graph": capture,
+        "graph": contextlib.nullcontext,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(Flat, "steps", kept)
+    monkeypatch.setattr(Flat, "steps", steps)
     way = columns.cudagraph(model, (2, 12, 11), scores)
+    # A replay reads the weights as they are then.
+    with torch.no_grad():
+        model[0].weight *= 3
     way.run()
     found = way.found()
     assert set(found.scores) == (set(dict(model.named_parameters())) if scores else set())
     assert columns.deviation(found, columns.expected(model, (2, 12, 11))) < 1e-5
+
+
+def test_a_graph_that_is_not_compiled_is_not_passed_off_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "_can_generate", no_compiler)
+    with pytest.raises(RuntimeWarning, match="no C.. compiler found"):
+        columns.inductor(nn.Linear(2, 1), (2,), False)
+
+
+def no_compiler() -> bool:
+    warnings.warn("no C++ compiler found", RuntimeWarning, stacklevel=1)
+    return False
 
 
 def test_cuda_graphs_need_a_device(capsys: pytest.CaptureFixture[str]) -> None:
