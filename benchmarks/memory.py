@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
 import fxpath
 from benchmarks.recipe import recipe
@@ -62,7 +62,7 @@ def extra_bytes(subject: str, name: str) -> tuple[int, int]:
     """How far a subject raises this process's peak memory, and the bytes of the parameters."""
     run = SUBJECTS[subject]
     # What is loaded and set up at the first run is no part of a model's cost.
-    run(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2)), (1, 8, 8))
+    run(_Small(), (1, 8, 8))
     model = load_module(name)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     shape = tuple(infer_input_shape(model))
@@ -72,6 +72,22 @@ def extra_bytes(subject: str, name: str) -> tuple[int, int]:
     # Alive until here: the scores are part of the cost.
     del result
     return extra, parameters
+
+
+class _Small(nn.Module):
+    """One of each kind of layer that the models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+        self.second = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(2, 2, 3, 2, 1))
+        self.skip = nn.Conv2d(2, 2, 1, 4, bias=False)
+        self.last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y: Tensor = self.last((self.second(x) + self.skip(x)).relu())
+        return y
 
 
 def peak_bytes() -> int:

@@ -53,7 +53,8 @@ def recipe(model: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.fl
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.requires_grad_().abs_()
-    total = copied(torch.ones(1, *shape, dtype=dtype)).sum()
+    device = next((p.device for p in copied.parameters()), None)
+    total = copied(torch.ones(1, *shape, dtype=dtype, device=device)).sum()
     total.backward()
     scores = {
         name: parameter.grad * parameter.detach()

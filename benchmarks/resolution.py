@@ -1,4 +1,4 @@
-"""Time of a forward pass and of compiled Path-Mag against the size of the input image.
+"""Time of a forward pass and of eager Path-Mag against the size of the input image.
 
 `python -m benchmarks.resolution`; a table, a JSON file and a plot.  Weights are random.
 """
@@ -26,9 +26,11 @@ from benchmarks.timing import (
     write_json,
 )
 
-__all__ = ["main", "measure", "plot", "table"]
+__all__ = ["grown", "main", "measure", "plot", "table"]
 
 SIZES = (64, 128, 224, 448, 896, 1024)
+# Times are told in multiples of those at this size too, if it is among them.
+USUAL = 224
 # MODEL, or MODEL/submodule: the classifier of VGG16 fixes the size of its input.
 MODELS = ("resnet18", "vgg16/features")
 
@@ -48,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.models:
         with explained(parser):
             model = _load(name)
+        own = []
         for size in arguments.sizes:
-            rows.append(measure(name, model, size, arguments.repeats))
+            own.append(measure(name, model, size, arguments.repeats))
             print(f"{name} at {size} pixels done", flush=True)
+        rows += grown(own)
     print(f"\n{table(rows)}\n")
     write_json(arguments.json, rows)
     plot(rows, arguments.plot)
@@ -74,25 +78,44 @@ def measure(name: str, model: nn.Module, size: int, repeats: int) -> dict[str, A
 
     cases = {
         "forward_ms": forward,
-        "path_magnitude_compiled_ms": lambda: program.scores(out=buffers),
+        "path_magnitude_ms": lambda: program.scores(out=buffers),
     }
     return {"model": name, "pixels": size, **interleave(cases, repeats)}
 
 
+def grown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one model with their times in multiples of those at 224 pixels, where that is known.
+
+    Example:
+        >>> rows = [{"pixels": 224, "forward_ms": 20.0, "path_magnitude_ms": 30.0},
+        ...         {"pixels": 448, "forward_ms": 80.0, "path_magnitude_ms": 33.0}]
+        >>> [(row["forward_growth"], row["path_magnitude_growth"]) for row in grown(rows)]
+        [(1.0, 1.0), (4.0, 1.1)]
+    """
+    usual = next((row for row in rows if row["pixels"] == USUAL), None)
+    if usual is None:
+        return list(rows)
+    what = "forward", "path_magnitude"
+    return [row | {f"{w}_growth": row[f"{w}_ms"] / usual[f"{w}_ms"] for w in what} for row in rows]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """All rows."""
+    growth = ["forward_growth", "path_magnitude_growth"]
     lines = [
         [
             row["model"],
             row["pixels"],
             f"{row['forward_ms']:.1f}",
-            f"{row['path_magnitude_compiled_ms']:.1f}",
-            f"{row['path_magnitude_compiled_ms'] / row['forward_ms']:.2f}",
+            f"{row['path_magnitude_ms']:.1f}",
+            f"{row['path_magnitude_ms'] / row['forward_ms']:.2f}",
+            *(f"{row[key]:.2f}" if key in row else "" for key in growth),
         ]
         for row in rows
     ]
     headers = ["model", "pixels", "forward (ms)", "Path-Mag (ms)", "Path-Mag / forward"]
-    align = ("left", *("right",) * 4)
+    headers += [f"forward / at {USUAL}", f"Path-Mag / at {USUAL}"]
+    align = ("left", *("right",) * 6)
     return tabulate(lines, headers=headers, colalign=align, disable_numparse=True)
 
 
@@ -105,7 +128,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         own = [row for row in rows if row["model"] == name]
         for key, label, style in (
             ("forward_ms", "forward", "--"),
-            ("path_magnitude_compiled_ms", "Path-Mag, compiled", "-"),
+            ("path_magnitude_ms", "Path-Mag", "-"),
         ):
             axes.loglog(
                 [row["pixels"] for row in own],

@@ -1,4 +1,4 @@
-"""The passes and one evaluation, eager and compiled, for pytest-benchmark.
+"""The passes and one evaluation, eager and through Inductor, for pytest-benchmark.
 
     python -m pytest benchmarks/speed.py --benchmark-only --benchmark-autosave
     python -m pytest benchmarks/speed.py --benchmark-only --benchmark-compare
@@ -9,14 +9,17 @@ They time and assert nothing, so that the test run leaves them out: its files ar
 from __future__ import annotations
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import fx, nn
 
+import fxpath
 from benchmarks.timing import load_module
 from fxpath.capture import capture
 from fxpath.model import Captured, Given
 from fxpath.passes import Setting, fold, lift, lower, reduce
-from fxpath.program.program import build
+from fxpath.passes.derive import derive
+from fxpath.passes.place import place
 
 SHAPE = (3, 224, 224)
 ROUNDS = 7
@@ -64,9 +67,21 @@ def test_lower(benchmark: BenchmarkFixture, model: nn.Module) -> None:
     benchmark.pedantic(lower, (reduced, setting), rounds=ROUNDS, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_scores(benchmark: BenchmarkFixture, model: nn.Module, compiled: bool) -> None:
+def test_derive_and_place(benchmark: BenchmarkFixture, model: nn.Module) -> None:
+    """Products to the flat graph, forward and reverse, that runs in given memory."""
+    captured = capture(model, Given(SHAPE))
+    setting = Setting(captured)
+    lowered = lower(reduce(fold_and_lift(captured), setting), setting)
+
+    def derive_and_place() -> fx.GraphModule:
+        return place(derive(lowered, setting, torch.float32), setting)
+
+    benchmark.pedantic(derive_and_place, rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_scores(benchmark: BenchmarkFixture, model: nn.Module, backend: str) -> None:
     """One evaluation of Path-Mag."""
-    program = build(model, SHAPE, compiled=compiled)
+    program = fxpath.compile(model, SHAPE, backend=backend)
     buffers = program.scores()
     benchmark.pedantic(program.scores, (buffers,), rounds=3 * ROUNDS, warmup_rounds=2)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
 import sys
+import types
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +18,28 @@ import torch
 from torch import Tensor, nn
 
 import fxpath
-from benchmarks import channels, criteria, growth, memory, timing
+from benchmarks import channels, columns, criteria, growth, memory, operators, timing
 from benchmarks.recipe import SumPool2d, recipe
 from fxpath import cli
 from fxpath.capture.loading import UsageError
+from fxpath.program import backends
+from fxpath.program.flat import Flat
 
-KEYS = {
-    *("model", "params", "forward_ms", "magnitude_ms", "magnitude_out_ms"),
-    *("path_norm_ms", "path_norm_compiled_ms", "path_magnitude_ms", "path_magnitude_compiled_ms"),
-    *("obd_ms", "recipe_f64_ms", "recipe_f32_ms", "compile_cold_s", "compile_warm_s"),
-}
-BATCH_KEYS = {"forward_b128_ms", "obd_b128_ms"}
+BASELINES = ("magnitude", "magnitude_out", "obd", "recipe_f64", "recipe_f32")
+
+
+def keys(columns: Sequence[str], full: bool = False) -> set[str]:
+    """Of a row of the criteria with these columns."""
+    programs = [f"{what}_{column}" for column in columns for what in criteria.WHAT]
+    batches = [f"{case}_b128" for case in ("forward", "obd") if full]
+    cases = ["forward", *BASELINES, *batches, *programs]
+    found = {"model", "device", "params", "left_out"}
+    found |= {f"{case}_{unit}" for case in cases for unit in ("ms", "ratio")}
+    found |= {f"{case}_{what}" for case in programs for what in ("ready_s", "deviation")}
+    compiling = {"capture_s", "compile_cold_s", "compile_warm_s"}
+    return found | compiling if "inductor" in columns else found
+
+
 ENVIRONMENT = {
     *("date", "cpu", "instructions", "cores", "threads", "load"),
     *("platform", "python", "torch", "fxpath"),
@@ -58,7 +73,7 @@ def read(path: Path, keys: set[str]) -> list[dict[str, Any]]:
     assert set(result["environment"]) == ENVIRONMENT
     for row in result["rows"]:
         assert set(row) == keys
-        assert all(value > 0 for value in row.values() if not isinstance(value, str))
+        assert all(value > 0 for value in row.values() if not isinstance(value, str | dict))
     return result["rows"]
 
 
@@ -70,22 +85,28 @@ def test_cases_take_turns() -> None:
     cases = {name: lambda name=name: calls.append(name) for name in "ab"}
     medians = timing.interleave(cases, repeats=2)
     assert list(medians) == ["a", "b"] and all(median > 0 for median in medians.values())
-    # Once each before the first turn; then twice in a row, as both are short.
-    assert "".join(calls) == "ab" + "aabb" * 2
+    # Once each before the first turn; then in turns, so that each meets the other's caches.
+    assert "".join(calls) == "ab" + "ab" * 2
     assert gc.isenabled()
-
-
-def test_a_long_call_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[None] = []
-    monkeypatch.setattr(timing, "LONG", 0.0)
-    timing.interleave({"a": lambda: calls.append(None)}, repeats=3)
-    assert len(calls) == 1 + 3
 
 
 def test_medians_are_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([1.0, 9.0, 2.0])
-    monkeypatch.setattr(timing, "_once", lambda case: next(seconds))
+    monkeypatch.setattr(timing, "_seconds", lambda case, where: next(seconds))
     assert timing.interleave({"a": lambda: None}, repeats=3) == {"a": 2000.0}
+
+
+def test_a_device_is_waited_for_before_and_after_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda where: calls.append("wait"))
+    timing.interleave({"a": lambda: calls.append("run")}, 2, torch.device("cuda"))
+    assert calls == ["run", *["wait", "run", "wait"] * 2]
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        criteria.main(["--device", "nowhere"])
+    assert "--device" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_environment() -> None:
@@ -188,29 +209,167 @@ def test_obd_in_parts_is_that_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_table() -> None:
-    row: dict[str, Any] = {key: 10.0 for key in KEYS}
-    row |= {"model": "alexnet", "params": 1234567, "forward_ms": 4.0, "path_magnitude_ms": 60.0}
+    columns = ("eager", "inductor", "onnx")
+    row: dict[str, Any] = {key: 10.0 for key in keys(columns)}
+    row |= {"model": "alexnet", "params": 1234567, "device": "cpu", "compile_warm_s": 1.0}
+    row |= {"path_magnitude_eager_ms": 60.0, "recipe_f64_ratio": 2.5, "path_norm_onnx_ratio": 0.5}
     text = criteria.table(row)
-    assert "1,234,567 parameters" in text and "after 200 evaluations" in text
+    assert "1,234,567 parameters" in text and "after 200 (20) evaluations" in text
     lines = {line[:30].strip(): line[30:].split() for line in text.splitlines()}
     assert lines["alexnet"] == ["ms", "/", "forward", "paper,", "ms"]
     assert lines["Path-Mag as published, float64"] == ["10.0", "2.50", "14"]
-    assert lines["path-norm, eager"] == ["10.0", "2.50"]
-    assert not any("batch 128" in line for line in lines)
-    assert "batch 128" in criteria.table({**row, **dict.fromkeys(BATCH_KEYS, 1.0)})
+    assert lines["path-norm, ONNX Runtime"] == ["10.0", "0.50"]
+    assert not any("batch 128" in line or "AOTInductor" in line for line in lines)
+    assert "batch 128" in criteria.table({key: row.get(key, 1.0) for key in keys(columns, True)})
     assert "paper" not in criteria.table({**row, "model": "other"})
-    assert "never" in criteria.table({**row, "path_magnitude_ms": 5.0})
+    assert "never" in criteria.table({**row, "path_magnitude_eager_ms": 5.0})
+    del row["path_magnitude_eager_ms"]
+    assert criteria.table(row).endswith("in 10.0 s (1.0 s with a warm cache)")
+
+
+def test_criteria_eager(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "--models", "bench_nets:tiny", "--repeats", "1", "--json", "out.json"]
+    assert cli.main([*argv, "--columns", "eager"]) == 0
+    (row,) = read(Path("out.json"), keys(["eager"]))
+    assert row["model"] == "bench_nets:tiny" and row["device"] == "cpu"
+    assert row["params"] == 2 * (27 + 1) + 3 * (2 + 1)
+    assert row["left_out"] == {}
+    assert row["path_norm_eager_deviation"] < 1e-5 > row["path_magnitude_eager_deviation"]
+    out = capsys.readouterr().out
+    assert "differ by" in out and "out.json" in out
 
 
 @pytest.mark.slow
-def test_criteria_through_the_command_line(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", "--models", "bench_nets:tiny", "--repeats", "1", "--json", "out.json"]
-    assert cli.main(argv) == 0
-    (row,) = read(Path("out.json"), KEYS)
-    assert row["model"] == "bench_nets:tiny"
-    assert row["params"] == 2 * (27 + 1) + 3 * (2 + 1)
-    out = capsys.readouterr().out
-    assert "differ by" in out and "compiling takes" in out and "out.json" in out
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("column", ["aotinductor", "onnx"])
+def test_exported_programs_run(column: str) -> None:
+    if column == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    model, shape = chain(nn.MaxPool2d(2)).eval(), (2, 12, 11)
+    way = columns.COLUMNS[column][1](model, shape, True)
+    way.run()
+    found = way.found()
+    assert found.scores.keys() == dict(model.named_parameters()).keys()
+    assert columns.deviation(found, columns.expected(model, shape)) < 1e-5
+
+
+@pytest.mark.slow
+def test_compiling_is_timed(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(nets))
+    capture, compilation = timing.fresh_process("benchmarks.compile_time", "bench_nets:tiny")
+    assert 0 < capture < compilation
+
+
+def test_the_second_compilation_finds_the_cache_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caches: list[set[str]] = []
+
+    def process(module: str, *arguments: str, TORCHINDUCTOR_CACHE_DIR: str) -> list[float]:
+        assert (module, *arguments) == ("benchmarks.compile_time", "alexnet", "cpu")
+        caches.append({path.name for path in Path(TORCHINDUCTOR_CACHE_DIR).iterdir()})
+        (Path(TORCHINDUCTOR_CACHE_DIR) / str(len(caches))).touch()
+        return [1.0, 10.0 / len(caches)]
+
+    monkeypatch.setattr(criteria, "fresh_process", process)
+    found = criteria._compile_seconds("alexnet", timing.CPU)
+    assert found == {"capture_s": 1.0, "compile_cold_s": 10.0, "compile_warm_s": 5.0}
+    assert caches == [set(), {"1"}]
+
+
+def test_a_column_that_fails_costs_no_other(
+    nets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: nn.Module, shape: tuple[int, ...], scores: bool) -> columns.Way:
+        if scores:
+            raise ValueError("no scores\nhere")
+        return columns.Way(lambda: None, lambda: columns.Found(1.0, {}))
+
+    monkeypatch.setitem(columns.COLUMNS, "onnx", ("ONNX Runtime", wrong))
+    row = criteria.measure("bench_nets:tiny", repeats=1, columns=["onnx", "eager"])
+    assert set(row) == keys(["eager"])
+    assert set(row["left_out"]) == {"path_norm_onnx", "path_magnitude_onnx"}
+    assert row["left_out"]["path_norm_onnx"].startswith("RuntimeError: it is off by")
+    assert row["left_out"]["path_magnitude_onnx"] == "ValueError: no scores"
+    assert "Path-Mag, ONNX Runtime: left out: ValueError: no scores" in capsys.readouterr().out
+
+
+def test_deviation() -> None:
+    right = columns.Found(2.0, {"a": torch.tensor([0.5, 0.0]), "b": torch.zeros(2)})
+    assert columns.deviation(right, right) == 0
+    assert columns.deviation(columns.Found(3.0, {}), right) == pytest.approx(9)
+    off = {"a": torch.tensor([0.5, 0.1])}
+    assert columns.deviation(columns.Found(None, off), right) == pytest.approx(0.2)
+    undefined = columns.Found(2.0, {"a": torch.full((2,), float("nan"))})
+    assert not columns.deviation(undefined, right) < criteria.TOLERANCE
+
+
+class FakeGraph:
+    """Runs again what ran while it was captured, into the same tensors."""
+
+    run: Any
+    found: dict[str, Any]
+
+    def replay(self) -> None:
+        for name, value in self.run().items():
+            if isinstance(value, Tensor):
+                self.found[name].copy_(value)
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_a_cuda_graph_is_recorded_and_replayed(
+    monkeypatch: pytest.MonkeyPatch, scores: bool
+) -> None:
+    graph, model = FakeGraph(), chain(nn.MaxPool2d(2)).eval()
+    aside = types.SimpleNamespace(wait_stream=lambda other: None)
+    made = Flat.steps
+
+    def steps(*args: Any) -> Any:
+        run = made(*args)
+
+        def step() -> dict[str, Any]:
+            graph.run, graph.found = run, run()
+            return graph.found
+
+        return step
+
+    for name, fake in {
+        "Stream": lambda: aside,
+        "current_stream": lambda: aside,
+        "stream": contextlib.nullcontext,
+        "CUDAGraph": lambda: graph,
+        "graph": contextlib.nullcontext,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Flat, "steps", steps)
+    way = columns.cudagraph(model, (2, 12, 11), scores)
+    # A replay reads the weights as they are then.
+    with torch.no_grad():
+        model[0].weight *= 3
+    way.run()
+    found = way.found()
+    assert set(found.scores) == (set(dict(model.named_parameters())) if scores else set())
+    assert columns.deviation(found, columns.expected(model, (2, 12, 11))) < 1e-5
+
+
+def test_a_graph_that_is_not_compiled_is_not_passed_off_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "_can_generate", no_compiler)
+    with pytest.raises(RuntimeWarning, match="no C.. compiler found"):
+        columns.inductor(nn.Linear(2, 1), (2,), False)
+
+
+def no_compiler() -> bool:
+    warnings.warn("no C++ compiler found", RuntimeWarning, stacklevel=1)
+    return False
+
+
+def test_cuda_graphs_need_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        criteria.main(["--columns", "cudagraph"])
+    assert "--device cuda" in capsys.readouterr().err
 
 
 def test_full_adds_the_large_batch(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,12 +382,10 @@ def test_full_adds_the_large_batch(nets: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(criteria, "_forward", forward)
     monkeypatch.setattr(criteria, "_obd_in_parts", lambda _, batch: sizes.append(len(batch[1])))
     monkeypatch.setattr(criteria, "_check_recipe", lambda *_: None)
-    monkeypatch.setattr(criteria, "_cases", lambda *_: {})
-    monkeypatch.setattr(criteria, "_compile_seconds", lambda _: (1.0, 1.0))
+    monkeypatch.setattr(criteria, "_time_columns", lambda *_: None)
     row = criteria.measure("bench_nets:tiny", repeats=1, full=True)
-    assert set(row) >= BATCH_KEYS
-    # The model is asked once for its number of classes.
-    assert set(sizes) == {1, 128} and sizes.count(1) == 1
+    assert set(row) == keys([], full=True)
+    assert set(sizes) == {1, 128}
 
 
 def test_bench_without_a_checkout(
@@ -258,9 +415,9 @@ def test_memory(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "from torch import nn\ndef large():\n    return nn.Linear(3000, 1000)\n"
     )
     assert memory.main(["--models", "bench_nets:large", "--json", "out.json"]) == 0
-    keys = {"model", "parameter_bytes"}
-    keys |= {f"{s}_{unit}" for s in ("analyze", "recipe_f64") for unit in ("bytes", "multiple")}
-    (row,) = read(Path("out.json"), keys)
+    named = {"model", "parameter_bytes"}
+    named |= {f"{s}_{unit}" for s in ("analyze", "recipe_f64") for unit in ("bytes", "multiple")}
+    (row,) = read(Path("out.json"), named)
     assert row["parameter_bytes"] == 4 * 3001 * 1000
     # Copy, gradient and product in float64 are six times the parameters; scores alone are one.
     assert row["recipe_f64_multiple"] > 5
@@ -273,13 +430,16 @@ def test_resolution_draws_and_prints(tmp_path: Path) -> None:
     from benchmarks import resolution
 
     rows = [
-        {"model": m, "pixels": n, "forward_ms": n / 8, "path_magnitude_compiled_ms": 4.0}
+        {"model": m, "pixels": n, "forward_ms": n / 8, "path_magnitude_ms": 4.0}
         for m in ("one", "two")
         for n in (32, 64)
     ]
     resolution.plot(rows, tmp_path / "new" / "plot.png")
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert resolution.table(rows).splitlines()[-1].split() == ["two", "64", "8.0", "4.0", "0.50"]
+    usual = {"model": "one", "pixels": 224, "forward_ms": 2.0, "path_magnitude_ms": 5.0}
+    more = resolution.table(resolution.grown([usual, *rows])).splitlines()[-1]
+    assert more.split() == ["two", "64", "8.0", "4.0", "0.50", "4.00", "0.80"]
 
 
 @pytest.mark.slow
@@ -289,7 +449,7 @@ def test_resolution(nets: Path) -> None:
 
     argv = ["--models", "bench_nets:tiny/0", "--sizes", "8", "16", "--repeats", "1"]
     assert resolution.main([*argv, "--json", "out.json", "--plot", "out.png"]) == 0
-    rows = read(Path("out.json"), {"model", "pixels", "forward_ms", "path_magnitude_compiled_ms"})
+    rows = read(Path("out.json"), {"model", "pixels", "forward_ms", "path_magnitude_ms"})
     assert [(row["model"], row["pixels"]) for row in rows] == [
         ("bench_nets:tiny/0", 8),
         ("bench_nets:tiny/0", 16),
@@ -311,12 +471,26 @@ def test_growth_has_sizes_for_every_case() -> None:
     assert growth.SIZES.keys() == growth.CASES.keys()
 
 
+def test_operators(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench_nets:tiny", "--json", "out.json"]
+    counts = []
+    for more in ([], ["--norm"]):
+        assert operators.main([*argv, *more]) == 0
+        (row,) = json.loads(Path("out.json").read_text())["rows"]
+        assert all(name.startswith("aten.") for name in row["operators"])
+        # Two weights and two biases are lifted, once each.
+        assert row["operators"]["aten.abs.default"] == 4
+        counts.append(sum(row["operators"].values()))
+    assert counts[0] > counts[1]
+    assert f"in all {counts[1]}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_channels(nets: Path) -> None:
     path = nets / "channels.json"
     assert (
         channels.main(["--models", "bench_nets:tiny", "--repeats", "1", "--json", str(path)]) == 0
     )
-    keys = {"model", "amount", "before_ms", "after_ms", "path_norm_lost"}
-    keys |= {f"{what}_{when}" for what in ("parameters", "macs") for when in ("before", "after")}
-    (row,) = read(path, keys)
+    named = {"model", "amount", "before_ms", "after_ms", "path_norm_lost"}
+    named |= {f"{what}_{when}" for what in ("parameters", "macs") for when in ("before", "after")}
+    (row,) = read(path, named)
     assert row["parameters_after"] < row["parameters_before"]

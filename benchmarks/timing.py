@@ -24,7 +24,9 @@ import fxpath
 from fxpath.capture.loading import UsageError, load_model
 
 __all__ = [
+    "CPU",
     "RESULTS",
+    "device",
     "environment",
     "explained",
     "fresh_process",
@@ -32,25 +34,31 @@ __all__ = [
     "load_module",
     "options",
     "positive",
+    "synchronize",
     "write_json",
 ]
 
 #: Where JSON files and plots go unless the command line says otherwise.
 RESULTS = Path(__file__).parent / "results"
 
-# A call of this many seconds has long forgotten what was in the processor's caches.
-LONG = 0.2
+CPU = torch.device("cpu")
 
 
-def interleave(cases: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    repeats: int,
+    where: torch.device = CPU,
+) -> dict[str, float]:
     """Median milliseconds of each case.
 
-    The cases take turns, so that a slow spell of the machine meets all of them.  Each runs once
-    before the first turn, for what happens only once (compiling, allocating).
+    The cases take turns, so that a slow spell of the machine meets all of them, and each finds the
+    caches as another one left them.  Each runs once before the first turn, for what happens only
+    once (compiling, allocating).
 
     Args:
         cases: name -> function without arguments; its result is dropped inside the timing.
         repeats: number of turns.
+        where: what they run on; a run ends when all that was asked of it is done.
 
     Returns:
         Name -> median of the turns, in milliseconds.
@@ -66,26 +74,28 @@ def interleave(cases: Mapping[str, Callable[[], object]], repeats: int) -> dict[
     for _ in range(repeats):
         gc.collect()
         for name, case in cases.items():
-            seconds[name].append(_seconds(case))
+            seconds[name].append(_seconds(case, where))
     return {name: 1e3 * statistics.median(turns) for name, turns in seconds.items()}
 
 
-def _seconds(case: Callable[[], object]) -> float:
-    """One turn; a short call is timed at its second run, as the case before took the caches."""
+def _seconds(case: Callable[[], object], where: torch.device) -> float:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        first = _once(case)
-        return first if first > LONG else _once(case)
+        synchronize(where)
+        start = time.perf_counter()
+        case()
+        synchronize(where)
+        return time.perf_counter() - start
     finally:
         if collecting:
             gc.enable()
 
 
-def _once(case: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    case()
-    return time.perf_counter() - start
+def synchronize(where: torch.device) -> None:
+    """Wait for all that a device was asked to do; a CPU has done it."""
+    if where.type != "cpu":
+        torch.accelerator.synchronize(where)
 
 
 def load_module(name: str) -> nn.Module:
@@ -195,3 +205,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def device(text: str) -> torch.device:
+    """A device on the command line that is there."""
+    try:
+        found = torch.device(text)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).split("\n")[0]) from error
+    return found

@@ -61,7 +61,7 @@ class Flat:
 
     def norm(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
         """The norm alone."""
-        return _run(self._call("norm", dtype, tensors, []))
+        return _run(self.steps(tensors, dtype, "norm")())
 
     def scores(
         self,
@@ -71,30 +71,40 @@ class Flat:
         raised: int = 0,
     ) -> Run:
         """The norm, and shares of path mass (14), times ``2 ** raised``, in given memory."""
-        return _run(self._call("scores", dtype, tensors, out, raised))
+        return _run(self.steps(tensors, dtype, "scores", out, raised)())
 
     def gradients(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype
     ) -> tuple[Run, Tensor, Sequence[Tensor]]:
         """The norm, its logarithm, and the gradients of that by the graph's leaves."""
-        found = self._call("gradients", dtype, tensors, [])
+        found = self.steps(tensors, dtype, "gradients")()
         log = found["mantissa"].log() + found["exponent"] * torch.log(
             found["exponent"].new_tensor(2)
         )
         return _run(found), log, found["gradients"]
 
-    def _call(
+    def steps(
         self,
-        ending: Ending,
-        dtype: torch.dtype,
         tensors: Mapping[str, Tensor],
-        out: Sequence[Tensor],
+        dtype: torch.dtype,
+        ending: Ending,
+        out: Sequence[Tensor] = (),
         raised: int = 0,
-    ) -> dict[str, Any]:
+    ) -> Callable[[], dict[str, Any]]:
+        """One run on these very tensors, into ``out``, as a function that reads no number.
+
+        It returns the numbers of :func:`~fxpath.passes.derive.derive` as tensors, so that a device
+        can do all of it by itself: a CUDA graph can record it.
+        """
         values = [tensors[key].detach() for key in placeholders(self.module)]
         backend = self.backend if not raised else "eager"
-        with torch.no_grad():
-            return self._callee(ending, dtype, raised, backend, [*values, *out])(*values, *out)
+        callee = self._callee(ending, dtype, raised, backend, [*values, *out])
+
+        def run() -> dict[str, Any]:
+            with torch.no_grad():
+                return callee(*values, *out)
+
+        return run
 
     def _callee(
         self, ending: Ending, dtype: torch.dtype, raised: int, backend: str, given: list[Tensor]

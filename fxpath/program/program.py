@@ -134,7 +134,7 @@ class PathProgram:
         live = self.captured.live()
         read = {self.captured.tensors[key]: tensor for key, tensor in live.items()}
         check_buffers(out, score_shapes(self.graph_module), read)
-        shares = self.evaluate(scores=True, out=out).shares
+        shares = self.evaluate(scores=True, out=out, tensors=live).shares
         for name, share in shares.items():
             if share is not out[name]:
                 check_holds(name, share, out[name])
