@@ -99,6 +99,11 @@ def steepness(a: Tensor, dtype: torch.dtype, q: float) -> Tensor:
     return steep if q == 1 else steep.pow(q)
 
 
+def low(scores: Tensor) -> Tensor:
+    """The smallest of some scores, 0-d; inf for none."""
+    return scores.min() if scores.numel() else scores.new_full((), math.inf)
+
+
 # -- sweeps ----------------------------------------------------------------------------------------
 
 
@@ -114,13 +119,18 @@ def block_size(shape: Sequence[int], device: torch.device) -> int:
 
 
 def sweep(weight: Tensor, columns: Tensor, q: float, memory: Tensor) -> Tensor:
-    """:func:`product` of a weight that is lifted on the way."""
+    """:func:`product` of a weight that is lifted on the way.
+
+    ``memory`` is for one block, or has the weight's shape: then the lifted weight stays there.
+    """
     flat = _flat(weight)
+    kept = _flat(memory) if memory.shape == weight.shape else None
     y = columns.new_empty(flat.shape[0], columns.shape[1])
     narrow = columns.T.contiguous() if columns.shape[1] < NARROW else None
     for rows in _blocks(flat.shape, flat.device):
         part = flat[rows]
-        block = power_into(memory[: part.numel()].view(part.shape), part, q)
+        block = memory[: part.numel()].view(part.shape) if kept is None else kept[rows]
+        power_into(block, part, q)
         if narrow is None:
             torch.mm(block, columns, out=y[rows])
         elif len(narrow) == 1:
@@ -131,21 +141,20 @@ def sweep(weight: Tensor, columns: Tensor, q: float, memory: Tensor) -> Tensor:
 
 
 def sweep_back(
-    weight: Tensor,
-    grad: Tensor,
-    columns: Tensor,
-    q: float,
-    memory: Tensor,
-    out: Tensor,
-    gradient: bool,
-) -> Tensor | None:
-    """:func:`score` into ``out``, and :func:`product_back` if ``gradient``, in one sweep."""
-    flat, scores = _flat(weight), _flat(out)
-    narrow = columns.shape[1] < NARROW
-    result = columns.new_zeros(columns.T.shape if narrow else columns.shape) if gradient else None
+    out: Tensor, grad: Tensor, columns: Tensor, memory: Tensor, gradient: bool
+) -> tuple[Tensor | None, Tensor]:
+    """:func:`product_back` if ``gradient``, and ``out``, the lifted weight, becomes its scores.
+
+    Returns:
+        That gradient, and :func:`low` of the scores.
+    """
+    flat, narrow = _flat(out), columns.shape[1] < NARROW
+    # Nothing is added to what stands there before the first block.
+    made = columns.new_empty if len(flat) else columns.new_zeros
+    result = made(columns.T.shape if narrow else columns.shape) if gradient else None
+    least = flat.new_full((), math.inf)
     for rows in _blocks(flat.shape, flat.device):
-        beta = int(rows.start > 0)  # nothing to add to before the first block
-        g, block = grad[rows], power_into(scores[rows], flat[rows], q)
+        beta, g, block = int(rows.start > 0), grad[rows], flat[rows]
         if result is None:
             pass
         elif len(result) == 1 and narrow:
@@ -155,9 +164,10 @@ def sweep_back(
         if columns.shape[1] == 1:
             block.mul_(g).mul_(columns[:, 0])
         else:
-            made = memory[: block.numel()].view(block.shape)
-            block.mul_(torch.mm(g, columns.T, out=made))
-    return result.T if result is not None and narrow else result
+            product = memory[: block.numel()].view(block.shape)
+            block.mul_(torch.mm(g, columns.T, out=product))
+        least = torch.minimum(least, low(block))
+    return result.T if result is not None and narrow else result, least
 
 
 def lift_into(out: Tensor, value: Tensor, q: float) -> Tensor:

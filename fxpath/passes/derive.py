@@ -5,7 +5,8 @@ Requires a lowered graph.  Ensures a graph with the same placeholders and one ou
 - ``mantissa``, ``exponent``: ``||Phi||_q^q = mantissa * 2 ** exponent``, float64;
 - ``smallest``, or with the reverse half ``mass``, which always decides: the witnesses of range of
   :mod:`fxpath.graph.scaling`, float64;
-- ``scores``: name -> share of path mass (14) of every coordinate, or ``gradients``: those of
+- ``scores``: name -> share of path mass (14) of every coordinate, with the smallest of each, in
+  the same order, in ``lows``; or ``gradients``: those of
   ``log ||Phi||_q^q`` with respect to each of :func:`leaves`, lifted.
 
 It calls plain functions over ATen, of :mod:`fxpath.graph.scaling`, ``products``, ``shapes`` and
@@ -77,6 +78,7 @@ class _Derivation:
         self.leaves: list[Value] = []
         self.first: dict[str, Value] = {}
         self.scores: dict[str, fx.Node | None] = {}
+        self.lows: dict[str, fx.Node] = {}
         self.gradients: dict[Value, fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
@@ -146,7 +148,10 @@ class _Derivation:
                 else tape.emit(torch.mul, leaf.node, grad)
             )
             other = self.scores[name]
-            self.scores[name] = share if other is None else tape.emit(torch.add, share, other)
+            total = share if other is None else tape.emit(torch.add, share, other)
+            self.scores[name] = total
+            # Right away, while they are in the cache.
+            self.lows[name] = tape.emit(products.low, total)
 
         if asked:
             tape.backs.append((leaf, back, False))
@@ -186,7 +191,8 @@ class _Derivation:
             grads = [self.gradients.get(leaf) or zeros(leaf) for leaf in self.leaves]
             return found | {"gradients": grads}
         scores = {n: s or zeros(self.first[n]) for n, s in self.scores.items()}
-        return found | {"scores": scores}
+        lows = [self.lows.get(name) or tape.emit(products.low, s) for name, s in scores.items()]
+        return found | {"scores": scores, "lows": lows}
 
     def _zeros(self, leaf: Value) -> fx.Node:
         """Of what no path reaches."""

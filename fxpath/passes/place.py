@@ -8,6 +8,7 @@ used twice.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -89,24 +90,31 @@ class _Placement:
             return False
         raw, _, q = arguments(lift)
         with self.graph.inserting_before(product):
-            args: Any = raw, arguments(product)[1], q, memory
+            where = memory if score is None else self.outs[score]
+            args: Any = raw, arguments(product)[1], q, where
             product.replace_all_uses_with(self.graph.call_function(products.sweep, args))
         self.graph.erase_node(product)
         if score is not None:
             _, grad, columns = arguments(score)
             with self.graph.inserting_before(back or score):
-                args = raw, grad, columns, q, memory, self.outs[score], back is not None
+                args = self.outs[score], grad, columns, memory, back is not None
                 swept = self.graph.call_function(products.sweep_back, args)
+                gradient = self.graph.call_function(operator.getitem, (swept, 0))
+                least = self.graph.call_function(operator.getitem, (swept, 1))
             if back is not None:
-                back.replace_all_uses_with(swept)
+                back.replace_all_uses_with(gradient)
                 self.graph.erase_node(back)
+            for low in [user for user in score.users if user.target is products.low]:
+                low.replace_all_uses_with(least)
+                self.graph.erase_node(low)
             score.replace_all_uses_with(self.outs[score])
             self.graph.erase_node(score)
         return True
 
     def _multiply(self, score: fx.Node, out: fx.Node, order: dict[fx.Node, int]) -> bool:
         """Lift a weight where its scores will stand, if they are the last thing that reads it."""
-        if score.target is not torch.mul or set(score.users) != {self.output}:
+        others = {user for user in score.users if user.target is not products.low}
+        if score.target is not torch.mul or others != {self.output}:
             return False
         lift, grad = arguments(score)
         if lift.target is not products.lift or any(order[u] > order[score] for u in lift.users):

@@ -29,12 +29,14 @@ class Run:
         exponent: of two.
         smallest: smallest entry of any tensor, before scaling; ``None`` with a reverse half.
         mass: largest sum of a gradient of log ||Phi||_q^q; ``None`` without one.
+        lows: smallest entry of each score.
     """
 
     mantissa: float
     exponent: int
     smallest: float | None
     mass: float | None
+    lows: Sequence[float] = ()
 
     def fits(self, dtype: torch.dtype) -> bool | None:
         """Whether nothing underflowed that counts; ``None`` if only a reverse half can tell."""
@@ -129,8 +131,15 @@ def placeholders(module: fx.GraphModule) -> list[str]:
 def _run(found: dict[str, Any]) -> Run:
     """The numbers of a run: read once, at its end."""
     names = [name for name in ("mantissa", "exponent", "smallest", "mass") if name in found]
-    values = torch.stack([found[name] for name in names]).tolist()
-    numbers = dict(zip(names, values, strict=True))
+    every = [found[name] for name in names] + [low.double() for low in found.get("lows", ())]
+    values = torch.stack(every).tolist()
+    numbers = dict(zip(names, values, strict=False))
     exponent = numbers["exponent"]
     whole = int(exponent) if math.isfinite(exponent) else 0
-    return Run(numbers["mantissa"], whole, numbers.get("smallest"), numbers.get("mass"))
+    return Run(
+        numbers["mantissa"],
+        whole,
+        numbers.get("smallest"),
+        numbers.get("mass"),
+        values[len(names) :],
+    )

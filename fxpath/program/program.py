@@ -245,8 +245,9 @@ class PathProgram:
             run = self._run(dtype, live, shares if scores else None)
             if self._healthy(dtype, run, live):
                 zeros = self._sparsity(live) if details else {}
-                found = self._fitted(dtype, shares, live)
-                raised = self._raised(found, live) if details else {}
+                lows = dict(zip(shares, run.lows, strict=True))
+                found = self._fitted(dtype, shares, lows, live)
+                raised = self._raised(found, lows, live) if details else {}
                 return Evaluation(run.mantissa, run.exponent, found, zeros, raised, self.q)
         raise self._failure(live)
 
