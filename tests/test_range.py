@@ -120,3 +120,20 @@ def test_buffers_for_scores_are_checked() -> None:
     }
     program.scores(out=tracked)
     assert tracked["weight"].sum().item() + tracked["bias"].sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "bias"), [(1e28, 1e-25, 1e23), (1e28, 1e-25, 1e26), (1e15, 1e-12, 1e30)]
+)
+def test_shares_that_fit_although_their_gradient_does_not(
+    first: float, second: float, bias: float
+) -> None:
+    # The bias has nearly all path mass, and a gradient of 1e-42 has few digits in float32.
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
+    for parameter, number in zip(model.parameters(), (first, second, bias), strict=True):
+        nn.init.constant_(parameter, number)
+    out = {name: torch.empty_like(p) for name, p in model.named_parameters()}
+    scores = fxpath.compile(model, backend="eager").scores(out)
+    assert scores["0.weight"] is out["0.weight"]
+    for found in (scores["0.weight"], fxpath.analyze(model).scores["0.weight"]):
+        torch.testing.assert_close(found, torch.tensor([[1e3 / bias]]), rtol=1e-5, atol=0)
