@@ -191,8 +191,9 @@ def in_onnx_runtime(exported: ExportedProgram, file: Path) -> Any:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("name", "dtype"),
+    # ONNX Runtime has no transposed convolution in float64.
     [("lenet", torch.float32)]
-    + [pytest.param("convolutions", torch.float64, marks=pytest.mark.slow)],
+    + [pytest.param("convolutions", torch.float32, marks=pytest.mark.slow)],
 )
 def test_onnx(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     _, program, exported = shared(name, dtype)
@@ -202,7 +203,7 @@ def test_onnx(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_resnet18_as_aten_and_in_onnx_runtime(tmp_path: Path) -> None:
-    program = fxpath.compile(resnet18(), (3, 64, 64), backend="eager")
+    program = fxpath.compile(resnet18(), (3, 32, 32), backend="eager")
     exported = program.exported()
     assert operators(exported) == {"aten"}
     agrees(exported.module()(), program)
