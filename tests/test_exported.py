@@ -68,7 +68,7 @@ def agrees(found: Any, program: fxpath.PathProgram, near: float = 1e-5) -> None:
     assert expected.path_norm > 0
     norm = math.ldexp(float(found["mantissa"]), int(found["exponent"]))
     assert norm == pytest.approx(expected.path_norm, rel=near)
-    assert found.keys() == {"mantissa", "exponent", "smallest", "mass", "scores"}
+    assert found.keys() == {"mantissa", "exponent", "mass", "scores"}
     assert found["scores"].keys() == expected.shares.keys()
     for name, share in expected.shares.items():
         got = torch.as_tensor(found["scores"][name])

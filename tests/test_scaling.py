@@ -82,8 +82,10 @@ NEAR = {torch.float32: 1e-6, torch.float64: 1e-14}
 @given(terms())
 def test_a_settled_sum_is_the_sum(case: Any) -> None:
     dtype, values, scales, factor = case
-    total, exponent, smallest, shifts = scaling.settle(values, scales, [True] * len(values), factor)
-    assert total.dtype == smallest.dtype == dtype and total.shape == (2, 3)
+    total, exponent, _, shifts, smallest = scaling.settle(
+        values, scales, [True] * len(values), factor
+    )
+    assert smallest is not None and total.dtype == smallest.dtype == dtype and total.shape == (2, 3)
     assert exponent == exponent.floor() and exponent >= scaling.VOID
     expected = exact(values, scales, factor)
     agrees(total, exponent, expected, NEAR[dtype])
@@ -105,7 +107,7 @@ def test_powers_of_two_change_exponents_alone(case: Any, by: int) -> None:
     measured = [True] * len(values)
     one = scaling.settle(values, scales, measured, factor)
     other = scaling.settle(values, [s + by for s in scales], measured, factor)
-    assert torch.equal(one[0], other[0]) and one[2].equal(other[2])
+    assert torch.equal(one[0], other[0]) and one[4].equal(other[4])
     if bool(one[0].any()):
         assert other[1] - one[1] == by
         assert [float(s) for s in one[3]] == [float(s) for s in other[3]]
@@ -132,7 +134,7 @@ def test_what_is_known_to_be_near_one_is_not_measured(
 @given(terms(broadcast=False))
 def test_joined_and_summed_values(case: Any) -> None:
     dtype, values, scales, _ = case
-    joined, exponent, _, shifts = scaling.join(values, scales, [True] * len(values), 1)
+    joined, exponent, _, shifts, _ = scaling.join(values, scales, [True] * len(values), 1)
     expected = [exact([v], [s], None) for v, s in zip(values, scales, strict=True)]
     rows = [e[3 * row : 3 * row + 3] for row in range(2) for e in expected]
     agrees(joined, exponent, [x for row in rows for x in row], NEAR[dtype])
@@ -159,23 +161,21 @@ def test_the_transpose_of_a_settled_sum(case: Any, deep: bool) -> None:
     leaves = [v.requires_grad_() for v in [*values, *([] if factor is None else [factor])]]
     grad = torch.rand(2, 3, dtype=torch.float64)
     with torch.no_grad():
-        _, _, _, shifts = scaling.settle(values, scales, [True] * len(values), factor)
+        _, _, powers, shifts, _ = scaling.settle(values, scales, [True] * len(values), factor)
     # Powers of two are constants for differentiation.
     terms = [v * 2.0**shift for v, shift in zip(values, shifts, strict=True)]
     terms[0] = terms[0] if factor is None else terms[0] * factor
     expected = torch.autograd.grad(sum(terms), leaves, grad)
     needed = [True] * len(leaves)
     with torch.no_grad():
-        mass, grads = scaling.settle_back(grad, values, shifts, factor, needed, deep)
+        told = shifts if deep else None
+        masses, grads = scaling.settle_back(grad, values, powers, told, factor, needed)
         for found, wanted in zip(grads, expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-300)
-        # At least the sum of each gradient that stands for values of full size.
-        sums = [
-            grad.sum(),
-            *(g.sum() for g, v in zip(grads, leaves, strict=True) if v.shape == (2, 3)),
-        ]
-        assert mass >= max(sums) * (1 - 1e-12)
-        _, some = scaling.settle_back(grad, values, shifts, factor, [False] * len(leaves), deep)
+        # At least the sums of the gradients that stand for products.
+        assert max(masses) >= max(grad.sum(), grads[0].sum()) * (1 - 1e-12)
+        none = [False] * len(leaves)
+        _, some = scaling.settle_back(grad, values, powers, told, factor, none)
         assert some == [None] * len(leaves)
 
 
@@ -186,22 +186,23 @@ def test_the_transpose_of_joined_values(case: Any, deep: bool) -> None:
     values = [v.double().requires_grad_() for v in values]
     scales = [None if s is None else s.double() for s in scales]
     with torch.no_grad():
-        _, _, _, shifts = scaling.join(values, scales, [True] * len(values), 1)
+        _, _, powers, shifts, _ = scaling.join(values, scales, [True] * len(values), 1)
     joined = torch.cat([v * 2.0**shift for v, shift in zip(values, shifts, strict=True)], 1)
     grad = torch.rand(joined.shape, dtype=torch.float64)
     expected = torch.autograd.grad(joined, values, grad)
     with torch.no_grad():
-        mass, grads = scaling.join_back(grad, [3] * len(values), shifts, 1, deep)
+        told = shifts if deep else None
+        masses, grads = scaling.join_back(grad, [3] * len(values), powers, told, 1)
     for found, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-300)
-    assert mass >= max(g.sum() for g in grads) * (1 - 1e-12)
+    assert max(masses) >= grad.sum() * (1 - 1e-12)
 
 
 def test_powers_below_float64_are_taken_in_steps() -> None:
     grad = torch.full((2, 3), 2.0**1000, dtype=torch.float64)
     shifts = [torch.tensor(-1900.0, dtype=torch.float64)]
     ones = [torch.ones(2, 3, dtype=torch.float64)]
-    _, (found,) = scaling.settle_back(grad, ones, shifts, None, [True], True)
+    _, (found,) = scaling.settle_back(grad, ones, [torch.exp2(shifts[0])], shifts, None, [True])
     assert torch.equal(found, torch.full_like(grad, 2.0**-900))
     share = scaling.seed(torch.tensor(0.5).double(), shifts[0], torch.float64, 1000)
     assert share == 2.0**-899
@@ -231,43 +232,41 @@ def test_the_smallest_entry_is_told_before_scaling(value: float, scale: int | No
     """In units of the coarsest rounding: that of each term at its own scale, or of the sum."""
     tiny = torch.tensor([[value, value * 2.0**-60]])
     scales = [None if scale is None else torch.tensor(float(scale))]
-    found = scaling.settle([tiny], scales, [True])[2]
+    found = scaling.settle([tiny], scales, [True])[4]
     # Entries of the sum, which is near 1 at its top, and the rounding of what it was made of.
     power = 2.0 ** -math.floor(math.log2(value))
     assert found == 2.0**-60 / max(1.0, power)
-    joined = scaling.join([tiny, tiny], scales * 2, [True] * 2, 0)[2]
+    joined = scaling.join([tiny, tiny], scales * 2, [True] * 2, 0)[4]
     assert joined == found
 
 
 def test_a_factor_coarsens_what_it_multiplies() -> None:
     values, factor = torch.tensor([[2.0**-50, 1.0]]), torch.tensor([1.0, 2.0**-30])
-    total, exponent, smallest, _ = scaling.settle([values], [None], [True], factor)
+    total, exponent, _, _, smallest = scaling.settle([values], [None], [True], factor)
     assert exponent == -30 and total.tolist() == [[2.0**-20, 1.0]]
     assert smallest == 2.0**-20 / 2.0**30  # a rounding of a factor counts 2^30 times
 
 
 def test_a_zero_is_the_smallest_entry_and_no_entry_is_none() -> None:
-    assert scaling.settle([torch.tensor([[0.0, 1.0]])], [None], [True])[2] == 0
-    assert scaling.settle([torch.zeros(1, 0)], [None], [True])[2] == math.inf
+    assert scaling.settle([torch.tensor([[0.0, 1.0]])], [None], [True])[4] == 0
+    assert scaling.settle([torch.zeros(1, 0)], [None], [True])[4] == math.inf
     like = torch.zeros((), dtype=torch.float64)
     assert scaling.least([], like) == math.inf and scaling.most([], like) == 0
     some = [torch.tensor(3.0), torch.tensor(2.0)]
-    assert scaling.least(some, like) == 2 and scaling.most(some, like) == 3
+    assert scaling.least(some, like) == 2 and scaling.most([some, some], like) == 3
+    unwatched = scaling.settle([torch.ones(1, 2)], [None], [True], None, False)
+    assert unwatched[4] is None
 
 
 def test_mass_counts_what_stands_before_a_power_and_behind_it() -> None:
     grad, values = torch.full((1, 2), 0.25), [torch.ones(1, 2), torch.ones(1, 2)]
-    for shifts, expected in (((0.0, 0.0), 0.5), ((10.0, -3.0), 512.0), ((-5.0, -3.0), 0.5)):
-        powers = [torch.tensor(s) for s in shifts]
-        mass, _ = scaling.settle_back(grad, values, powers, None, [True] * 2, False)
-        assert mass == expected
-        pair = [1, 1]
-        mass, _ = scaling.join_back(grad, pair, powers, 1, False)
-        assert mass == expected / 2 or expected == 0.5 and mass == 0.25
-    mass, _ = scaling.settle_back(
-        grad, values[:1], [torch.tensor(0.0)], torch.tensor([2.0**20, 0.0]), [True] * 2, False
-    )
-    assert mass == 2.0**18
+    for powers, expected in (((1.0, 1.0), 0.5), ((1024.0, 0.125), 512.0), ((2.0**-5, 0.125), 0.5)):
+        both = [torch.tensor(p) for p in powers]
+        masses, _ = scaling.settle_back(grad, values, both, None, None, [True] * 2)
+        assert max(masses) == expected
+    factor, one = torch.tensor([2.0**20, 0.0]), [torch.tensor(1.0)]
+    masses, _ = scaling.settle_back(grad, values[:1], one, None, factor, [True] * 2)
+    assert max(masses) == 2.0**18
 
 
 @pytest.mark.parametrize("value", [1e-45, 2.0**-127, 2.0**-126, 3.0])
@@ -292,13 +291,14 @@ def test_what_is_no_number_reaches_the_numbers_that_decide(
     values[where][0, 1] = bad
     scales = [None, None if scale is None else torch.tensor(float(scale))]
     for factor in (None, torch.ones(3)):
-        total, exponent, _, shifts = scaling.settle(values, scales, [True, True], factor)
+        total, exponent, powers, *_ = scaling.settle(values, scales, [True, True], factor)
         mantissa, _, _ = scaling.sum_up([total], [exponent])
         assert not mantissa.isfinite()
         needed = [True] * (2 if factor is None else 3)
-        mass, _ = scaling.settle_back(torch.ones(2, 3), values, shifts, factor, needed, False)
-        assert scaling.most([mass, torch.ones(())], mantissa).isnan() or bad == math.inf
-    joined, exponent, _, _ = scaling.join(values, scales, [True, True], 0)
+        ones = torch.ones(2, 3)
+        masses, _ = scaling.settle_back(ones, values, powers, None, factor, needed)
+        assert len(masses) >= 2 and scaling.most([masses], mantissa).shape == ()
+    joined, exponent, *_ = scaling.join(values, scales, [True, True], 0)
     assert not scaling.sum_up([joined], [exponent])[0].isfinite()
     assert not scaling.sum_up(values, scales)[0].isfinite()
 

@@ -351,6 +351,12 @@ def _empty(s: Sketch) -> Sequence[fx.Node]:
     return [joined, window, s.emit(ops.add, mixed, s.value(2, 3)), s.emit(ops.add, none, none)]
 
 
+def _ignored(s: Sketch) -> Sequence[fx.Node]:
+    """Words of graphs that are not lowered."""
+    x = s.emit(ops.relu, s.value(2, 3))
+    return [s.emit(ops.negative, s.emit(ops.absolute, x))]
+
+
 def _deep(s: Sketch) -> Sequence[fx.Node]:
     """So many sums that entries are measured again."""
     x = s.value(2, 3)
@@ -410,6 +416,7 @@ CASES: dict[str, Case] = {
     "half dead": _half_dead,
     "unread": _unread,
     "empty": _empty,
+    "ignored": _ignored,
     "deep": _deep,
 }
 
