@@ -341,3 +341,14 @@ def test_zeros_at_a_huge_exponent_do_not_count() -> None:
     assert exponent == scaling.VOID and torch.equal(nothing, zeros)
     mantissa, exponent, _ = scaling.sum_up([zeros], [torch.tensor(-math.inf)])
     assert mantissa == 0 and exponent.isfinite()
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, 5000.0, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zeros_are_not_multiplied_by_large_powers(scale: float | None, dtype: torch.dtype) -> None:
+    zeros, factor = torch.zeros(2, 3, dtype=dtype), torch.full((3,), 100, dtype=dtype)
+    scales = [None if scale is None else torch.tensor(scale, dtype=dtype), None]
+    for bias in (torch.zeros(3, dtype=dtype), torch.full((3,), 0.25, dtype=dtype)):
+        total, _, powers, _, _ = scaling.settle([zeros, bias], scales, [True, True], factor)
+        assert torch.equal(total, (bias > 0).to(dtype).expand(2, 3))
+        assert powers[0] <= 1  # so that no gradient grows
