@@ -324,6 +324,32 @@ def _products_one_and_many(s: Sketch) -> Sequence[fx.Node]:
     return [*(s.emit(ops.contract, v, weight, None, "bi,oi->bo") for v in (x, y)), alone]
 
 
+def _relabelled_weights(s: Sketch) -> Sequence[fx.Node]:
+    """Weights whose entries are shown in another order or shape, or picked by position."""
+    rows = s.buffer(torch.tensor([2, 0, 2]), "rows")
+    wide = s.emit(aten.unsqueeze.default, s.theta(2, 3), 1)
+    weights = [
+        s.emit(aten.movedim.int, s.theta(2, 3, 4), 0, 2),
+        s.emit(aten.transpose.int, s.theta(2, 1, 3), 0, 2),
+        s.emit(aten.swapaxes.default, s.theta(2, 3), 0, 1),
+        s.emit(aten.flip.default, s.theta(2, 3), [0, 1]),
+        s.emit(aten.mT.default, s.theta(2, 3, 4)),
+        s.emit(aten.t.default, s.theta(2, 3)),
+        s.emit(aten.numpy_T.default, s.theta(2, 3)),
+        s.emit(aten.view.default, s.theta(4, 3), [2, 6]),
+        s.emit(aten.flatten.using_ints, s.theta(2, 3), 0, -1),
+        s.emit(aten.unflatten.int, s.theta(6), 0, [2, 3]),
+        s.emit(aten.squeeze.default, s.theta(1, 3, 1)),
+        s.emit(aten.squeeze.dim, wide, 1),
+        s.emit(aten.squeeze.dims, s.theta(1, 3, 1), [0, 2]),
+        s.emit(aten.select.int, s.theta(3, 4), 1, -1),
+        s.emit(aten.index_select.default, s.theta(3, 4), 0, rows),
+        s.emit(aten.index.Tensor, s.theta(4, 3), [None, rows]),
+        s.emit(aten.embedding.default, s.theta(4, 3), rows),
+    ]
+    return [s.emit(ops.scale, s.value(*w.meta["val"].shape), w) for w in weights]
+
+
 def _dead(s: Sketch) -> Sequence[fx.Node]:
     raw = s.raw(2, 3)
     s.tensors[str(raw.target)].zero_()
@@ -408,6 +434,7 @@ CASES: dict[str, Case] = {
     "along": _along,
     "moves": _moves,
     "moved weights": _moved_weights,
+    "relabelled weights": _relabelled_weights,
     "selections": _selections,
     "tied": _tied,
     "read twice": _read_twice,
