@@ -6,12 +6,14 @@ A rescaling that the function does not notice is the oracle, and float64 where t
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fxpath
+from tests.support.nets import chain
 
 
 def check_against_double(model: nn.Module, shape: tuple[int, ...], compiled: bool) -> float:
@@ -120,3 +122,53 @@ def test_buffers_for_scores_are_checked() -> None:
     }
     program.scores(out=tracked)
     assert tracked["weight"].sum().item() + tracked["bias"].sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "bias"), [(1e28, 1e-25, 1e23), (1e28, 1e-25, 1e26), (1e15, 1e-12, 1e30)]
+)
+def test_shares_that_fit_although_their_gradient_does_not(
+    first: float, second: float, bias: float
+) -> None:
+    # The bias has nearly all path mass, and a gradient of 1e-42 has few digits in float32.
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
+    for parameter, number in zip(model.parameters(), (first, second, bias), strict=True):
+        nn.init.constant_(parameter, number)
+    out = {name: torch.empty_like(p) for name, p in model.named_parameters()}
+    scores = fxpath.compile(model, backend="eager").scores(out)
+    assert scores["0.weight"] is out["0.weight"]
+    for found in (scores["0.weight"], fxpath.analyze(model).scores["0.weight"]):
+        torch.testing.assert_close(found, torch.tensor([[1e3 / bias]]), rtol=1e-5, atol=0)
+
+
+class Dead(nn.Module):
+    """A branch that weights of zero end, behind norms of its own, beside one that lives."""
+
+    def __init__(self, factor: float, weight: float, how: str) -> None:
+        super().__init__()
+        self.before, self.how = chain(weight, 20), how
+        self.dead, self.norm = nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2)
+        self.live = nn.Linear(2, 2, bias=False)
+        nn.init.zeros_(self.dead.weight)
+        nn.init.ones_(self.live.weight)
+        self.norm.running_var.fill_(1 / factor**2)
+
+    def forward(self, x: Tensor) -> Any:
+        dead, live = self.norm(self.dead(self.before(x))), self.live(x)
+        if self.how == "add":
+            return dead + live
+        return torch.cat([dead, live], 1) if self.how == "cat" else (dead, live)
+
+
+@pytest.mark.parametrize("how", ["add", "cat", "outputs"])
+@pytest.mark.parametrize(("factor", "weight"), [(100.0, 1.0), (1e-3, 1e20), (100.0, 1e20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dead_branch_does_not_count(
+    how: str, factor: float, weight: float, dtype: torch.dtype
+) -> None:
+    model = Dead(factor, weight, how).eval().to(dtype)
+    analysis = fxpath.analyze(model)
+    assert analysis.path_norm == 4
+    for name, share in analysis.scores.items():
+        expected = 0.25 if name == "live.weight" else 0.0
+        assert torch.equal(share, torch.full_like(share, expected)) and share.dtype == dtype

@@ -50,7 +50,7 @@ def product_back(weight: Tensor, grad: Tensor) -> Tensor:
     if len(flat) % GROUP:
         return (flat * grad).sum(0)[:, None]
     groups = len(flat) // GROUP
-    grouped = flat.reshape(groups, GROUP, -1) * grad.reshape(groups, GROUP, 1)
+    grouped = flat.reshape(groups, GROUP, flat.shape[1]) * grad.reshape(groups, GROUP, 1)
     return grouped.sum(1).sum(0)[:, None]
 
 

@@ -208,8 +208,11 @@ def _common(
 ) -> tuple[Tensor, list[Tensor]]:
     """The largest exponent, and those of the powers of two that lead there."""
     common = _largest(tops).clamp(min=VOID)
+    # Zeros are not multiplied: their exponent may be beyond all others.
     limit = LIMIT[like.dtype]
-    return common, [((-common) if e is None else e - common).clamp(max=limit) for e in scales]
+    limits = [torch.where(top == -math.inf, torch.zeros_like(top), limit) for top in tops]
+    shifts = [-common if e is None else e - common for e in scales]
+    return common, [torch.minimum(*each) for each in zip(shifts, limits, strict=True)]
 
 
 def _times(

@@ -83,8 +83,10 @@ def contract_back(
     # Letters that it sums over alone: every entry counts the same.
     shared = [c for c in sizes if c in out or c in theirs]
     made = torch.einsum(f"{out},{theirs}->{''.join(shared)}", grad, other)
-    # Of length 1: it was broadcast.
-    made = made.sum_to_size([sizes[c] for c in shared])
+    # Of length 1: it was broadcast, or the other argument was.
+    ends = zip(shared, made.shape, strict=True)
+    made = made.sum_to_size([1 if sizes[c] == 1 else n for c, n in ends])
+    made = made.expand([sizes[c] for c in shared])
     alone = [c for c in sizes if c not in shared]
     made = made.reshape([*made.shape, *[1] * len(alone)])
     made = made.expand([*made.shape[: len(shared)], *(sizes[c] for c in alone)])

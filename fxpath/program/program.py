@@ -22,7 +22,7 @@ from fxpath.passes.derive import Ending, derive
 from fxpath.program.artefact import exported
 from fxpath.program.backends import check_backend
 from fxpath.program.buffers import check_buffers, check_holds, writable
-from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
+from fxpath.program.evaluation import FAINT, LEAST_EXPONENT, RAISED, Evaluation, fitted
 from fxpath.program.flat import Flat, Run
 from fxpath.program.gradient import log_of
 from fxpath.program.sizes import SizeRow, sizes
@@ -275,10 +275,12 @@ class PathProgram:
         run = self._run(torch.float64, live, wide)
         if not self._healthy(torch.float64, run, live):
             raise self._failure(live)
-        # The others stay as they are, where the caller wants them.
-        again = {name: fitted(wide[name], self.dtype) for name in short}
-        kept = {name: share for name, share in again.items() if share.dtype != self.dtype}
-        return {**shares, **kept}
+        found = dict(shares)
+        for name in short:
+            again = fitted(wide[name], self.dtype)
+            # What fits stands where the caller wants it; its gradient need not have fitted.
+            found[name] = shares[name].copy_(again) if again.dtype == self.dtype else again
+        return found
 
     def _raised(
         self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor]
@@ -300,12 +302,15 @@ class PathProgram:
     ) -> set[str]:
         """Scores with an entry below ``tiny`` although theta is not 0 there.
 
-        Most of them belong to dead neurons; which ones do not, a wider range tells.
+        Most of them belong to dead neurons; which ones do not, a wider range tells.  Scores that
+        are all small are named as well: the gradients that they are made of may be smaller.
         """
-        names = [name for name, share in shares.items() if share.numel()]
-        least = torch.stack([shares[name].amin() for name in names]).tolist() if names else []
-        low = {name for name, value in zip(names, least, strict=True) if value < tiny}
-        return {
+        least = _read({n: share.amin() for n, share in shares.items() if share.numel()})
+        small = [name for name, low in least.items() if low < tiny * FAINT]
+        most = _read({name: shares[name].amax() for name in small})
+        faint = {name for name, top in most.items() if 0 < top < tiny * FAINT}
+        low = {name for name in small if least[name] < tiny}
+        return faint | {
             name
             for name, theta in coordinates(self.lifted, live, low)
             # Where theta is 0 the share is: more are small than that if any is.
@@ -373,6 +378,12 @@ class PathProgram:
             f"rescale the model's neurons, or look for entries whose power q = {self.q:g} is near "
             "1e-300 or 1e300"
         )
+
+
+def _read(numbers: Mapping[str, Tensor]) -> dict[str, float]:
+    """Some 0-d tensors, at once."""
+    values = torch.stack([*numbers.values()]).tolist() if numbers else []
+    return dict(zip(numbers, values, strict=True))
 
 
 def _below(shares: Tensor, tiny: float) -> Tensor:
