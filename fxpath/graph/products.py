@@ -99,6 +99,11 @@ def steepness(a: Tensor, dtype: torch.dtype, q: float) -> Tensor:
     return steep if q == 1 else steep.pow(q)
 
 
+def high(weight: Tensor) -> Tensor:
+    """The largest entry of a lifted weight, 0-d; 0 for none."""
+    return weight.max() if weight.numel() else weight.new_zeros(())
+
+
 def low(scores: Tensor) -> Tensor:
     """The smallest of some scores, 0-d; inf for none."""
     return scores.min() if scores.numel() else scores.new_full((), math.inf)
@@ -118,15 +123,19 @@ def block_size(shape: Sequence[int], device: torch.device) -> int:
     return max(((r.stop - r.start) * flat[1] for r in _blocks(flat, device)), default=0)
 
 
-def sweep(weight: Tensor, columns: Tensor, q: float, memory: Tensor) -> Tensor:
+def sweep(
+    weight: Tensor, columns: Tensor, q: float, memory: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """:func:`product` of a weight that is lifted on the way.
 
-    ``memory`` is for one block, or has the weight's shape: then the lifted weight stays there.
+    ``memory`` is for one block, or has the weight's shape: then the lifted weight stays there, and
+    :func:`high` is returned as well.
     """
     flat = _flat(weight)
     kept = _flat(memory) if memory.shape == weight.shape else None
     y = columns.new_empty(flat.shape[0], columns.shape[1])
     narrow = columns.T.contiguous() if columns.shape[1] < NARROW else None
+    most = None if kept is None else flat.new_zeros((), dtype=memory.dtype)
     for rows in _blocks(flat.shape, flat.device):
         part = flat[rows]
         block = memory[: part.numel()].view(part.shape) if kept is None else kept[rows]
@@ -137,7 +146,9 @@ def sweep(weight: Tensor, columns: Tensor, q: float, memory: Tensor) -> Tensor:
             torch.mv(block, narrow[0], out=y[rows, 0])
         else:
             y[rows] = torch.mm(narrow, block.T).T
-    return y
+        if most is not None:
+            most = torch.maximum(most, high(block))
+    return y, most
 
 
 def sweep_back(

@@ -63,7 +63,7 @@ def settle(
         _top(v, e, m, factor if i == 0 else None)
         for i, (v, e, m) in enumerate(zip(values, scales, measured, strict=True))
     ]
-    common, shifts = _common(tops, scales, values[0])
+    common, shifts = _common(tops, scales, measured, values[0])
     powers = [torch.exp2(shift) for shift in shifts]
     first = powers[0] if factor is None else beside(powers[0] * factor, values[0])
     terms = [v * p for v, p in zip(values[1:], powers[1:], strict=True)]
@@ -130,7 +130,7 @@ def join(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """Scaled values side by side along an axis; see :func:`settle`."""
     tops = [_top(*each) for each in zip(values, scales, measured, strict=True)]
-    common, shifts = _common(tops, scales, values[0])
+    common, shifts = _common(tops, scales, measured, values[0])
     powers = [torch.exp2(shift) for shift in shifts]
     joined = torch.cat([v * p for v, p in zip(values, powers, strict=True)], dim)
     return joined, common, powers, shifts, _smallest(joined, powers) if watch else None
@@ -156,7 +156,7 @@ def sum_up(
     sums = [value.sum(dtype=torch.float64) for value in values]
     exponents = [None if scale is None else scale.double() for scale in scales]
     tops = [_plus(s.log2().floor(), e) for s, e in zip(sums, exponents, strict=True)]
-    common, shifts = _common(tops, exponents, sums[0])
+    common, shifts = _common(tops, exponents, [True] * len(sums), sums[0])
     terms = [s * torch.exp2(shift) for s, shift in zip(sums, shifts, strict=True)]
     return functools.reduce(torch.add, terms), common, shifts
 
@@ -204,15 +204,22 @@ def beside(vector: Tensor, x: Tensor) -> Tensor:
 
 
 def _common(
-    tops: Sequence[Tensor], scales: Sequence[Tensor | None], like: Tensor
+    tops: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    measured: Sequence[bool],
+    like: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
     """The largest exponent, and those of the powers of two that lead there."""
     common = _largest(tops).clamp(min=VOID)
-    # Zeros are not multiplied: their exponent may be beyond all others.
-    limit = LIMIT[like.dtype]
-    limits = [torch.where(top == -math.inf, torch.zeros_like(top), limit) for top in tops]
-    shifts = [-common if e is None else e - common for e in scales]
-    return common, [torch.minimum(*each) for each in zip(shifts, limits, strict=True)]
+    shifts = []
+    for top, scale, known in zip(tops, scales, measured, strict=True):
+        shift = -common if scale is None else scale - common
+        if known:
+            # Zeros are not multiplied: their exponent may be beyond all others.
+            limit = torch.where(top == -math.inf, 0.0, LIMIT[like.dtype])
+            shift = torch.minimum(shift, limit.to(shift.dtype))
+        shifts.append(shift)
+    return common, shifts
 
 
 def _times(

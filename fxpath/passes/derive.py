@@ -5,8 +5,8 @@ Requires a lowered graph.  Ensures a graph with the same placeholders and one ou
 - ``mantissa``, ``exponent``: ``||Phi||_q^q = mantissa * 2 ** exponent``, float64;
 - ``smallest``, or with the reverse half ``mass``, which always decides: the witnesses of range of
   :mod:`fxpath.graph.scaling`, float64;
-- ``scores``: name -> share of path mass (14) of every coordinate, with the smallest of each, in
-  the same order, in ``lows``; or ``gradients``: those of
+- ``scores``: name -> share of path mass (14) of every coordinate; in the same order ``lows``, the
+  smallest of each, and ``highs``, the largest entries of what is lifted; or ``gradients``: those of
   ``log ||Phi||_q^q`` with respect to each of :func:`leaves`, lifted.
 
 It calls plain functions over ATen, of :mod:`fxpath.graph.scaling`, ``products``, ``shapes`` and
@@ -16,6 +16,7 @@ of the model's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -79,6 +80,7 @@ class _Derivation:
         self.first: dict[str, Value] = {}
         self.scores: dict[str, fx.Node | None] = {}
         self.lows: dict[str, fx.Node] = {}
+        self.highs: dict[str, list[fx.Node]] = {}
         self.gradients: dict[Value, fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
@@ -127,6 +129,8 @@ class _Derivation:
         converted = converted and read.target is not ops.folded_bias
         if converted and tape.watch:
             tape.smallest.append(tape.emit(scaling.kept, raw, tape.dtype))
+        if self.ending == "scores":
+            self.highs.setdefault(name, []).append(tape.emit(products.high, lifted))
         self.leaves.append(leaf)
         self.first.setdefault(name, leaf)
         self.scores.setdefault(name, None)
@@ -192,7 +196,11 @@ class _Derivation:
             return found | {"gradients": grads}
         scores = {n: s or zeros(self.first[n]) for n, s in self.scores.items()}
         lows = [self.lows.get(name) or tape.emit(products.low, s) for name, s in scores.items()]
-        return found | {"scores": scores, "lows": lows}
+        highs = [functools.reduce(self._larger, each) for each in self.highs.values()]
+        return found | {"scores": scores, "lows": lows, "highs": highs}
+
+    def _larger(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        return self.tape.emit(torch.maximum, a, b)
 
     def _zeros(self, leaf: Value) -> fx.Node:
         """Of what no path reaches."""

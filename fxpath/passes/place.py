@@ -83,7 +83,8 @@ class _Placement:
             readers.pop(step, None)
             for step in (products.product, products.product_back, products.score)
         )
-        found = [n for n in (product, back, score) if n is not None]
+        high = readers.pop(products.high, None)
+        found = [n for n in (product, back, score, high) if n is not None]
         if product is None or readers or len(found) != len(lift.users):
             return False
         if (score is not None) != bool(self.outs) or score is not None and score not in self.outs:
@@ -92,15 +93,21 @@ class _Placement:
         with self.graph.inserting_before(product):
             where = memory if score is None else self.outs[score]
             args: Any = raw, arguments(product)[1], q, where
-            product.replace_all_uses_with(self.graph.call_function(products.sweep, args))
+            swept = self.graph.call_function(products.sweep, args)
+            made, most = (self.graph.call_function(operator.getitem, (swept, i)) for i in (0, 1))
+        product.replace_all_uses_with(made)
         self.graph.erase_node(product)
+        if high is not None:
+            high.replace_all_uses_with(most)
+            self.graph.erase_node(high)
         if score is not None:
             _, grad, columns = arguments(score)
             with self.graph.inserting_before(back or score):
                 args = self.outs[score], grad, columns, memory, back is not None
                 swept = self.graph.call_function(products.sweep_back, args)
-                gradient = self.graph.call_function(operator.getitem, (swept, 0))
-                least = self.graph.call_function(operator.getitem, (swept, 1))
+                gradient, least = (
+                    self.graph.call_function(operator.getitem, (swept, i)) for i in (0, 1)
+                )
             if back is not None:
                 back.replace_all_uses_with(gradient)
                 self.graph.erase_node(back)

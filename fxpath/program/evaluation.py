@@ -17,7 +17,7 @@ RAISED = 900
 
 #: Shares all below this, times the smallest number of their format, are not trusted: those of an
 #: entry of 2^20 have a gradient 2^20 times smaller, which loses digits first.
-FAINT = 2.0**40
+FAINT = 2.0**24
 
 #: Exponents up to which the q-th root of the mantissa is taken as it is, which is the most exact.
 SMALL = 1 / 64

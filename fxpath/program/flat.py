@@ -30,6 +30,7 @@ class Run:
         smallest: smallest entry of any tensor, before scaling; ``None`` with a reverse half.
         mass: largest sum of a gradient of log ||Phi||_q^q; ``None`` without one.
         lows: smallest entry of each score.
+        highs: largest entry of what each of them is a score of.
     """
 
     mantissa: float
@@ -37,6 +38,7 @@ class Run:
     smallest: float | None
     mass: float | None
     lows: Sequence[float] = ()
+    highs: Sequence[float] = ()
 
     def fits(self, dtype: torch.dtype) -> bool | None:
         """Whether nothing underflowed that counts; ``None`` if only a reverse half can tell."""
@@ -131,15 +133,12 @@ def placeholders(module: fx.GraphModule) -> list[str]:
 def _run(found: dict[str, Any]) -> Run:
     """The numbers of a run: read once, at its end."""
     names = [name for name in ("mantissa", "exponent", "smallest", "mass") if name in found]
-    every = [found[name] for name in names] + [low.double() for low in found.get("lows", ())]
-    values = torch.stack(every).tolist()
+    more = [*found.get("lows", ()), *found.get("highs", ())]
+    values = torch.stack([*(found[name] for name in names), *(m.double() for m in more)]).tolist()
     numbers = dict(zip(names, values, strict=False))
     exponent = numbers["exponent"]
     whole = int(exponent) if math.isfinite(exponent) else 0
-    return Run(
-        numbers["mantissa"],
-        whole,
-        numbers.get("smallest"),
-        numbers.get("mass"),
-        values[len(names) :],
-    )
+    ends = values[len(names) :]
+    lows, highs = ends[: len(ends) // 2], ends[len(ends) // 2 :]
+    witnesses = numbers.get("smallest"), numbers.get("mass")
+    return Run(numbers["mantissa"], whole, *witnesses, lows, highs)

@@ -245,9 +245,8 @@ class PathProgram:
             run = self._run(dtype, live, shares if scores else None)
             if self._healthy(dtype, run, live):
                 zeros = self._sparsity(live) if details else {}
-                lows = dict(zip(shares, run.lows, strict=True))
-                found = self._fitted(dtype, shares, lows, live)
-                raised = self._raised(found, lows, live) if details else {}
+                found = self._fitted(dtype, shares, run, live)
+                raised = self._raised(found, live) if details else {}
                 return Evaluation(run.mantissa, run.exponent, found, zeros, raised, self.q)
         raise self._failure(live)
 
@@ -263,12 +262,20 @@ class PathProgram:
         return self.flat.scores(live, dtype, list(shares.values()), raised)
 
     def _fitted(
-        self, dtype: torch.dtype, shares: dict[str, Tensor], live: Mapping[str, Tensor]
+        self, dtype: torch.dtype, shares: dict[str, Tensor], run: Run, live: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Shares in the program's format; in float64 where that cannot hold them."""
         if dtype == torch.float64:
             return {name: fitted(share, self.dtype) for name, share in shares.items()}
-        short = self._short(shares, live, torch.finfo(self.dtype).tiny)
+        tiny = torch.finfo(self.dtype).tiny
+        lows = dict(zip(shares, run.lows, strict=True))
+        faint = {
+            n: tiny * FAINT * max(1.0, high) for n, high in zip(shares, run.highs, strict=True)
+        }
+        small = [name for name, low in lows.items() if low < faint[name]]
+        most = _read({name: shares[name].amax() for name in small if shares[name].numel()})
+        short = self._short(shares, {name: lows[name] for name in small}, live, tiny)
+        short |= {name for name, top in most.items() if 0 < top < faint[name]}
         if not short:
             return shares
         wide = self._buffers(torch.float64, live, {})
@@ -286,7 +293,8 @@ class PathProgram:
         self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """2^RAISED times the shares of those scores that have some below float64."""
-        below = self._short(shares, live, torch.finfo(torch.float64).tiny)
+        lows = _read({name: share.amin() for name, share in shares.items() if share.numel()})
+        below = self._short(shares, lows, live, torch.finfo(torch.float64).tiny)
         if not below:
             return {}
         raised = self._buffers(torch.float64, live, {})
@@ -298,19 +306,18 @@ class PathProgram:
         }
 
     def _short(
-        self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor], tiny: float
+        self,
+        shares: Mapping[str, Tensor],
+        lows: Mapping[str, float],
+        live: Mapping[str, Tensor],
+        tiny: float,
     ) -> set[str]:
         """Scores with an entry below ``tiny`` although theta is not 0 there.
 
-        Most of them belong to dead neurons; which ones do not, a wider range tells.  Scores that
-        are all small are named as well: the gradients that they are made of may be smaller.
+        Most of them belong to dead neurons; which ones do not, a wider range tells.
         """
-        least = _read({n: share.amin() for n, share in shares.items() if share.numel()})
-        small = [name for name, low in least.items() if low < tiny * FAINT]
-        most = _read({name: shares[name].amax() for name in small})
-        faint = {name for name, top in most.items() if 0 < top < tiny * FAINT}
-        low = {name for name in small if least[name] < tiny}
-        return faint | {
+        low = {name for name, value in lows.items() if value < tiny}
+        return {
             name
             for name, theta in coordinates(self.lifted, live, low)
             # Where theta is 0 the share is: more are small than that if any is.
