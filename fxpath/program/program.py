@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from fxpath.capture.gradients import own_gradients
 from fxpath.errors import SupportReport, UnsupportedModelError
 from fxpath.graph import ops
+from fxpath.graph.products import BLOCK
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.modes import plain_mode
@@ -269,13 +270,10 @@ class PathProgram:
             return {name: fitted(share, self.dtype) for name, share in shares.items()}
         tiny = torch.finfo(self.dtype).tiny
         lows = dict(zip(shares, run.lows, strict=True))
-        faint = {
-            n: tiny * FAINT * max(1.0, high) for n, high in zip(shares, run.highs, strict=True)
-        }
-        small = [name for name, low in lows.items() if low < faint[name]]
-        most = _read({name: shares[name].amax() for name in small if shares[name].numel()})
+        faint = {n: tiny * FAINT * high for n, high in zip(shares, run.highs, strict=True)}
+        small = [name for name, low in lows.items() if low < max(tiny, faint[name])]
         short = self._short(shares, {name: lows[name] for name in small}, live, tiny)
-        short |= {name for name, top in most.items() if 0 < top < faint[name]}
+        short |= {name for name in small if _all_below(shares[name], faint[name])}
         if not short:
             return shares
         wide = self._buffers(torch.float64, live, {})
@@ -317,13 +315,8 @@ class PathProgram:
         Most of them belong to dead neurons; which ones do not, a wider range tells.
         """
         low = {name for name, value in lows.items() if value < tiny}
-        return {
-            name
-            for name, theta in coordinates(self.lifted, live, low)
-            # Where theta is 0 the share is: more are small than that if any is.
-            if int(_below(shares[name], tiny).count_nonzero())
-            > theta.numel() - int(theta.count_nonzero())
-        }
+        found = coordinates(self.lifted, live, low)
+        return {name for name, theta in found if _any_below(shares[name], theta, tiny)}
 
     def _buffers(
         self, dtype: torch.dtype, live: Mapping[str, Tensor], out: Mapping[str, Tensor]
@@ -393,9 +386,25 @@ def _read(numbers: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(numbers, values, strict=True))
 
 
-def _below(shares: Tensor, tiny: float) -> Tensor:
-    """Where shares are below a number that their own format may not hold."""
-    return shares < tiny if tiny >= torch.finfo(shares.dtype).tiny else shares == 0
+def _any_below(shares: Tensor, theta: Tensor, tiny: float) -> bool:
+    """Whether a share is below a number that its own format may not hold, where theta is not 0."""
+    # In blocks that stay in the cache.
+    for part, own in zip(shares.flatten().split(BLOCK), theta.flatten().split(BLOCK), strict=True):
+        small = part < tiny if tiny >= torch.finfo(part.dtype).tiny else part == 0
+        if bool(small.any()) and bool(own[small].any()):
+            return True
+    return False
+
+
+def _all_below(shares: Tensor, bound: float) -> bool:
+    """Whether all shares are below a number, but not all are 0."""
+    # Mostly the first block says that they are not.
+    most = 0.0
+    for part in shares.flatten().split(BLOCK):
+        most = max(most, float(part.amax()))
+        if most >= bound:
+            return False
+    return most > 0
 
 
 @plain_mode()
