@@ -97,11 +97,9 @@ class Interpretation:
             ops.normalizer: self.normalizer,
             ops.folded_weight: self.folded_weight,
             ops.folded_bias: self.folded_bias,
-            ops.factored: self.factored,
             ops.conv: self.conv,
             ops.contract: self.contract,
             ops.scale: self.scale,
-            ops.window: self.window,
             ops.shift: self.shift,
             ops.along: self.along,
             ops.pool: self.pool,
@@ -186,10 +184,6 @@ class Interpretation:
         """A bias in front of a frozen batch norm."""
         return ops.folded_bias(bias, factor, beta, mean)
 
-    def factored(self, weight: Any, factor: Any) -> Any:
-        """A factor for each output channel of a weight."""
-        return ops.factored(weight, factor)
-
     def times(self, weight: Any, factor: Any) -> Any:
         """A coefficient in front of a weight."""
         return weight * factor
@@ -209,10 +203,6 @@ class Interpretation:
         if not isinstance(x, self.activation):
             return self.times(x, weight)
         return self.weigh(x, weight, bias, Weighing(ops.scale))
-
-    def window(self, x: Any, weight: Any, bias: Any, *spec: Any) -> Any:
-        """By default :meth:`weigh`."""
-        return self.weigh(x, weight, bias, Weighing(ops.window, spec))
 
     def shift(self, x: Any, bias: Any) -> Any:
         """Biases: by default neurons that are added."""

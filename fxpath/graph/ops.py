@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fxpath.graph.aten import CONVOLUTION
 from fxpath.graph.equations import letters
+from fxpath.graph.products import grouped
 
 __all__ = [
     "absolute",
@@ -168,17 +169,8 @@ def window(
     the result.  The matrices hold fixed coefficients, already raised to the exponent q.  ``None``
     reads an axis as it is, with one tap.
     """
-    y = grouped(weight.to(x.dtype).reshape(len(weight), -1), columns(x, matrices), groups)
+    y = grouped(weight.to(x.dtype), columns(x, matrices), groups)
     return _biased(y.reshape(len(weight), len(x), *extents).transpose(0, 1), bias)
-
-
-def grouped(weight: Tensor, columns_: Tensor, groups: int) -> Tensor:
-    """``weight @ columns`` for each group of output channels and its input channels."""
-    if groups == 1:
-        return weight @ columns_
-    split = columns_.reshape(groups, -1, columns_.shape[1])
-    y = torch.bmm(weight.reshape(groups, -1, weight.shape[1]), split)
-    return y.reshape(len(weight), columns_.shape[1])
 
 
 def columns(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:

@@ -15,10 +15,6 @@ LEAST_EXPONENT = 1e-6
 #: Exponent of two by which shares are raised that float64 would make zeros of.
 RAISED = 900
 
-#: Shares all below this, times their format's smallest number and the largest entry that they are
-#: shares of, are not trusted: their gradients, that much smaller, lose digits first.
-FAINT = 2.0**14
-
 #: Exponents up to which the q-th root of the mantissa is taken as it is, which is the most exact.
 SMALL = 1 / 64
 

@@ -14,7 +14,6 @@ from torch.export import ExportedProgram
 from fxpath.capture.gradients import own_gradients
 from fxpath.errors import SupportReport, UnsupportedModelError
 from fxpath.graph import ops
-from fxpath.graph.products import BLOCK
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.modes import plain_mode
@@ -23,7 +22,8 @@ from fxpath.passes.derive import Ending, derive
 from fxpath.program.artefact import exported
 from fxpath.program.backends import check_backend
 from fxpath.program.buffers import check_buffers, check_holds, writable
-from fxpath.program.evaluation import FAINT, LEAST_EXPONENT, RAISED, Evaluation, fitted
+from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
+from fxpath.program.fits import doubtful, short_of
 from fxpath.program.flat import Flat, Run
 from fxpath.program.gradient import log_of
 from fxpath.program.sizes import SizeRow, sizes
@@ -268,12 +268,7 @@ class PathProgram:
         """Shares in the program's format; in float64 where that cannot hold them."""
         if dtype == torch.float64:
             return {name: fitted(share, self.dtype) for name, share in shares.items()}
-        tiny = torch.finfo(self.dtype).tiny
-        lows = dict(zip(shares, run.lows, strict=True))
-        faint = {n: tiny * FAINT * high for n, high in zip(shares, run.highs, strict=True)}
-        small = [name for name, low in lows.items() if low < max(tiny, faint[name])]
-        short = self._short(shares, {name: lows[name] for name in small}, live, tiny)
-        short |= {name for name in small if _all_below(shares[name], faint[name])}
+        short = doubtful(self.lifted, shares, run, live)
         if not short:
             return shares
         wide = self._buffers(torch.float64, live, {})
@@ -291,8 +286,9 @@ class PathProgram:
         self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """2^RAISED times the shares of those scores that have some below float64."""
-        lows = _read({name: share.amin() for name, share in shares.items() if share.numel()})
-        below = self._short(shares, lows, live, torch.finfo(torch.float64).tiny)
+        tiny = torch.finfo(torch.float64).tiny
+        low = [name for name, s in shares.items() if s.numel() and float(s.amin()) < tiny]
+        below = short_of(self.lifted, shares, low, live, tiny)
         if not below:
             return {}
         raised = self._buffers(torch.float64, live, {})
@@ -302,21 +298,6 @@ class PathProgram:
             for name in below
             if bool(((raised[name] > 0) & (shares[name] == 0)).any())
         }
-
-    def _short(
-        self,
-        shares: Mapping[str, Tensor],
-        lows: Mapping[str, float],
-        live: Mapping[str, Tensor],
-        tiny: float,
-    ) -> set[str]:
-        """Scores with an entry below ``tiny`` although theta is not 0 there.
-
-        Most of them belong to dead neurons; which ones do not, a wider range tells.
-        """
-        low = {name for name, value in lows.items() if value < tiny}
-        found = coordinates(self.lifted, live, low)
-        return {name for name, theta in found if _any_below(shares[name], theta, tiny)}
 
     def _buffers(
         self, dtype: torch.dtype, live: Mapping[str, Tensor], out: Mapping[str, Tensor]
@@ -378,33 +359,6 @@ class PathProgram:
             f"rescale the model's neurons, or look for entries whose power q = {self.q:g} is near "
             "1e-300 or 1e300"
         )
-
-
-def _read(numbers: Mapping[str, Tensor]) -> dict[str, float]:
-    """Some 0-d tensors, at once."""
-    values = torch.stack([*numbers.values()]).tolist() if numbers else []
-    return dict(zip(numbers, values, strict=True))
-
-
-def _any_below(shares: Tensor, theta: Tensor, tiny: float) -> bool:
-    """Whether a share is below a number that its own format may not hold, where theta is not 0."""
-    # In blocks that stay in the cache.
-    for part, own in zip(shares.flatten().split(BLOCK), theta.flatten().split(BLOCK), strict=True):
-        small = part < tiny if tiny >= torch.finfo(part.dtype).tiny else part == 0
-        if bool(small.any()) and bool(own[small].any()):
-            return True
-    return False
-
-
-def _all_below(shares: Tensor, bound: float) -> bool:
-    """Whether all shares are below a number, but not all are 0."""
-    # Mostly the first block says that they are not.
-    most = 0.0
-    for part in shares.flatten().split(BLOCK):
-        most = max(most, float(part.amax()))
-        if most >= bound:
-            return False
-    return most > 0
 
 
 @plain_mode()
