@@ -12,6 +12,7 @@ from fxpath import passes
 from fxpath.graph.edit import Forms
 from fxpath.graph.spec import violations
 from fxpath.passes import Pass
+from fxpath.passes.derive import derive
 
 pytest.register_assert_rewrite("tests.oracles", "tests.support")
 
@@ -25,8 +26,10 @@ def _kept_to(stage: str, step: Pass) -> Pass:
     """A pass whose result is held against what shall hold after it."""
 
     @functools.wraps(step)
-    def checked(module: fx.GraphModule, setting: passes.Setting, *more: Any) -> fx.GraphModule:
-        result = step(module, setting, *more)
+    def checked(
+        module: fx.GraphModule, setting: passes.Setting, *more: Any, **named: Any
+    ) -> fx.GraphModule:
+        result = step(module, setting, *more, **named)
         found = violations(result, stage, setting.captured, MADE)
         assert not found, found
         return result
@@ -41,6 +44,7 @@ for stage, step in (
     ("reduced", passes.reduce),
     ("reduced", passes.hoist),
     ("lowered", passes.lower),
+    ("derived", derive),
 ):
     checked = _kept_to(stage, step)
     for module in [m for name, m in sys.modules.items() if name.startswith("fxpath.")]:

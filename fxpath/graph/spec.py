@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from fxpath.graph import ops
+from fxpath.graph import ops, products, scaling, shapes
 from fxpath.graph.aten import BATCH_NORMS, MOVES, SLICE
 from fxpath.graph.constants import active_nodes
 from fxpath.graph.edit import Forms, form
@@ -40,6 +40,9 @@ NOTES = {
     "whole": "convolutions that are kept at full resolution",
 }
 
+#: Where the steps of derived graphs are.
+_STEPS = {ops.__name__, products.__name__, scaling.__name__, shapes.__name__}
+
 _EFFECTIVE = {ops.normalizer, ops.folded_weight, ops.folded_bias}
 _SUMS = {
     *(ops.source, ops.constant, ops.conv, ops.contract, ops.scale, ops.shift, ops.slope),
@@ -63,7 +66,7 @@ def violations(
 
     Args:
         module: what the pass returned.
-        stage: ``"folded"``, or one of :data:`STAGES`.
+        stage: ``"folded"``, ``"derived"``, or one of :data:`STAGES`.
         captured: the captured model.
         made: what operations are known to return, for whoever checks many graphs.
     """
@@ -71,6 +74,8 @@ def violations(
     made = made or Forms()
     if stage == "folded":
         return list(_folded(module.graph, captured, made))
+    if stage == "derived":
+        return list(_derived(module, captured))
     found = list(_coordinates(module.graph))
     for node in module.graph.nodes:
         found += [f"{node.name}: {what}" for what in _node(module, node, STAGES[stage], made)]
@@ -106,6 +111,23 @@ def _folded(graph: fx.Graph, captured: Captured, made: Forms) -> Iterator[str]:
             statistics = [n for n in node.users if n.target is operator.getitem and n.args[1] != 0]
             if x in active and not statistics and not any(n in active for n in weights):
                 yield f"{node.name}: a frozen norm is left"
+
+
+def _derived(module: fx.GraphModule, captured: Captured) -> Iterator[str]:
+    """Steps alone, on tensors of one device and the model's."""
+    devices = {tensor.device for tensor in captured.live().values()}
+    for name, held in module.named_buffers():
+        if held.device not in devices and devices:
+            yield f"{name}: it is on {held.device}"
+    for node in module.graph.nodes:
+        if node.op == "call_function" and not _is_aten(node):
+            home = getattr(target(node), "__module__", None)
+            if home not in _STEPS and getattr(torch, target(node).__name__, None) is not target(
+                node
+            ):
+                yield f"{node.name}: {home} has no steps"
+        if node.op == "placeholder" and node.target not in captured.tensors:
+            yield f"{node.name}: it is no tensor of the model's"
 
 
 def _is_aten(node: fx.Node) -> bool:
