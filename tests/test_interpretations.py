@@ -98,7 +98,9 @@ def test_six_methods_make_an_interpretation(q: float) -> None:
 
 def test_every_word_has_a_method() -> None:
     table = Plain(fx.GraphModule({}, fx.Graph()), torch.float64).methods()
-    assert {getattr(ops, name) for name in ops.__all__} == table.keys()
+    # Lowered graphs are derived from, not interpreted.
+    lowered = {ops.window, ops.factored}
+    assert {getattr(ops, name) for name in ops.__all__} - lowered == table.keys()
     # What a word is called with, its method takes; a signature without names takes anything.
     for word, method in table.items():
         given = len(inspect.signature(word).parameters)

@@ -66,7 +66,7 @@ class Forms:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, str], Any] = {}
+        self._known: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, function: Callable[..., Any], args: Any) -> Any:
         """The form of ``function(*args)``, where nodes stand for what their ``meta`` says.
@@ -75,7 +75,8 @@ class Forms:
         """
         # The name of a coordinate says nothing about its shape.
         told = args[:1] if function is ops.coordinate else args
-        key = function, repr(fx.node.map_aggregate(told, _look))
+        # Numbers made from nothing have the format that the caller has set.
+        key = function, torch.get_default_dtype(), repr(fx.node.map_aggregate(told, _look))
         if key not in self._known:
             self._known[key] = form(function(*fx.map_arg(args, lambda n: n.meta["val"])))
         return self._known[key]

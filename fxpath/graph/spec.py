@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from fxpath.graph import ops, products, scaling, shapes
+from fxpath.graph import aten, ops, products, scaling, shapes
 from fxpath.graph.aten import BATCH_NORMS, MOVES, SLICE
 from fxpath.graph.constants import active_nodes
 from fxpath.graph.edit import Forms, form
@@ -41,7 +41,7 @@ NOTES = {
 }
 
 #: Where the steps of derived graphs are.
-_STEPS = {ops.__name__, products.__name__, scaling.__name__, shapes.__name__}
+_STEPS = {aten.__name__, ops.__name__, products.__name__, scaling.__name__, shapes.__name__}
 
 _EFFECTIVE = {ops.normalizer, ops.folded_weight, ops.folded_bias}
 _SUMS = {
