@@ -10,7 +10,9 @@ Each pass is one file and one function of one signature, graph module in, graph 
 - ``reduce``: positions that are equal for all weights are kept once; ``classes`` finds them,
   ``bases`` chooses whether a tensor is kept by value or in sums;
 - ``hoist``: fixed maps move in front of layers that then have fewer positions;
-- ``lower``: each layer is computed in the way that is fastest.
+- ``lower``: each layer is computed in the way that is fastest;
+- ``derive``, when a program first runs: the reverse half is appended, word by word (``words``, on a
+  ``tape``), and scales are put in; ``place`` lets the result run in given memory.
 """
 
 from __future__ import annotations

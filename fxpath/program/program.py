@@ -157,7 +157,8 @@ class PathProgram:
 
         Returns:
             The program, in the program's number format.  Weights are exchanged with
-            ``exported.module().load_state_dict(..., strict=False)``.
+            ``exported.module().load_state_dict(..., strict=False)``.  A toolchain that computes
+            beforehand what depends on no input (``torch.onnx.export`` does) freezes them.
 
         Raises:
             FloatingPointError: if float32 does not suffice for the model as it is: compile it with
