@@ -172,3 +172,72 @@ def test_a_dead_branch_does_not_count(
     for name, share in analysis.scores.items():
         expected = 0.25 if name == "live.weight" else 0.0
         assert torch.equal(share, torch.full_like(share, expected)) and share.dtype == dtype
+
+
+@pytest.mark.parametrize("bias", [1e-40, 1e-44, 1e-310])
+def test_biases_below_the_number_format(bias: float) -> None:
+    model = nn.Linear(2, 1).double() if bias < 1e-44 else nn.Linear(2, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.constant_(model.bias, bias)
+    if bias < 2.0**-1022:
+        with pytest.raises(FloatingPointError, match="orders of magnitude"):
+            fxpath.path_norm(model)
+        return
+    analysis = fxpath.analyze(model)
+    assert analysis.path_norm == pytest.approx(float(model.bias.detach()), rel=1e-6)
+    assert analysis.scores["bias"].tolist() == [1.0]
+
+
+def test_a_folded_bias_below_float32_that_grows_again() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.ReLU(), nn.Linear(1, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1e-3)
+        model[0].bias.fill_(1.0)
+        model[1].weight.fill_(1e-38)
+        model[1].running_var.fill_(1e10)
+        model[1].running_mean.fill_(0.7)
+        model[3].weight.fill_(1e30)
+        model[3].bias.zero_()
+    expected = fxpath.path_norm(model, (1,), dtype=torch.float64)
+    assert expected == pytest.approx(1e30 * 1e-43 * (0.3 + 1e-3), rel=1e-3)
+    assert fxpath.path_norm(model, (1,)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bias_beside_a_tiny_activation() -> None:
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last((self.first(x) * 1e-20) * 1e-20 + 1e-42)
+
+    model = Tiny()
+    found, wide = (fxpath.analyze(model, (3,), dtype=d) for d in (None, torch.float64))
+    assert found.log10_path_norm == pytest.approx(wide.log10_path_norm, rel=1e-6)
+    for name, share in found.scores.items():
+        torch.testing.assert_close(share.double(), wide.scores[name], rtol=1e-4, atol=0)
+
+
+def test_powers_below_float64_are_refused() -> None:
+    model = nn.Linear(2, 1).double()
+    nn.init.zeros_(model.weight)
+    nn.init.constant_(model.bias, 1e-80)
+    with pytest.raises(FloatingPointError, match="orders of magnitude"):
+        fxpath.path_norm(model, q=4)
+
+
+def test_fixed_kernels_behind_each_other() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv1d(1, 1, 1, bias=False)
+            self.register_buffer("c", torch.tensor([[[1.3, 1.1]]]))
+            self.register_buffer("d", torch.tensor([[[0.3, 2.1]]]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.conv1d(nn.functional.conv1d(self.layer(x), self.c), self.d)
+
+    model = Fixed()
+    expected = 3 * 2.4 * 2.4 * float(model.layer.weight.detach().abs())
+    assert fxpath.path_norm(model, (1, 5)) == pytest.approx(expected, rel=1e-5)

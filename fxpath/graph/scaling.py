@@ -32,9 +32,6 @@ MASS = {torch.float32: 2.0**85, torch.float64: 2.0**900}
 #: Exponent from which on a tensor is taken for zeros.
 VOID = -1e6
 
-#: Exponents that one power of two can have in each number format.
-LIMIT = {torch.float32: 126.0, torch.float64: 1022.0}
-
 #: Exponent of a power of two that float64 holds in any case.
 NEAR = 1000.0
 
@@ -63,7 +60,7 @@ def settle(
         _top(v, e, m, factor if i == 0 else None)
         for i, (v, e, m) in enumerate(zip(values, scales, measured, strict=True))
     ]
-    common, shifts = _common(tops, scales, measured, values[0])
+    common, shifts = _common(tops, scales, measured)
     powers = [torch.exp2(shift) for shift in shifts]
     first = powers[0] if factor is None else beside(powers[0] * factor, values[0])
     terms = [v * p for v, p in zip(values[1:], powers[1:], strict=True)]
@@ -130,7 +127,7 @@ def join(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """Scaled values side by side along an axis; see :func:`settle`."""
     tops = [_top(*each) for each in zip(values, scales, measured, strict=True)]
-    common, shifts = _common(tops, scales, measured, values[0])
+    common, shifts = _common(tops, scales, measured)
     powers = [torch.exp2(shift) for shift in shifts]
     joined = torch.cat([v * p for v, p in zip(values, powers, strict=True)], dim)
     return joined, common, powers, shifts, _smallest(joined, powers) if watch else None
@@ -156,7 +153,7 @@ def sum_up(
     sums = [value.sum(dtype=torch.float64) for value in values]
     exponents = [None if scale is None else scale.double() for scale in scales]
     tops = [_plus(s.log2().floor(), e) for s, e in zip(sums, exponents, strict=True)]
-    common, shifts = _common(tops, exponents, [True] * len(sums), sums[0])
+    common, shifts = _common(tops, exponents, [True] * len(sums))
     terms = [s * torch.exp2(shift) for s, shift in zip(sums, shifts, strict=True)]
     return functools.reduce(torch.add, terms), common, shifts
 
@@ -204,20 +201,20 @@ def beside(vector: Tensor, x: Tensor) -> Tensor:
 
 
 def _common(
-    tops: Sequence[Tensor],
-    scales: Sequence[Tensor | None],
-    measured: Sequence[bool],
-    like: Tensor,
+    tops: Sequence[Tensor], scales: Sequence[Tensor | None], measured: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The largest exponent, and those of the powers of two that lead there."""
+    """The largest exponent, and those of the powers of two that lead there.
+
+    Where such a power is above the number format, so is what it is multiplied with: the mantissa of
+    the norm is no number then.
+    """
     common = _largest(tops).clamp(min=VOID)
     shifts = []
     for top, scale, known in zip(tops, scales, measured, strict=True):
         shift = -common if scale is None else scale - common
         if known:
             # Zeros are not multiplied: their exponent may be beyond all others.
-            limit = torch.where(top == -math.inf, 0.0, LIMIT[like.dtype])
-            shift = torch.minimum(shift, limit.to(shift.dtype))
+            shift = torch.where(top == -math.inf, shift.clamp(max=0), shift)
         shifts.append(shift)
     return common, shifts
 

@@ -166,6 +166,7 @@ class _Derivation:
         tape = self.tape
         wanted = self.ending == "gradients" and isinstance(raw, fx.Node)
         made = tape.emit(lift, raw, tape.dtype, tape.q)
+        made.meta["val"] = torch.empty(extents(node), dtype=tape.dtype, device="meta")
         leaf = Value(made, extents(node), wanted=wanted)
         if wanted:
             self.leaves.append(leaf)
