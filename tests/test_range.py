@@ -241,3 +241,17 @@ def test_fixed_kernels_behind_each_other() -> None:
     model = Fixed()
     expected = 3 * 2.4 * 2.4 * float(model.layer.weight.detach().abs())
     assert fxpath.path_norm(model, (1, 5)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_share_of_a_folded_bias_that_float32_holds_in_few_digits() -> None:
+    model = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2, affine=False), nn.Linear(2, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [0.0]]))
+        model[0].bias.copy_(torch.tensor([0.0, 1e-40]))
+        model[1].running_var.fill_(1e8)
+        model[2].weight.copy_(torch.tensor([[1e-5, 1e14]]))
+        model[2].bias.zero_()
+    found, wide = (fxpath.analyze(model, (1,), dtype=d) for d in (None, torch.float64))
+    for name, share in found.scores.items():
+        top = float(wide.scores[name].max())
+        torch.testing.assert_close(share.double(), wide.scores[name], rtol=0, atol=1e-4 * top)

@@ -33,7 +33,10 @@ def doubtful(
         name: tiny * FAINT * high for name, low, high in every if low < tiny * (1 + FAINT * high)
     }
     short = short_of(lifted, shares, faint, live, tiny)
-    return short | {name for name, bound in faint.items() if _all_below(shares[name], bound)}
+    # What is lifted may have lost digits when it was converted.
+    coarse = {n for n, high in zip(shares, run.highs, strict=True) if 0 < high < tiny * FAINT}
+    dim = {name for name, bound in faint.items() if _all_below(shares[name], bound)}
+    return short | coarse | dim
 
 
 def short_of(
