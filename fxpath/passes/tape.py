@@ -161,11 +161,7 @@ class Tape:
 
         def back(grad: fx.Node) -> None:
             found = self.emit(scaling.settle_back, grad, nodes, powers, shifts, factors, wanted)
-            self.masses.append(self.item(found, 0))
-            grads = self.item(found, 1)
-            for i, value in enumerate(terms):
-                if value.wanted:
-                    self.give(value, self.item(grads, i))
+            self._hand_back(found, terms)
 
         bits = max(1.0 if m else v.bits for v, m in zip(values, measured, strict=True))
         return self._scaled(made, shape, bits + math.log2(len(values)), any(wanted), back)
@@ -180,14 +176,18 @@ class Tape:
         def back(grad: fx.Node) -> None:
             sizes = [v.shape[dim] for v in values]
             found = self.emit(scaling.join_back, grad, sizes, powers, shifts, dim)
-            self.masses.append(self.item(found, 0))
-            grads = self.item(found, 1)
-            for i, value in enumerate(values):
-                if value.wanted:
-                    self.give(value, self.item(grads, i))
+            self._hand_back(found, values)
 
         bits = max(1.0 if m else v.bits for v, m in zip(values, measured, strict=True))
         return self._scaled(made, shape, bits, any(v.wanted for v in values), back)
+
+    def _hand_back(self, found: fx.Node, values: Sequence[Value]) -> None:
+        """Note the masses that a transpose returned, and give its gradients to their values."""
+        self.masses.append(self.item(found, 0))
+        grads = self.item(found, 1)
+        for i, value in enumerate(values):
+            if value.wanted:
+                self.give(value, self.item(grads, i))
 
     def grown(self, bits: float) -> bool:
         """Whether entries may have grown so much that they have to be measured."""
