@@ -160,14 +160,14 @@ def blown_up() -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_small_shares_are_no_zeros(compiled: bool) -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_small_shares_are_no_zeros(backend: str) -> None:
     model = blown_up()
-    analysis = fxpath.analyze(model, (64,), compile=compiled)
+    found = fxpath.compile(model, (64,), backend=backend).evaluate(scores=True)
     # The bias of an output neuron is a path of its own: its Path-Mag is its size.
-    found = analysis.path_magnitude("48.bias")
-    torch.testing.assert_close(found.double(), model[48].bias.abs().double(), rtol=1e-4, atol=0)
-    scores = analysis.scores
+    size = found.absolute("48.bias")
+    torch.testing.assert_close(size.double(), model[48].bias.abs().double(), rtol=1e-4, atol=0)
+    scores = found.shares
     assert scores["48.bias"].dtype == torch.float64 and scores["0.weight"].dtype == torch.float32
     wide = fxpath.analyze(copy.deepcopy(model).double(), (64,)).scores
     for name, share in scores.items():

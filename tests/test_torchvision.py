@@ -15,8 +15,7 @@ from torchvision.models import convnext, efficientnet, maxvit, mobilenetv3
 from torchvision.models import swin_transformer as swin
 
 import fxpath
-from fxpath.model import Given
-from fxpath.passes import take_in
+from fxpath.passes import rewrite, take_in
 from fxpath.program import program
 from tests.oracles.reference import reference
 from tests.support.zoo import INPUTS, build, build_hollow, module_types, refused
@@ -82,15 +81,19 @@ def _one_thread_and_a_clean_memory() -> Iterator[None]:
 
 @pytest.fixture
 def _captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture the model of a test once for both number formats: tracing takes longest."""
+    """Capture and rewrite the model of a test once for both number formats: it takes longest."""
     known: dict[int, Any] = {}
 
-    def once(model: Any, given: Given) -> Any:
-        if id(model) not in known:
-            known[id(model)] = model, take_in(model, given)  # alive, so that no other gets its id
-        return known[id(model)][1]
+    def once(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(read: Any, *asked: Any) -> Any:
+            if id(read) not in known:
+                known[id(read)] = read, function(read, *asked)  # alive: no other gets its id
+            return known[id(read)][1]
 
-    monkeypatch.setattr(program, "take_in", once)
+        return call
+
+    monkeypatch.setattr(program, "take_in", once(take_in))
+    monkeypatch.setattr(program, "rewrite", once(rewrite))
 
 
 @pytest.mark.usefixtures("_captured_once")

@@ -167,7 +167,9 @@ def window(
 
     There is one for each spatial axis, or one for all positions together; ``extents`` are those of
     the result.  The matrices hold fixed coefficients, already raised to the exponent q.  ``None``
-    reads an axis as it is, with one tap.
+    reads an axis as it is, with one tap.  Where each tap reads one position alone, or none,
+    ``[taps, out]`` integers say which in place of a matrix, counted over all axes; the number of
+    positions stands for none.
     """
     y = grouped(weight.to(x.dtype), columns(x, matrices), groups)
     return _biased(y.reshape(len(weight), len(x), *extents).transpose(0, 1), bias)
@@ -179,6 +181,13 @@ def columns(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     Entries are ordered as in a kernel: channel, then taps axis by axis.
     """
     batch, channels, *_ = x.shape
+    picked = _picked(matrices)
+    if picked is not None:
+        count, out = picked.shape
+        flat = x.transpose(0, 1).reshape(channels, batch, math.prod(x.shape[2:]))
+        read = torch.nn.functional.pad(flat, (0, 1)).index_select(-1, picked.flatten())
+        split = read.reshape(channels, batch, count, out).transpose(1, 2)
+        return split.reshape(channels * count, batch * out)
     sizes = _positions(x.shape, matrices)
     matrix = matrices[0] if batch == 1 and len(matrices) == 1 else None
     if matrix is not None:  # for all positions together: nothing has to be permuted
@@ -200,6 +209,13 @@ def columns(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
 def uncolumns(grad: Tensor, shape: Sequence[int], matrices: Sequence[Tensor | None]) -> Tensor:
     """The transpose of :func:`columns`: from its result's shape back to ``shape``."""
     batch, channels, *extents = shape
+    picked = _picked(matrices)
+    if picked is not None:
+        taps, out = picked.shape
+        split = grad.reshape(channels, taps, batch, out).transpose(1, 2)
+        zeros = grad.new_zeros(channels, batch, math.prod(extents) + 1)
+        read = zeros.index_add(-1, picked.flatten(), split.reshape(channels, batch, taps * out))
+        return read[..., :-1].reshape(channels, batch, *extents).transpose(0, 1)
     sizes = _positions(shape, matrices)
     matrix = matrices[0] if batch == 1 and len(matrices) == 1 else None
     if matrix is not None:
@@ -216,6 +232,12 @@ def uncolumns(grad: Tensor, shape: Sequence[int], matrices: Sequence[Tensor | No
         if matrix is not None:
             y = mix(y, 1 + axis, matrix.reshape(-1, sizes[axis]).to(grad.dtype).T)
     return y.reshape(channels, batch, *extents).transpose(0, 1)
+
+
+def _picked(matrices: Sequence[Tensor | None]) -> Tensor | None:
+    """Which position each tap reads, if it reads one."""
+    first = matrices[0] if matrices else None
+    return None if first is None or first.is_floating_point() else first
 
 
 def _positions(shape: Sequence[int], matrices: Sequence[Tensor | None]) -> list[int]:
@@ -298,6 +320,8 @@ def mix(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
     matrix = matrix.to(x.dtype)
     size = x.shape[dim]
     before, after = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+    if size == 1:  # what is generated multiplies where it is read
+        return (x.reshape(before, 1, after) * matrix.reshape(-1, 1)).reshape(shape)
     if after == 1:
         return (x.reshape(before, size) @ matrix.T).reshape(shape)
     if before == 1:

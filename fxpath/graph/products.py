@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,8 +106,13 @@ def high(weight: Tensor) -> Tensor:
 
 
 def low(scores: Tensor) -> Tensor:
-    """The smallest of some scores, 0-d; inf for none."""
-    return scores.min() if scores.numel() else scores.new_full((), math.inf)
+    """The smallest of some scores, ``[1]``; inf for none."""
+    return (scores.min() if scores.numel() else scores.new_full((), math.inf)).reshape(1)
+
+
+def parts(shape: Sequence[int], count: int, device: torch.device) -> list[Any]:
+    """Where in some scores the smallest one was looked for: everywhere, or in each block."""
+    return [...] if count == 1 else list(_blocks(_rows(shape), device))
 
 
 # -- sweeps ----------------------------------------------------------------------------------------
@@ -119,7 +125,7 @@ def scratch(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def block_size(shape: Sequence[int], device: torch.device) -> int:
     """Entries of the largest block of a weight."""
-    flat = torch.Size((shape[0], math.prod(shape[1:])))
+    flat = _rows(shape)
     return max(((r.stop - r.start) * flat[1] for r in _blocks(flat, device)), default=0)
 
 
@@ -157,13 +163,13 @@ def sweep_back(
     """:func:`product_back` if ``gradient``, and ``out``, the lifted weight, becomes its scores.
 
     Returns:
-        That gradient, and :func:`low` of the scores.
+        That gradient, and :func:`low` of each block of the scores.
     """
     flat, narrow = _flat(out), columns.shape[1] < NARROW
     # Nothing is added to what stands there before the first block.
     made = columns.new_empty if len(flat) else columns.new_zeros
     result = made(columns.T.shape if narrow else columns.shape) if gradient else None
-    least = flat.new_full((), math.inf)
+    lows = []
     for rows in _blocks(flat.shape, flat.device):
         beta, g, block = int(rows.start > 0), grad[rows], flat[rows]
         if result is None:
@@ -177,7 +183,8 @@ def sweep_back(
         else:
             product = memory[: block.numel()].view(block.shape)
             block.mul_(torch.mm(g, columns.T, out=product))
-        least = torch.minimum(least, low(block))
+        lows.append(low(block))
+    least = torch.cat(lows) if lows else low(flat)
     return result.T if result is not None and narrow else result, least
 
 
@@ -197,10 +204,14 @@ def copy_into(out: Tensor, scores: Tensor) -> Tensor:
 
 
 def _flat(weight: Tensor) -> Tensor:
-    return weight.reshape(len(weight), math.prod(weight.shape[1:]))
+    return weight.reshape(_rows(weight.shape))
 
 
-def _blocks(shape: torch.Size, device: torch.device) -> Iterator[slice]:
+def _rows(shape: Sequence[int]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _blocks(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
     """Blocks of rows that stay in the cache of a CPU; elsewhere all at once."""
     rows, columns = shape
     step = max(1, BLOCK // max(1, columns)) if device.type == "cpu" else max(1, rows)

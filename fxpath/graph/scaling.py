@@ -96,16 +96,19 @@ def settle_back(
         The sums of gradients that tell what underflow may have lost, and the gradients of the
         values, and the factor, that are ``needed``.
     """
-    sums = grad.sum()
-    masses, more = [sums, sums * powers[0]], []
+    more: list[Tensor] = []
     if factor is None:
+        sums = grad.sum()
+        masses = [sums, sums * powers[0]]
         first = _times(grad, powers, shifts, 0)
     else:
         dims = [d for d in range(grad.dim()) if d != 1]
+        by_channel = grad.sum(dims)
+        sums = by_channel.sum()
         scaled = powers[0] * factor
         more = [_times((grad * values[0]).sum(dims), powers, shifts, 0)]
         # The last one is what a rounding of the factor may lose.
-        masses += [(grad.sum(dims) * scaled).sum(), more[0].sum()]
+        masses = [sums, sums * powers[0], (by_channel * scaled).sum(), more[0].sum()]
         if shifts is None:
             first = grad * beside(scaled, grad)
         else:

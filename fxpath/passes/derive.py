@@ -125,12 +125,14 @@ class _Derivation:
         leaf = Value(lifted, shape, wanted=asked)
         # A weight in float64 may lose digits; what is added loses none.
         read = arguments(node)[0]
-        converted = read.meta["val"].dtype == torch.float64 != tape.dtype
-        converted = converted and read.target is not ops.folded_bias
+        narrowed = read.meta["val"].dtype == torch.float64 != tape.dtype
+        converted = narrowed and read.target is not ops.folded_bias
         if converted and tape.watch:
             tape.smallest.append(tape.emit(scaling.kept, raw, tape.dtype))
         if self.ending == "scores":
-            self.highs.setdefault(name, []).append(tape.emit(products.high, lifted))
+            # Of what a conversion may have made zeros of, as it was.
+            sizes = tape.emit(products.lift, raw, torch.float64, tape.q) if narrowed else lifted
+            self.highs.setdefault(name, []).append(tape.emit(products.high, sizes))
         self.leaves.append(leaf)
         self.first.setdefault(name, leaf)
         self.scores.setdefault(name, None)

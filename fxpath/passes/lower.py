@@ -4,7 +4,7 @@ Requires a lifted graph, reduced or not.  Ensures the same polynomial in |theta|
 
 - a convolution with few output positions is one matrix product (``ops.window``), in which the maps
   between bases before it are merged with its taps: a convolution's derivatives at
-  3 x 3 positions take four times as long;
+  3 x 3 positions take four times as long; taps that read one position each are lists of positions;
 - maps along several axes are one map over all positions, where that is cheap: fewer steps;
 - a folded batch norm multiplies a layer's outputs and not its weights, which are read where they
   are, and adds its bias in the same step.
@@ -34,7 +34,7 @@ FEW = 256
 LARGEST_MATRIX = 1 << 20
 
 #: Multiply-adds up to which one map over all positions is faster than one along each axis.
-CHEAP = 1 << 22
+CHEAP = 1 << 23
 
 #: Maps by axis, and what they are applied to.
 Maps = tuple[fx.Node, dict[int, Tensor]]
@@ -130,20 +130,22 @@ class _Lowering(Writer):
             spec = (stride[axis], padding[axis], dilation[axis], False)
             read = _taps(size, out[axis], kernel[axis], *spec)
             taps.append(read @ before[2 + axis] if 2 + axis in before else read)
+        picked = _picked(taps)
         positions, reads = math.prod(extents(source)[2:]), math.prod((*out, *kernel))
         lead = math.prod(extents(source)[:2])
-        if len(taps) > 1 and _affordable(lead, positions, reads):
+        if picked is None and len(taps) > 1 and _affordable(lead, positions, reads):
             taps = [_product(taps)]
         with self.graph.inserting_before(node):
-            matrices = [self._taps_or_none(each) for each in taps]
+            matrices: list[fx.Node | None]
+            if picked is None:
+                matrices = [self._taps_or_none(each) for each in taps]
+            else:
+                matrices = [self.buffer(picked, "positions")]
             window = self.emit(ops.window, source, weight, bias, matrices, list(out), groups)
         self._replace(node, window)
 
     def _taps_or_none(self, taps: Tensor) -> fx.Node | None:
-        count, out, size = taps.shape
-        if count == 1 and out == size and bool((taps[0] == torch.eye(size)).all()):
-            return None
-        return self.buffer(taps, "map")
+        return None if _is_identity(taps) else self.buffer(taps, "map")
 
     # -- batch norms ------------------------------------------------------------------------------
 
@@ -190,6 +192,31 @@ def _taps(size: int, out: int, *spec: Any) -> Tensor:
     for k, tap in enumerate(kernel):
         dense[k, tap.row, tap.position] = tap.values()
     return dense
+
+
+def _is_identity(taps: Tensor) -> bool:
+    count, out, size = taps.shape
+    return count == 1 and out == size and torch.equal(taps[0], torch.eye(size, dtype=taps.dtype))
+
+
+def _picked(taps: list[Tensor]) -> Tensor | None:
+    """The one position that each tap reads as it is, ``[taps, out]``, if no tap reads more.
+
+    Positions are counted over all axes; their number stands for none.
+    """
+    if all(_is_identity(each) for each in taps):
+        return None  # nothing has to be picked
+    if not all(bool(((each == 0) | (each == 1)).all() & (each.sum(2) <= 1).all()) for each in taps):
+        return None
+    position, beside = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool)
+    for each in taps:
+        k, o, size = each.shape
+        reads, own = each.amax(2) != 0, each.argmax(2)
+        position = (position[:, None, :, None] * size + own[None, :, None, :]).reshape(
+            len(position) * k, -1
+        )
+        beside = (beside[:, None, :, None] | ~reads[None, :, None, :]).reshape(len(beside) * k, -1)
+    return torch.where(beside, math.prod(each.shape[2] for each in taps), position)
 
 
 def _product(taps: list[Tensor]) -> Tensor:

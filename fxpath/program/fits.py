@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxpath.graph.products import BLOCK
+from fxpath.graph import products
 from fxpath.program.flat import Run
 from fxpath.program.theta import coordinates
 
@@ -28,11 +29,14 @@ def doubtful(
         live: the model's tensors by placeholder.
     """
     tiny = max((torch.finfo(share.dtype).tiny for share in shares.values()), default=0.0)
-    every = zip(shares, run.lows, run.highs, strict=True)
-    faint = {
-        name: tiny * FAINT * high for name, low, high in every if low < tiny * (1 + FAINT * high)
-    }
-    short = short_of(lifted, shares, faint, live, tiny)
+    faint, where = dict[str, float](), dict[str, list[Any]]()
+    for (name, share), lows, high in zip(shares.items(), run.lows, run.highs, strict=True):
+        # Where all of theta is 0, so are its shares.
+        if high and min(lows) < tiny * (1 + FAINT * high):
+            faint[name] = tiny * FAINT * high
+            each = products.parts(share.shape, len(lows), share.device)
+            where[name] = [part for part, low in zip(each, lows, strict=True) if low < tiny]
+    short = short_of(lifted, shares, where, live, tiny)
     # What is lifted may have lost digits when it was converted.
     coarse = {n for n, high in zip(shares, run.highs, strict=True) if 0 < high < tiny * FAINT}
     dim = {name for name, bound in faint.items() if _all_below(shares[name], bound)}
@@ -42,22 +46,33 @@ def doubtful(
 def short_of(
     lifted: fx.GraphModule,
     shares: Mapping[str, Tensor],
-    names: Container[str],
+    where: Mapping[str, Iterable[Any]],
     live: Mapping[str, Tensor],
     tiny: float,
 ) -> set[str]:
     """Of some scores, those with an entry below ``tiny`` although theta is not 0 there.
 
     Most of them belong to dead neurons; which ones do not, a wider range tells.
+
+    Args:
+        lifted: as for :func:`doubtful`.
+        shares: as there.
+        where: parts of those to look at, as indices, by name.
+        live: as there.
+        tiny: what an entry is below.
     """
-    found = coordinates(lifted, live, names)
-    return {name for name, theta in found if _any_below(shares[name], theta, tiny)}
+    return {
+        name
+        for name, theta in coordinates(lifted, live, where)
+        if any(_any_below(shares[name][part], theta[part], tiny) for part in where[name])
+    }
 
 
 def _any_below(shares: Tensor, theta: Tensor, tiny: float) -> bool:
     """Whether a share is below a number that its own format may not hold, where theta is not 0."""
     # In blocks that stay in the cache.
-    for part, own in zip(shares.flatten().split(BLOCK), theta.flatten().split(BLOCK), strict=True):
+    flat = shares.flatten().split(products.BLOCK), theta.flatten().split(products.BLOCK)
+    for part, own in zip(*flat, strict=True):
         small = part < tiny if tiny >= torch.finfo(part.dtype).tiny else part == 0
         if bool(small.any()) and bool(own[small].any()):
             return True
@@ -68,7 +83,7 @@ def _all_below(shares: Tensor, bound: float) -> bool:
     """Whether all shares are below a number, but not all are 0."""
     # Mostly the first block says that they are not.
     most = 0.0
-    for part in shares.flatten().split(BLOCK):
+    for part in shares.flatten().split(products.BLOCK):
         most = max(most, float(part.amax()) if len(part) else 0.0)
         if most >= bound:
             return False

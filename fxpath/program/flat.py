@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ class Run:
         exponent: of two.
         smallest: smallest entry of any tensor, before scaling; ``None`` with a reverse half.
         mass: largest sum of a gradient of log ||Phi||_q^q; ``None`` without one.
-        lows: smallest entry of each score.
+        lows: smallest entry of each score, in each of its :func:`~fxpath.graph.products.parts`.
         highs: largest entry of what each of them is a score of.
     """
 
@@ -37,7 +38,7 @@ class Run:
     exponent: int
     smallest: float | None
     mass: float | None
-    lows: Sequence[float] = ()
+    lows: Sequence[Sequence[float]] = ()
     highs: Sequence[float] = ()
 
     def fits(self, dtype: torch.dtype) -> bool | None:
@@ -133,12 +134,12 @@ def placeholders(module: fx.GraphModule) -> list[str]:
 def _run(found: dict[str, Any]) -> Run:
     """The numbers of a run: read once, at its end."""
     names = [name for name in ("mantissa", "exponent", "smallest", "mass") if name in found]
-    more = [*found.get("lows", ()), *found.get("highs", ())]
-    values = torch.stack([*(found[name] for name in names), *(m.double() for m in more)]).tolist()
-    numbers = dict(zip(names, values, strict=False))
+    ends = [*found.get("lows", ()), *found.get("highs", ())]
+    read = [found[name] for name in names] + ends
+    values = torch.cat([value.double().reshape(-1) for value in read]).tolist()
+    numbers, rest = dict(zip(names, values, strict=False)), iter(values[len(names) :])
+    lows = [list(itertools.islice(rest, len(low))) for low in found.get("lows", ())]
     exponent = numbers["exponent"]
     whole = int(exponent) if math.isfinite(exponent) else 0
-    ends = values[len(names) :]
-    lows, highs = ends[: len(ends) // 2], ends[len(ends) // 2 :]
     witnesses = numbers.get("smallest"), numbers.get("mass")
-    return Run(numbers["mantissa"], whole, *witnesses, lows, highs)
+    return Run(numbers["mantissa"], whole, *witnesses, lows, list(rest))

@@ -288,7 +288,7 @@ class PathProgram:
     ) -> dict[str, Tensor]:
         """2^RAISED times the shares of those scores that have some below float64."""
         tiny = torch.finfo(torch.float64).tiny
-        low = [name for name, s in shares.items() if s.numel() and float(s.amin()) < tiny]
+        low = {name: [...] for name, s in shares.items() if s.numel() and float(s.amin()) < tiny}
         below = short_of(self.lifted, shares, low, live, tiny)
         if not below:
             return {}

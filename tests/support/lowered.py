@@ -57,6 +57,12 @@ class Sketch(Writer):
         values = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return self.buffer(values * (values > 0.3), "matrix")
 
+    def taps(self, spec: Any) -> fx.Node:
+        """A matrix of a given shape, or lists of positions."""
+        if isinstance(spec, tuple):
+            return self.matrix(*spec)
+        return self.buffer(torch.tensor(spec), "positions")
+
     def source(self, *shape: int) -> fx.Node:
         return self.emit(ops.source, shape)
 
@@ -187,7 +193,7 @@ def _window(
         if weighed:
             read = s.emit(ops.factored, read, s.theta(weight[0]))
         x = s.value(*shape) if inner else s.source(*shape)
-        held = [None if m is None else s.matrix(*m) for m in matrices]
+        held = [m if m is None else s.taps(m) for m in matrices]
         added = None if bias is None else s.theta(*bias)
         return [s.emit(ops.window, x, read, added, held, list(extents), groups)]
 
@@ -409,6 +415,16 @@ CASES: dict[str, Case] = {
     "window in groups": _window((2, 4, 3), (6, 2, 2), [(2, 2, 3)], (2,), groups=2, bias=(2,)),
     "window in groups of a source": _window(
         (1, 2, 3), (4, 1, 3), [(3, 1, 3)], (1,), groups=2, weighed=True, inner=False
+    ),
+    # Position 0 is read three times, 1 never, and twice nothing is.
+    "window of positions": _window(
+        (2, 2, 4), (3, 2, 2), [[[0, 4, 2], [0, 0, 4]]], (3,), bias=(3, 1), weighed=True
+    ),
+    "window of positions of two axes": _window(
+        (2, 4, 2, 2), (6, 2, 2), [[[3, 1, 4, 0], [1, 1, 2, 3]]], (2, 2), groups=2
+    ),
+    "window of positions of a source": _window(
+        (1, 2, 3), (3, 2, 2), [[[0, 3], [2, 2]]], (2,), inner=False
     ),
     "window of one column": _window((1, 2, 3), (8, 2, 3), [(3, 1, 3)], (1,), weighed=True),
     "window of a source": _window((1, 2, 3), (3, 2), [None], (3,), inner=False, bias=(3, 1)),
