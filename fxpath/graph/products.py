@@ -102,17 +102,24 @@ def steepness(a: Tensor, dtype: torch.dtype, q: float) -> Tensor:
 
 def high(weight: Tensor) -> Tensor:
     """The largest entry of a lifted weight, 0-d; 0 for none."""
-    return weight.max() if weight.numel() else weight.new_zeros(())
+    if not weight.numel():
+        return weight.new_zeros(())
+    # By rows: code that is generated looks for it while it multiplies them.
+    return (_flat(weight).amax(1) if weight.dim() > 1 else weight).max()
 
 
 def low(scores: Tensor) -> Tensor:
-    """The smallest of some scores, ``[1]``; inf for none."""
-    return (scores.min() if scores.numel() else scores.new_full((), math.inf)).reshape(1)
+    """The smallest of some scores, ``[1]``, or of each row, ``[rows]``; inf for none."""
+    if not scores.numel():
+        return scores.new_full((1,), math.inf)
+    return _flat(scores).amin(1) if scores.dim() > 1 else scores.min().reshape(1)
 
 
 def parts(shape: Sequence[int], count: int, device: torch.device) -> list[Any]:
-    """Where in some scores the smallest one was looked for: everywhere, or in each block."""
-    return [...] if count == 1 else list(_blocks(_rows(shape), device))
+    """Where in some scores the smallest one was looked for: everywhere, in each block or row."""
+    if count == 1:
+        return [...]
+    return [*range(count)] if count == shape[0] else list(_blocks(_rows(shape), device))
 
 
 # -- sweeps ----------------------------------------------------------------------------------------
@@ -152,8 +159,8 @@ def sweep(
             torch.mv(block, narrow[0], out=y[rows, 0])
         else:
             y[rows] = torch.mm(narrow, block.T).T
-        if most is not None:
-            most = torch.maximum(most, high(block))
+        if most is not None and block.numel():
+            most = torch.maximum(most, block.max())
     return y, most
 
 
@@ -163,7 +170,7 @@ def sweep_back(
     """:func:`product_back` if ``gradient``, and ``out``, the lifted weight, becomes its scores.
 
     Returns:
-        That gradient, and :func:`low` of each block of the scores.
+        That gradient, and the smallest score of each block.
     """
     flat, narrow = _flat(out), columns.shape[1] < NARROW
     # Nothing is added to what stands there before the first block.
@@ -183,8 +190,8 @@ def sweep_back(
         else:
             product = memory[: block.numel()].view(block.shape)
             block.mul_(torch.mm(g, columns.T, out=product))
-        lows.append(low(block))
-    least = torch.cat(lows) if lows else low(flat)
+        lows.append(block.min() if block.numel() else flat.new_full((), math.inf))
+    least = torch.stack(lows) if lows else low(flat)
     return result.T if result is not None and narrow else result, least
 
 

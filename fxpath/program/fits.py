@@ -16,6 +16,9 @@ from fxpath.program.theta import coordinates
 #: shares of, are not trusted: their gradients, that much smaller, lose digits first.
 FAINT = 2.0**14
 
+#: Parts of a score up to which each is looked at by itself.
+FEW = 32
+
 
 def doubtful(
     lifted: fx.GraphModule, shares: Mapping[str, Tensor], run: Run, live: Mapping[str, Tensor]
@@ -35,7 +38,8 @@ def doubtful(
         if high and min(lows) < tiny * (1 + FAINT * high):
             faint[name] = tiny * FAINT * high
             each = products.parts(share.shape, len(lows), share.device)
-            where[name] = [part for part, low in zip(each, lows, strict=True) if low < tiny]
+            found = [part for part, low in zip(each, lows, strict=True) if low < tiny]
+            where[name] = found if len(found) <= FEW else [...]
     short = short_of(lifted, shares, where, live, tiny)
     # What is lifted may have lost digits when it was converted.
     coarse = {n for n, high in zip(shares, run.highs, strict=True) if 0 < high < tiny * FAINT}
