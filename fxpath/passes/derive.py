@@ -29,7 +29,7 @@ from fxpath.graph.leaves import LEAVES
 from fxpath.graph.links import extents
 from fxpath.graph.schema import arguments, target
 from fxpath.passes.setting import Setting
-from fxpath.passes.tape import Factored, Fixed, Outer, Tape, Value
+from fxpath.passes.tape import Factored, Fixed, Outer, Tape, Unsettled, Value
 from fxpath.passes.words import WORDS
 
 #: How a derived graph ends: without a reverse half, with shares, or with gradients.
@@ -108,7 +108,9 @@ class _Derivation:
             return self._total(*args)
         if node.target is ops.slope and isinstance(arguments(node)[1], fx.Node):
             args = args[0], self._architecture(arguments(node)[1], args[1], products.steepness)
-        lifted = any(isinstance(self.env[n], Value | Factored) for n in node.all_input_nodes)
+        lifted = any(
+            isinstance(self.env[n], Value | Factored | Unsettled) for n in node.all_input_nodes
+        )
         if lifted or node.target is ops.source:
             return WORDS[target(node)](tape, node, *args, **kwargs)
         # What is computed from the model's tensors before they are lifted.

@@ -49,6 +49,19 @@ class Factored:
 
 
 @dataclass(frozen=True)
+class Unsettled:
+    """Weighted sums and their bias that the sum which reads them settles with its other terms.
+
+    Attributes:
+        values: the terms.
+        factor: multiplies the first one, if given.
+    """
+
+    values: tuple[Value, ...]
+    factor: Value | None
+
+
+@dataclass(frozen=True)
 class Fixed:
     """A constant of the graph, and what it holds."""
 

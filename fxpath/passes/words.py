@@ -28,12 +28,13 @@ from fxpath.graph.equations import letters
 from fxpath.graph.links import extents
 from fxpath.graph.power import power, power_of_number
 from fxpath.graph.schema import bind, target
-from fxpath.passes.tape import Factored, Fixed, Outer, Tape, Value
+from fxpath.passes.tape import Factored, Fixed, Outer, Tape, Unsettled, Value
 
 Weight = Value | Factored
+Sum = Value | Unsettled
 
 #: From a tape, the word's node, and its arguments, to what it makes.
-Word = Callable[..., Value | Factored]
+Word = Callable[..., Value | Factored | Unsettled]
 
 
 # -- where a value begins --------------------------------------------------------------------------
@@ -59,12 +60,16 @@ def _weighed(
     y: fx.Node,
     node: fx.Node,
     back: Callable[[fx.Node], None],
-) -> Value:
-    """Weighted sums with their bias, settled."""
+) -> Sum:
+    """Weighted sums with their bias, settled, unless the sum that reads them does it."""
     factor = weight.factor if isinstance(weight, Factored) else None
     wanted = x.wanted or _inner(weight).wanted
     made = t.made(y, x, back, shape=extents(node), wanted=wanted)
-    terms = [made] if bias is None else [made, bias]
+    terms = (made,) if bias is None else (made, bias)
+    if [user.target for user in node.users] == [ops.add]:
+        (user,) = node.users
+        if user.args[0] is not user.args[1] and extents(user) == extents(node):
+            return Unsettled(terms, factor)
     return t.settle(terms, extents(node), [True] * len(terms), factor)
 
 
@@ -85,7 +90,7 @@ def _window(
     matrices: Sequence[Fixed | None],
     ends: Sequence[int],
     groups: int,
-) -> Value:
+) -> Sum:
     inner, columns = _inner(weight), t.emit(ops.columns, x.node, matrices)
     if groups == 1:
         made = t.emit(products.product, inner.node, columns)
@@ -110,9 +115,7 @@ def _window(
     return _weighed(t, x, weight, bias, y, node, back)
 
 
-def _conv(
-    t: Tape, node: fx.Node, x: Value, weight: Weight, bias: Value | None, *spec: Any
-) -> Value:
+def _conv(t: Tape, node: fx.Node, x: Value, weight: Weight, bias: Value | None, *spec: Any) -> Sum:
     inner = _inner(weight)
 
     def back(grad: fx.Node) -> None:
@@ -128,7 +131,7 @@ def _conv(
 
 def _contract(
     t: Tape, node: fx.Node, x: Value, weight: Weight, bias: Value | None, equation: str
-) -> Value:
+) -> Sum:
     form, inner = letters(equation), _inner(weight)
     if form.dense:
         return _dense(t, node, x, weight, bias)
@@ -146,7 +149,7 @@ def _contract(
     return _weighed(t, x, weight, bias, y, node, back)
 
 
-def _dense(t: Tape, node: fx.Node, x: Value, weight: Weight, bias: Value | None) -> Value:
+def _dense(t: Tape, node: fx.Node, x: Value, weight: Weight, bias: Value | None) -> Sum:
     """A matrix along the last axis."""
     inner, columns = _inner(weight), t.emit(shapes.last_first, x.node)
 
@@ -162,7 +165,7 @@ def _dense(t: Tape, node: fx.Node, x: Value, weight: Weight, bias: Value | None)
     return _weighed(t, x, weight, bias, y, node, back)
 
 
-def _scale(t: Tape, node: fx.Node, x: Value, weight: Value, bias: Value | None = None) -> Value:
+def _scale(t: Tape, node: fx.Node, x: Value, weight: Value, bias: Value | None = None) -> Sum:
     def back(grad: fx.Node) -> None:
         for value, other in ((x, weight), (weight, x)):
             if value.wanted:
@@ -178,8 +181,24 @@ def _scale(t: Tape, node: fx.Node, x: Value, weight: Value, bias: Value | None =
 # -- sums of values --------------------------------------------------------------------------------
 
 
-def _add(t: Tape, node: fx.Node, *terms: Value) -> Value:
-    return t.settle(terms, extents(node), [t.grown(v.bits) for v in terms])
+def _add(t: Tape, node: fx.Node, *terms: Sum) -> Value:
+    values: list[Value] = []
+    measured: list[bool] = []
+    factor = None
+    # One that has a factor comes first, and there is room for one.
+    for term in sorted(terms, key=lambda each: not isinstance(each, Unsettled) or not each.factor):
+        if isinstance(term, Value):
+            values.append(term)
+            measured.append(t.grown(term.bits))
+        elif not term.factor or not values:
+            values += term.values
+            measured += [True] * len(term.values)
+            factor = factor or term.factor
+        else:
+            own = [True] * len(term.values)
+            values.append(t.settle(term.values, extents(node), own, term.factor))
+            measured.append(False)
+    return t.settle(values, extents(node), measured, factor)
 
 
 def _shift(t: Tape, node: fx.Node, x: Value, bias: Value) -> Value:
@@ -203,7 +222,7 @@ def _clamp(t: Tape, node: fx.Node, x: Value, lo: float | None, hi: float | None)
     return _shift(t, node, x, Value(t.emit(shapes.filled, (), size, t.dtype, t.device), ()))
 
 
-def _slope(t: Tape, node: fx.Node, x: Value, a: Value | float) -> Value:
+def _slope(t: Tape, node: fx.Node, x: Value, a: Value | float) -> Sum:
     if isinstance(a, float | int):
         factor = float(ops.steepness(a, t.dtype)) ** t.q
         if factor == 1:

@@ -236,6 +236,23 @@ def _sums(s: Sketch) -> Sequence[fx.Node]:
     return [s.emit(ops.add, made, made), s.emit(ops.maximum, s.source(2, 3), x)]
 
 
+def _layers_in_sums(s: Sketch) -> Sequence[fx.Node]:
+    """What settles with the sum that reads it: with and without factors, and what does not."""
+
+    def layer(x: fx.Node, factor: fx.Node | None, bias: fx.Node | None) -> fx.Node:
+        weight = s.theta(3, 3)
+        read = weight if factor is None else s.emit(ops.factored, weight, factor)
+        return s.emit(ops.contract, x, read, bias, "bi,oi->bo")
+
+    x = s.value(2, 3)
+    two = s.emit(ops.add, layer(x, s.fixed(3), s.theta(3)), layer(x, s.theta(3), None))
+    one = s.emit(ops.add, x, layer(two, s.theta(3), s.theta(3)))
+    none = s.emit(ops.add, layer(one, None, None), layer(one, None, s.theta(3)))
+    wide = s.emit(ops.add, layer(none, s.fixed(3), None), layer(s.value(1, 3), None, s.theta(3)))
+    same = layer(wide, s.fixed(3), None)
+    return [s.emit(ops.add, same, same), s.emit(ops.add, s.source(2, 3), layer(one, None, None))]
+
+
 def _clamp(s: Sketch) -> Sequence[fx.Node]:
     x = s.emit(ops.clamp, s.value(2, 3), -0.5, 6.0)
     y = s.emit(ops.clamp, s.value(2, 3), None, -2.0)
@@ -444,6 +461,7 @@ CASES: dict[str, Case] = {
     "scale": _scale,
     "shift": _shift,
     "sums": _sums,
+    "layers in sums": _layers_in_sums,
     "clamp": _clamp,
     "slope": _slope,
     "mix": _mix,
