@@ -320,8 +320,6 @@ def mix(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
     matrix = matrix.to(x.dtype)
     size = x.shape[dim]
     before, after = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
-    if size == 1:  # what is generated multiplies where it is read
-        return (x.reshape(before, 1, after) * matrix.reshape(-1, 1)).reshape(shape)
     if after == 1:
         return (x.reshape(before, size) @ matrix.T).reshape(shape)
     if before == 1:
