@@ -6,8 +6,8 @@ Requires a lowered graph.  Ensures a graph with the same placeholders and one ou
 - ``smallest``, or with the reverse half ``mass``, which always decides: the witnesses of range of
   :mod:`fxpath.graph.scaling`, float64;
 - ``scores``: name -> share of path mass (14) of every coordinate; in the same order ``lows``, the
-  smallest of each, and ``highs``, the largest entries of what is lifted; or ``gradients``: those of
-  ``log ||Phi||_q^q`` with respect to each of :func:`leaves`, lifted.
+  smallest of each, row by row, and ``highs``, the largest entries of what is lifted; or
+  ``gradients``: those of ``log ||Phi||_q^q`` with respect to each of :func:`leaves`, lifted.
 
 It calls plain functions over ATen, of :mod:`fxpath.graph.scaling`, ``products``, ``shapes`` and
 ``ops``: no step has a side effect or reads a number on the host, and all tensors are on the device
