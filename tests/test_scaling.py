@@ -82,7 +82,7 @@ NEAR = {torch.float32: 1e-6, torch.float64: 1e-14}
 @given(terms())
 def test_a_settled_sum_is_the_sum(case: Any) -> None:
     dtype, values, scales, factor = case
-    total, exponent, _, shifts, smallest = scaling.settle(
+    total, exponent, _, shifts, smallest, _ = scaling.settle(
         values, scales, [True] * len(values), factor
     )
     assert smallest is not None and total.dtype == smallest.dtype == dtype and total.shape == (2, 3)
@@ -161,7 +161,7 @@ def test_the_transpose_of_a_settled_sum(case: Any, deep: bool) -> None:
     leaves = [v.requires_grad_() for v in [*values, *([] if factor is None else [factor])]]
     grad = torch.rand(2, 3, dtype=torch.float64)
     with torch.no_grad():
-        _, _, powers, shifts, _ = scaling.settle(values, scales, [True] * len(values), factor)
+        _, _, powers, shifts, _, _ = scaling.settle(values, scales, [True] * len(values), factor)
     # Powers of two are constants for differentiation.
     terms = [v * 2.0**shift for v, shift in zip(values, shifts, strict=True)]
     terms[0] = terms[0] if factor is None else terms[0] * factor
@@ -235,14 +235,15 @@ def test_the_smallest_entry_is_told_before_scaling(value: float, scale: int | No
     found = scaling.settle([tiny], scales, [True])[4]
     # Entries of the sum, which is near 1 at its top, and the rounding of what it was made of.
     power = 2.0 ** -math.floor(math.log2(value))
-    assert found == 2.0**-60 / max(1.0, power)
+    # A rounding of the power counts as often as the largest entry says.
+    assert found == 2.0**-60 / max(1.0, power, float(tiny.max()))
     joined = scaling.join([tiny, tiny], scales * 2, [True] * 2, 0)[4]
-    assert joined == found
+    assert joined == 2.0**-60 / max(1.0, power)
 
 
 def test_a_factor_coarsens_what_it_multiplies() -> None:
     values, factor = torch.tensor([[2.0**-50, 1.0]]), torch.tensor([1.0, 2.0**-30])
-    total, exponent, _, _, smallest = scaling.settle([values], [None], [True], factor)
+    total, exponent, _, _, smallest, _ = scaling.settle([values], [None], [True], factor)
     assert exponent == -30 and total.tolist() == [[2.0**-20, 1.0]]
     assert smallest == 2.0**-20 / 2.0**30  # a rounding of a factor counts 2^30 times
 
@@ -349,6 +350,21 @@ def test_zeros_are_not_multiplied_by_large_powers(scale: float | None, dtype: to
     zeros, factor = torch.zeros(2, 3, dtype=dtype), torch.full((3,), 100, dtype=dtype)
     scales = [None if scale is None else torch.tensor(scale, dtype=dtype), None]
     for bias in (torch.zeros(3, dtype=dtype), torch.full((3,), 0.25, dtype=dtype)):
-        total, _, powers, _, _ = scaling.settle([zeros, bias], scales, [True, True], factor)
+        total, _, powers, *_ = scaling.settle([zeros, bias], scales, [True, True], factor)
         assert torch.equal(total, (bias > 0).to(dtype).expand(2, 3))
         assert powers[0] <= 1  # so that no gradient grows
+
+
+def test_a_power_below_the_format_is_noticed_where_a_value_is_far_above() -> None:
+    """The lesser of two terms is 2^100 times 2^-150: nothing of it is left, though it counts."""
+    values, scales = (
+        [torch.tensor([[2.0**100]]), torch.tensor([[1.0]])],
+        [None, torch.tensor(150.0)],
+    )
+    total, *_, powers, shifts, smallest, largest = scaling.settle(values, scales, [True, True])
+    assert float(total) == 1 and float(powers[0]) == 0 and float(largest) == 2.0**100
+    assert float(smallest) < scaling.SMALLEST[torch.float32]
+    masses, _ = scaling.settle_back(
+        torch.ones(1, 1), values, powers, None, None, [True, True], largest
+    )
+    assert max(map(float, masses)) > scaling.MASS[torch.float32]

@@ -42,7 +42,7 @@ def settle(
     measured: Sequence[bool],
     factor: Tensor | None = None,
     watch: bool = True,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """The sum of scaled values, at a common exponent.
 
     Args:
@@ -54,8 +54,12 @@ def settle(
 
     Returns:
         The sum, its exponent; the powers of two that the values were multiplied by, and their
-        exponents; and if asked for the smallest entry, in units of the coarsest rounding.
+        exponents; if asked for the smallest entry, in units of the coarsest rounding; and the
+        largest entry that was measured, if any was.
     """
+    every = zip(values, measured, strict=True)
+    entries = [v.max() for v, known in every if known and v.numel()]
+    largest = _largest(entries) if entries else None
     tops = [
         _top(v, e, m, factor if i == 0 else None)
         for i, (v, e, m) in enumerate(zip(values, scales, measured, strict=True))
@@ -70,7 +74,10 @@ def settle(
         total = values[0] * first
     # Rounding of a value or its factor is multiplied by the other one.
     both = [] if factor is None else [v.max() * powers[0] for v in (values[0], factor) if v.numel()]
-    return total, common, powers, shifts, _smallest(total, [*powers, *both]) if watch else None
+    # So is that of a power, which may be far below 1 where a value is far above.
+    both += [] if largest is None else [largest]
+    smallest = _smallest(total, [*powers, *both]) if watch else None
+    return total, common, powers, shifts, smallest, largest
 
 
 def settle_back(
@@ -80,6 +87,7 @@ def settle_back(
     shifts: Sequence[Tensor] | None,
     factor: Tensor | None,
     needed: Sequence[bool],
+    largest: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The transpose of :func:`settle`.
 
@@ -91,6 +99,7 @@ def settle_back(
             is far above it.
         factor: as there.
         needed: of which values, and whether of the factor, gradients are asked for.
+        largest: what it returned.
 
     Returns:
         The sums of gradients that tell what underflow may have lost, and the gradients of the
@@ -117,6 +126,8 @@ def settle_back(
     for i, value in enumerate(values[1:], 1):
         # Summed before it is scaled: a bias has few entries.
         grads.append(_times(_sum_to(grad, value), powers, shifts, i))
+    if largest is not None:
+        masses.append(sums * largest)  # what a rounding of a power may lose
     every = zip([*grads, *more], needed, strict=True)
     return masses, [g if asked else None for g, asked in every]
 

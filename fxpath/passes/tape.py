@@ -173,8 +173,9 @@ class Tape:
         wanted = [v.wanted for v in terms]
 
         def back(grad: fx.Node) -> None:
-            found = self.emit(scaling.settle_back, grad, nodes, powers, shifts, factors, wanted)
-            self._hand_back(found, terms)
+            largest = self.item(made, 5)
+            args = grad, nodes, powers, shifts, factors, wanted, largest
+            self._hand_back(self.emit(scaling.settle_back, *args), terms)
 
         bits = max(1.0 if m else v.bits for v, m in zip(values, measured, strict=True))
         return self._scaled(made, shape, bits + math.log2(len(values)), any(wanted), back)
