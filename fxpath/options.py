@@ -109,7 +109,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _version() -> str:
     try:
-        return importlib.metadata.version("fxpath")
+        return importlib.metadata.version("torch-fxpath")
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
 

@@ -111,7 +111,7 @@ def _load_torchvision(name: str, weights: str | None) -> nn.Module:
         from torchvision import models
     except ImportError as error:
         raise UsageError(
-            f"{name}: torchvision is not installed: pip install 'fxpath[vision]'; {KINDS}"
+            f"{name}: torchvision is not installed: pip install 'torch-fxpath[vision]'; {KINDS}"
         ) from error
     known = models.list_models()
     if name.lower() not in known:
