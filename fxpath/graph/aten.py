@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxpath.private import OpOverload, overload_name, schema
+
 aten = torch.ops.aten
 
 # -- words of lifted graphs: they only move entries, of activations and weights alike --------------
@@ -201,10 +203,10 @@ SIZELESS: set[Any] = {
 }
 
 
-def functional(overload: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+def functional(overload: OpOverload) -> OpOverload | None:
     """``aten.relu_.default`` -> ``aten.relu.default``, if there is such an overload."""
-    namespace, name = overload._schema.name.split("::")
+    namespace, name = schema(overload).name.split("::")
     if namespace != "aten" or not name.endswith("_"):
         return None
     packet = getattr(aten, name[:-1], None)
-    return getattr(packet, overload._overloadname, None) if packet is not None else None
+    return getattr(packet, overload_name(overload), None) if packet is not None else None

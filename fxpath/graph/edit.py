@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fxpath.graph import ops
+from fxpath.private import LazyGraphModule
 
 
 def written(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
@@ -18,7 +18,7 @@ def written(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule
     Programs are interpreted, and a module of ten thousand lines takes a second to compile.
     """
     graph.lint()
-    return _LazyGraphModule(root, graph)
+    return LazyGraphModule(root, graph)
 
 
 def drop_dead(graph: fx.Graph) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 from fxpath.graph import ops
+from fxpath.private import OpOverload, schema
 
 #: Operation -> where its bias stands among its arguments.
 _BIASES = {
@@ -42,7 +42,7 @@ def bind(node: fx.Node) -> dict[str, Any]:
     """Arguments of a call by the names of its schema, defaults filled in."""
     assert isinstance(node.target, OpOverload)
     bound: dict[str, Any] = {}
-    for i, argument in enumerate(node.target._schema.arguments):
+    for i, argument in enumerate(schema(node.target).arguments):
         if i < len(node.args):
             bound[argument.name] = node.args[i]
         elif argument.name in node.kwargs:

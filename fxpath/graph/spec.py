@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from fxpath.graph import aten, ops, products, scaling, shapes
 from fxpath.graph.aten import BATCH_NORMS, MOVES, SLICE
@@ -24,6 +23,7 @@ from fxpath.graph.links import static
 from fxpath.graph.schema import arguments, target
 from fxpath.graph.values import frozen
 from fxpath.model import Captured
+from fxpath.private import OpOverload
 
 #: Every key of ``node.meta`` that is fxpath's own, and what it says.  ``val`` is torch's: shape and
 #: format of the result.

@@ -15,15 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.overrides import TorchFunctionMode
 
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.model.form import tensors_in
 from fxpath.model.state import global_names, has_state, is_own, parts, slots
+from fxpath.private import OptimizedModule, uncompiled
 
-#: Where a module keeps the hooks that its call runs.
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, Tensor, type, types.ModuleType)
 
 
@@ -38,7 +36,9 @@ class _Uncompiled(OptimizedModule):
     """Stands for what ``torch.compile`` gave: it is run, not compiled."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._orig_mod(*args, **kwargs)
+        inner = uncompiled(self)
+        assert inner is not None
+        return inner(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(self, *args, **kwargs)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxpath.private import forward_hooks, forward_pre_hooks
+
 #: Where a tensor that no module has registered is found: module, attribute, keys inside of it.
 Attribute = tuple[str, str, tuple[Any, ...]]
 
@@ -89,8 +91,8 @@ def _called(model: object) -> dict[str, tuple[Any, ...]]:
         name: tuple(
             part
             for part in (
-                *module._forward_pre_hooks.values(),
-                *module._forward_hooks.values(),
+                *forward_pre_hooks(module).values(),
+                *forward_hooks(module).values(),
                 vars(module).get("forward"),
             )
             if part is not None

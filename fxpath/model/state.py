@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+
+from fxpath.private import global_forward_hooks
 
 #: Code of these is neither read nor restored.
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "fxpath", "__future__"}
@@ -155,9 +156,8 @@ class Reachable:
         self._places: list[_Place] = []
         for path, module in model.named_modules(remove_duplicate=False):
             self._visit(module, path or type(module).__name__)
-        for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
-            for hook in hooks.values():
-                self._visit(hook, "a global hook")
+        for hook in global_forward_hooks():
+            self._visit(hook, "a global hook")
 
     def watch(self, ids: Iterable[int]) -> Callable[[], str | None]:
         """A function that says what was written to among the objects of these ids, if anything."""

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxpath.graph.refusal import RANDOM, READ_OUT, Refusal
+from fxpath.private import OpOverload, schema
 
 Reason = tuple[str, str]
 
@@ -204,8 +205,7 @@ UNKNOWN = (
 def refusal(node: fx.Node) -> Refusal:
     """Explain why an operation without a rule is refused."""
     called: Any = node.target
-    schema = getattr(called, "_schema", None)
-    name = schema.name.split("::")[1] if schema else str(called)
+    name = schema(called).name.split("::")[1] if isinstance(called, OpOverload) else str(called)
     known = EXPLAINED.get(name) or EXPLAINED.get(name.removesuffix("_"))
     if known is not None:
         return Refusal(*known)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 from fxpath.graph.builder import Builder
+from fxpath.private import OpOverload
 
 #: Lifted counterparts of the activations that an operation returns, in the order of its results.
 Lifted = fx.Node | list[fx.Node | None]
