@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
-from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from fxpath.capture import formats
 from fxpath.capture.functional import functionalize
@@ -19,6 +18,7 @@ from fxpath.graph.edit import drop_dead
 from fxpath.model.captured import Captured, Model, named_tensors
 from fxpath.model.form import attached, form_of, place
 from fxpath.model.given import Outputs
+from fxpath.private import tree_leaves, tree_unflatten
 from fxpath.sample import Sample
 
 _COMPUTED = (

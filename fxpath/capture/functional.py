@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
@@ -16,6 +15,7 @@ from fxpath.capture.inline import flat
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.graph.aten import MAY_ALIAS
 from fxpath.graph.aten import functional as functional_of
+from fxpath.private import OpOverload, schema
 
 
 def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportGraphSignature]:
@@ -45,7 +45,7 @@ def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportGraphSignat
 
 
 def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and schema(node.target).is_mutable
 
 
 def _rename(graph: fx.Graph) -> fx.Node | None:
@@ -76,7 +76,7 @@ def _rename(graph: fx.Graph) -> fx.Node | None:
 def _aliases(node: fx.Node) -> bool:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return True  # getitem on the pieces of a split
-    returns = node.target._schema.returns
+    returns = schema(node.target).returns
     return node.target in MAY_ALIAS or any(r.alias_info is not None for r in returns)

@@ -6,7 +6,7 @@ Requires an exported program.  Ensures a graph without higher-order operators.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from fxpath.errors import CUT, Problem, SupportReport, UnsupportedModelError, problem
+from fxpath.private import HigherOrderOperator, tree_leaves
 
 #: Higher-order operator -> position of its subgraph among the arguments.
 _SUBGRAPH = {
@@ -61,7 +62,7 @@ def _copy(
             return result
         elif node.op == "get_attr" and isinstance(_attribute(module, node), fx.GraphModule):
             continue  # read where it is called
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif isinstance(node.target, HigherOrderOperator):
             values[node] = _block(graph, module, node, values, problems)
         elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple | list):
             values[node] = values[node.args[0]][node.args[1]]
@@ -108,7 +109,7 @@ def _node(argument: Any) -> fx.Node:
 
 def _name(node: fx.Node) -> str:
     target = node.target
-    return target.name() if isinstance(target, torch._ops.HigherOrderOperator) else ""
+    return target.name() if isinstance(target, HigherOrderOperator) else ""
 
 
 def _stand_in(graph: fx.Graph, node: fx.Node) -> Any:
@@ -138,5 +139,4 @@ def _lowers_precision(node: fx.Node, inner: fx.GraphModule) -> tuple[str, str] |
 
 def _tensors(module: fx.GraphModule) -> list[Tensor]:
     values: list[Any] = [node.meta.get("val") for node in module.graph.nodes]
-    flat: Callable[[Any], list[Any]] = torch.utils._pytree.tree_leaves
-    return [x for x in flat(values) if isinstance(x, Tensor)]
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]

@@ -15,10 +15,10 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from fxpath.model.captured import Shape
 from fxpath.model.given import Given
+from fxpath.private import keystr, tree_flatten_with_path, tree_map_only
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -18,19 +18,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxpath.model.form import held
+from fxpath.private import (
+    ASSERT,
+    FakeTensor,
+    storage_key,
+    tree_leaves,
+    tree_map_only,
+    without_modes,
+    without_torch_function,
+)
 
 _READ: frozenset[Any] = frozenset(
     {
         *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),
         *(Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__, Tensor.__complex__),
         *(torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, torch.is_nonzero),
-        *(Tensor.is_nonzero, Tensor.__contains__, Tensor.__format__, torch._assert),
+        *(Tensor.is_nonzero, Tensor.__contains__, Tensor.__format__, ASSERT),
     }
 )
 #: Their result has a shape that depends on values.
@@ -195,9 +201,9 @@ class Numbers(TorchFunctionMode):
             _run(func, args, kwargs, values)
             value = functools.partial(_same, real[0])
         if isinstance(target, FakeTensor):
-            storage = target.untyped_storage()._cdata
+            storage = storage_key(target)
             for other in self._known.values():
-                if other.tensor.untyped_storage()._cdata == storage:
+                if storage_key(other.tensor) == storage:
                     other.value = None
         return _Known(target, value, names)
 
@@ -308,7 +314,7 @@ def _item(leaves: Callable[[], list[Any]], position: int) -> Any:
 @contextlib.contextmanager
 def _aside() -> Iterator[None]:
     """Outside of the trace."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+    with without_torch_function(), without_modes(), torch.no_grad():
         yield
 
 

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from fxpath.capture.adopt import adopt
 from fxpath.capture.inputs import Call, batch_size, first_sample, from_shapes, from_values
@@ -19,6 +17,7 @@ from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.graph.aten import SIZELESS
 from fxpath.model.captured import Captured
 from fxpath.model.given import Given
+from fxpath.private import FakeTensor, tree_leaves, tree_unflatten
 
 
 def from_program(program: ExportedProgram, given: Given) -> Captured:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxpath.capture.inputs import Call, batch_size, first_sample
+from fxpath.private import tree_leaves, tree_map_only
 
 
 def rows_meet(model: Callable[[Call], Any], call: Call, batch_dim: int) -> bool:

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxpath.model.copies import skeleton
 from fxpath.model.state import untouched
+from fxpath.private import tree_leaves, tree_map_only, uncompiled
 
 Shape = tuple[int, ...]
 
@@ -221,7 +221,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         else:
-            inner = getattr(model, "_orig_mod", None)
+            inner = uncompiled(model)
         if not isinstance(inner, nn.Module):
             return model
         model = inner

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from fxpath.errors import Problem, problem
 from fxpath.graph.aten import SOMETIMES_RANDOM, UNWRITTEN
 from fxpath.model.captured import Captured
+from fxpath.private import tree_leaves
 
 _RANDOM = ("its result is random", "remove the noise in eval mode (if self.training)")
 _UNWRITTEN = (

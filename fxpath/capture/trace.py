@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._pytree import tree_map_only
 
 from fxpath.capture import generators
 from fxpath.capture.inline import CHOICE
 from fxpath.capture.inputs import Call
 from fxpath.capture.numbers import Numbers, Overwritten, ParameterRead
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
-from fxpath.model.copies import HOOKS, duplicate, locate
+from fxpath.model.copies import duplicate, locate
 from fxpath.model.state import Reachable, untouched
 from fxpath.modes import TRACING
+from fxpath.private import HOOKS, call_uncompiled, entered_by, tree_map_only
 
 #: What hooks are told that read values of activations; nothing may depend on it.
 _PRETENCES = (0.0, 1e9, -1e9)
@@ -208,7 +208,7 @@ def _export(
         depth = len(stack)
         with numbers:
             try:
-                result = copied._call_impl(*args, **kwargs)
+                result = call_uncompiled(copied, *args, **kwargs)
                 if reached:
                     raise _Refused(_held_up(until or "", copied))
                 return result
@@ -223,9 +223,9 @@ def _export(
                 raise _Failed(error) from error
 
     for module in copied.modules():
-        module._compiled_call_impl = None
+        entered_by(module, None)
     # Hooks of the model itself run inside of it, which a replaced forward would not see.
-    copied._compiled_call_impl = entry
+    entered_by(copied, entry)
     try:
         with _quiet(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")

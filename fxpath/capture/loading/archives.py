@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from fxpath.capture.loading.vetting import vet
 from fxpath.capture.loading.words import UsageError, one_line
 from fxpath.capture.loading.zips import Refused, listed
+from fxpath.private import archive_schema, archived_device, archived_dtype, archived_program
 
 _WRITE = "write it with torch.export.save"
 # What a file of pickles starts with: a zip archive of torch.save, or the pickle itself.
@@ -66,8 +67,6 @@ class _Archive:
 
     def program(self) -> ExportedProgram:
         """The one exported program of the archive."""
-        from torch._export.serde import schema
-
         if "serialized_exported_program.json" in self._members:
             described, state, constants, inputs = self._old_parts()
         elif "archive_format" in self._members and self._read("archive_format") == b"pt2":
@@ -75,9 +74,9 @@ class _Archive:
         else:
             raise Refused("it is not an exported program")
         self._check_disguised()
-        data = vet(schema.ExportedProgram, json.loads(described), "program")
+        data = vet(archive_schema().ExportedProgram, json.loads(described), "program")
         for name in (*state, *constants):
-            vet(schema.InputToParameterSpec, {"parameter_name": name}, "a tensor")
+            vet(archive_schema().InputToParameterSpec, {"parameter_name": name}, "a tensor")
         return _assemble(data, state, constants, inputs)
 
     def _parts(self) -> tuple[bytearray, dict[str, Any], dict[str, Any], Any]:
@@ -133,12 +132,11 @@ class _Archive:
 
     def _tensors(self, folder: str, name: str, kind: str) -> dict[str, Tensor]:
         """The weights or constants of a program; tensors of one storage go on sharing it."""
-        from torch._export.serde import schema
-
         if f"{folder}{name}.pt" in self._members:
             return dict(self._unpickled(f"{folder}{name}.pt") or {})
         listing = f"{folder}{name}_{kind}_config.json"
-        config = vet(schema.PayloadConfig, json.loads(self._read(listing)), kind)["config"]
+        listed_as = archive_schema().PayloadConfig
+        config = vet(listed_as, json.loads(self._read(listing)), kind)["config"]
         flat: dict[str, Tensor] = {}
         tensors: dict[str, Tensor] = {}
         for target, payload in config.items():
@@ -172,17 +170,12 @@ class _Archive:
 
 def _numbers(data: bytearray, dtype: int) -> Tensor:
     """The entries of a storage, in one dimension."""
-    from torch._export.serde.serialize import deserialize_scalar_type
-
-    kind = deserialize_scalar_type(dtype)  # type: ignore[arg-type]
+    kind = archived_dtype(dtype)
     return torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
 
 
 def _view(numbers: Tensor, meta: dict[str, Any], name: str) -> Tensor:
     """One tensor in a storage, on the device where it was."""
-    from torch._export.serde import schema
-    from torch._export.serde.serialize import _dict_to_dataclass, deserialize_device
-
     sizes, strides = (
         tuple(entry.get("as_int", -1) for entry in meta[key]) for key in ("sizes", "strides")
     )
@@ -190,7 +183,7 @@ def _view(numbers: Tensor, meta: dict[str, Any], name: str) -> Tensor:
         # torch.export.load makes them zeros.
         raise Refused(f"{name} has no values: the program was exported from fake tensors")
     offset = meta["storage_offset"].get("as_int", -1)
-    device = deserialize_device(_dict_to_dataclass(schema.Device, meta["device"]))
+    device = archived_device(meta["device"])
     if device.type == "meta":
         raise Refused(f"{name} has no values: the program was exported on the meta device")
     return numbers.as_strided(sizes, strides, offset).to(device)
@@ -200,13 +193,9 @@ def _assemble(
     data: dict[str, Any], state: dict[str, Any], constants: dict[str, Any], inputs: Any
 ) -> ExportedProgram:
     """The program of vetted data; whatever was pickled has been read by now."""
-    from torch._export.serde import schema
-    from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
-
     for name, value in {**state, **constants}.items():
         if not isinstance(value, Tensor):
             raise Refused(f"{name} is a {type(value).__name__}, not a tensor")
     if inputs is not None and not isinstance(inputs, tuple):
         raise Refused("its sample inputs are no tuple of arguments")
-    described = _dict_to_dataclass(schema.ExportedProgram, data)
-    return ExportedProgramDeserializer().deserialize(described, state, constants, inputs)
+    return archived_program(data, state, constants, inputs)

@@ -32,6 +32,7 @@ from fxpath.capture.loading.archives import load_program
 from fxpath.capture.loading.checkpoints import SUFFIXES, advice, read_checkpoint
 from fxpath.capture.loading.states import fit_state_dict
 from fxpath.capture.loading.words import UsageError, one_line
+from fxpath.private import keep_versions
 
 Model = nn.Module | ExportedProgram
 
@@ -191,5 +192,5 @@ def _apply_checkpoint(model: nn.Module, name: str, path: Path) -> None:
             buffers[key].copy_(state.pop(key))
     loaded = OrderedDict({**own, **state})
     # Names and shapes are those of this version of the model, whichever the file was saved from.
-    loaded._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
+    keep_versions(loaded, own)
     model.load_state_dict(loaded)

@@ -22,9 +22,8 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from fxpath.capture.loading.zips import Refused
+from fxpath.private import archive_schema, is_archived_union, operators
 
 # Of an operation: only where it stands in the user's code is ever shown.
 _METADATA = frozenset({"stack_trace", "nn_module_stack", "torch_fn"})
@@ -115,17 +114,13 @@ def vet(hint: Any, value: Any, where: str = "") -> Any:
 @functools.cache
 def _fields(record: Any) -> dict[str, Any]:
     """Types of the fields of a dataclass of the schema."""
-    from torch._export.serde import schema
-
-    return typing.get_type_hints(record, globalns=vars(schema))
+    return typing.get_type_hints(record, globalns=vars(archive_schema()))
 
 
 def _vet_record(record: Any, value: dict[str, Any], where: str) -> dict[str, Any]:
     """One dataclass, or one of the unions, which hold a single field."""
-    from torch._export.serde.union import _Union
-
     fields = _fields(record)
-    if issubclass(record, _Union) and (len(value) != 1 or not fields.keys() >= value.keys()):
+    if is_archived_union(record) and (len(value) != 1 or not fields.keys() >= value.keys()):
         raise Refused(f"{where} is {_shown(value)}, which is not a {record.__name__}")
     vetted = {}
     for name, item in value.items():
@@ -171,7 +166,7 @@ def _check_file(text: str, where: str) -> None:
 
 @functools.cache
 def _operations() -> frozenset[str]:
-    return frozenset(torch._C._dispatch_get_all_op_names())
+    return frozenset(operators())
 
 
 def _check_operator(text: str, where: str) -> None:
