@@ -13,7 +13,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from fxpath.graph import ops
 from fxpath.graph.interpret import Weighing
@@ -25,6 +24,7 @@ from fxpath.pairs.pair import Pair, PairInterpretation
 from fxpath.passes.classes import Classes
 from fxpath.passes.reduce import reduce
 from fxpath.passes.setting import Setting
+from fxpath.private import OpOverload
 
 Map = Callable[[Tensor], Tensor]
 

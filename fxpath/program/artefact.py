@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from fxpath.graph.aten import CONVOLUTION_BACKWARD, METADATA
 from fxpath.graph.convolution import convolution_backward
 from fxpath.modes import TRACING
+from fxpath.private import OpOverload
 
 
 def exported(

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxpath.modes import TRACING
+from fxpath.private import has_cpp_compiler
 
 
 def check_backend(backend: str) -> None:
@@ -51,18 +52,12 @@ def compiled(module: fx.GraphModule, backend: str) -> Callable[..., Any]:
 
 def _can_generate() -> bool:
     """Whether Inductor finds a C++ compiler; one line says so if not."""
-    # Private, and slow to import: for those alone who ask for Inductor.
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        warnings.warn(
-            "no C++ compiler found, so nothing is compiled and the graph runs as it is: "
-            "install g++ or clang, or set CXX",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+    if has_cpp_compiler():
+        return True
+    warnings.warn(
+        "no C++ compiler found, so nothing is compiled and the graph runs as it is: "
+        "install g++ or clang, or set CXX",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False

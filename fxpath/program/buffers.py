@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fxpath.private import internal_overlap
+
 
 def writable(out: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a run can keep its scores there while it goes on."""
@@ -55,9 +57,9 @@ def check_buffers(
 
 def _overlaps(tensor: Tensor) -> bool:
     """Whether two entries of a tensor are in one place."""
-    known = torch._debug_has_internal_overlap(tensor)
-    if known != 2:  # 2: torch does not try to tell
-        return known == 1
+    known = internal_overlap(tensor)
+    if known is not None:
+        return known
     offsets = torch.zeros((), dtype=torch.int64)
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = offsets[..., None] + stride * torch.arange(length)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxpath.graph import ops
 from fxpath.graph.equations import letters
 from fxpath.graph.schema import arguments, bias_of, target
+from fxpath.private import schema
 
 Channels = Callable[[Tensor], Tensor]
 
@@ -85,7 +86,7 @@ def _layer(origin: fx.Node | None, weigh: fx.Node | None, bias: fx.Node | None) 
     main = weight or bias
     assert main is not None and origin is not None
     name: str = arguments(main)[1]
-    operation = target(origin)._schema.name.split("::")[1]
+    operation = schema(target(origin)).name.split("::")[1]
     return Layer(
         name=name.removesuffix(".weight").removesuffix(".bias"),
         operation=operation.removeprefix("_native_").removesuffix("_legit_no_training"),
