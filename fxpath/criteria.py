@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize, prune
 from fxpath.api import analyze
 from fxpath.model import Model, Shapes, skeleton
 from fxpath.model.state import untouched
+from fxpath.private import forward_pre_hooks, pruned_name
 from fxpath.symmetry.canonical import canonical_magnitude, relative_to_layer
 
 __all__ = ["canonical_magnitude", "magnitude", "obd", "path_magnitude", "relative_to_layer"]
@@ -212,10 +213,10 @@ def _computed(module: nn.Module) -> dict[str, Tensor]:
         # remove_parametrizations() would edit the class, which is the original module's too.
         module.__class__ = type(module).__bases__[0]
         del module.parametrizations
-    for key, hook in list(module._forward_pre_hooks.items()):
+    for key, hook in list(forward_pre_hooks(module).items()):
         if isinstance(hook, prune.BasePruningMethod):
-            values[hook._tensor_name] = hook.apply_mask(module)
-            del module._forward_pre_hooks[key]
+            values[pruned_name(hook)] = hook.apply_mask(module)
+            del forward_pre_hooks(module)[key]
     return values
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fxpath.errors import source_line
 from fxpath.graph import ops
@@ -19,6 +18,7 @@ from fxpath.graph.aten import IN_ORDER
 from fxpath.graph.equations import letters
 from fxpath.graph.schema import arguments, bias_of
 from fxpath.model import Captured
+from fxpath.private import ConvNd
 from fxpath.program.layers import coordinate_of
 from fxpath.pruning.channels import Channels, Kept
 from fxpath.pruning.plan import Bias
@@ -161,7 +161,7 @@ class Constants:
         uses = sum(own == name for own, _ in self._found.uses)
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path) if leaf == "weight" else None
-        lacking = isinstance(module, nn.Linear | _ConvNd) and module.bias is None
+        lacking = isinstance(module, nn.Linear | ConvNd) and module.bias is None
         if lacking and uses == 1 and len(self._ties[name]) == 1:
             return _Place(f"{path}.bias" if path else "bias", create=True)
         return self._refused(

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fxpath.graph.costs import multiply_adds
 from fxpath.graph.schema import arguments
 from fxpath.model import named_tensors
+from fxpath.private import ConvNd
 from fxpath.program.layers import WEIGHING, coordinate_of
 from fxpath.pruning.channels import Axis, Channels
 from fxpath.pruning.plan import Attribute, Cut, Plan
@@ -65,7 +65,7 @@ def _attributes(
         }
         if left == shapes:
             continue
-        groups = module.groups if isinstance(module, _ConvNd) else None
+        groups = module.groups if isinstance(module, ConvNd) else None
         after = groups
         if groups is not None and prefix + "weight" in cuts:
             name = cuts[prefix + "weight"][0]

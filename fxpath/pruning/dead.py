@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from fxpath.model import Captured, Given, Shapes, named_tensors
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
+from fxpath.private import forward_pre_hooks, pruned_name
 from fxpath.pruning.agreement import Fault, compare
 from fxpath.pruning.channels import Kept
 from fxpath.pruning.constants import Constants
@@ -207,7 +208,7 @@ def _unmasked(model: nn.Module) -> nn.Module:
         return model
     copied = deep_copy(model)
     for module in copied.modules():
-        for hook in list(module._forward_pre_hooks.values()):
+        for hook in list(forward_pre_hooks(module).values()):
             if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
+                prune.remove(module, pruned_name(hook))
     return copied

@@ -16,6 +16,7 @@ from fxpath.graph.leaves import LEAVES
 from fxpath.graph.schema import arguments, bias_of
 from fxpath.model import Captured, named_tensors
 from fxpath.pairs.pair import Side
+from fxpath.private import forward_pre_hooks, pruned_name
 from fxpath.pruning.choices import Choice, listed, matches, shown
 from fxpath.pruning.surgery import places
 
@@ -209,9 +210,9 @@ def _pruned_key(captured: Captured, value: fx.Node, name: str) -> str:
     module, _, attribute = name.rpartition(".")
     assert isinstance(captured.source, nn.Module)
     holder = dict(captured.source.named_modules()).get(module)
-    hooks = () if holder is None else holder._forward_pre_hooks.values()
+    hooks = () if holder is None else forward_pre_hooks(holder).values()
     methods = [hook for hook in hooks if isinstance(hook, torch_prune.BasePruningMethod)]
-    if not any(method._tensor_name == attribute for method in methods):
+    if not any(pruned_name(method) == attribute for method in methods):
         return ""
     base = f"{module}.{attribute}" if module else attribute
     known: set[fx.Node] = set()

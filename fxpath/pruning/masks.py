@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from fxpath.model import named_tensors
+from fxpath.private import forward_hooks, forward_pre_hooks, pruned_name
 
 #: What a file of masks says that it is.
 FORMAT = "fxpath.masks/1"
@@ -141,7 +142,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     places = [place for name, mask in masks.items() for place in _places(model, name, mask)]
     for module, attribute, mask in places:
         torch_prune.custom_from_mask(module, attribute, mask)
-    if places and _settle not in model._forward_hooks.values():
+    if places and _settle not in forward_hooks(model).values():
         model.register_forward_pre_hook(_refresh)
         model.register_forward_hook(_settle)
     return model
@@ -150,7 +151,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 def refresh(model: nn.Module) -> None:
     """Compute masked weights anew, which ``torch.nn.utils.prune`` does when a layer is called."""
     for module, method in _methods(model):
-        setattr(module, method._tensor_name, method.apply_mask(module))
+        setattr(module, pruned_name(method), method.apply_mask(module))
 
 
 def held_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -158,8 +159,8 @@ def held_masks(model: nn.Module) -> dict[str, Tensor]:
     paths = {module: path for path, module in model.named_modules()}
     found = {}
     for module, method in _methods(model):
-        name = f"{paths[module]}.{method._tensor_name}".removeprefix(".")
-        found[name] = getattr(module, f"{method._tensor_name}_mask")
+        name = f"{paths[module]}.{pruned_name(method)}".removeprefix(".")
+        found[name] = getattr(module, f"{pruned_name(method)}_mask")
     return found
 
 
@@ -175,14 +176,14 @@ def _settle(model: nn.Module, args: Any, output: Any) -> None:
     reads the encoder's weight, is yet to come.
     """
     for module, method in _methods(model):
-        value = vars(module).get(method._tensor_name)
+        value = vars(module).get(pruned_name(method))
         if isinstance(value, Tensor):
-            setattr(module, method._tensor_name, value.detach())
+            setattr(module, pruned_name(method), value.detach())
 
 
 def _methods(model: nn.Module) -> Iterator[tuple[nn.Module, torch_prune.BasePruningMethod]]:
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in forward_pre_hooks(module).values():
             if isinstance(hook, torch_prune.BasePruningMethod):
                 yield module, hook
 

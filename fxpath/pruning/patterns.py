@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
-from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
+from fxpath.private import forward_pre_hooks, pruned_name, semi_structured_tiles
 from fxpath.pruning.eligible import Eligible
 
 #: Layers whose weights a pattern can be in, and the axis of their input channels.
@@ -160,8 +159,8 @@ def _rows(model: nn.Module, pattern: NM) -> Iterator[PatternRow]:
 
 def _as_read(module: nn.Module) -> Tensor:
     """A layer's weight at its next call; a pruned one in the module is that of the last call."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == "weight":
+    for hook in forward_pre_hooks(module).values():
+        if isinstance(hook, torch_prune.BasePruningMethod) and pruned_name(hook) == "weight":
             pruned: Tensor = hook.apply_mask(module)
             return pruned
     weight: Tensor = getattr(module, "weight")  # noqa: B009  (for mypy any attribute is a module)
@@ -175,7 +174,7 @@ def _semi_structured(weight: Tensor, pattern: NM) -> str:
     if weight.dim() != 2:
         return "no matrix"
     # torch's own table: the kernels want tiles of a size that depends on the format.
-    limits: Any = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS
+    limits = semi_structured_tiles()
     if weight.dtype not in limits:
         return f"no kernel for {weight.dtype}"
     rows, columns = limits[weight.dtype].sparse_min_rows, limits[weight.dtype].sparse_min_cols

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from fxpath.model import named_tensors
+from fxpath.private import ConvNd, NormBase
 from fxpath.pruning.plan import Bias, Cut, Plan
 
 
@@ -145,14 +144,14 @@ def attributes_of(
     weight = shapes.get("weight", ())
     if isinstance(module, nn.Linear):
         return {"out_features": weight[0], "in_features": weight[1]}
-    if isinstance(module, _ConvNd):
+    if isinstance(module, ConvNd):
         assert groups is not None
         ends = weight[0], weight[1] * groups
         out, into = reversed(ends) if module.transposed else ends
         return {"out_channels": out, "in_channels": into, "groups": groups}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": weight[0]}
-    if isinstance(module, _NormBase):
+    if isinstance(module, NormBase):
         sizes = [shape[0] for shape in shapes.values() if shape]
         return {"num_features": sizes[0]} if sizes else {}
     return {}
@@ -197,7 +196,7 @@ def _check_result(smaller: nn.Module, plan: Plan) -> None:
             prefix = f"{path}." if path else ""
             own = [*module._parameters, *module._buffers]
             shapes = {n: tuple(named[prefix + n].shape) for n in own if prefix + n in named}
-            groups = module.groups if isinstance(module, _ConvNd) else None
+            groups = module.groups if isinstance(module, ConvNd) else None
             for attribute, size in attributes_of(module, shapes, groups).items():
                 said = getattr(module, attribute)
                 if said != size:
@@ -229,7 +228,7 @@ def _wrong_bias(model: nn.Module, plan: Plan, name: str, bias: Bias) -> list[str
             return [f"{weight} is missing"]
         shape = plan.tensors[weight].after if weight in plan.tensors else named[weight].shape
         module = modules[path]
-        if isinstance(module, _ConvNd) and module.transposed:
+        if isinstance(module, ConvNd) and module.transposed:
             changes = plan.attributes.get(path, {})
             expected = shape[1] * changes.get("groups", (module.groups, module.groups))[1]
         else:
