@@ -37,3 +37,9 @@ def test_without_torchvision_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(UsageError, match=re.escape(f"pip install '{NAME}[vision]'")):
         load_model("resnet18")
+
+
+def test_the_lowest_torch_is_the_one_that_is_tested() -> None:
+    constraints = Path(__file__).parent.parent / ".ci" / "constraints-lowest.txt"
+    (lowest,) = re.findall(r"^torch==(\d+\.\d+)\.0$", constraints.read_text(), re.MULTILINE)
+    assert f'"torch>={lowest}"' in PROJECT
