@@ -51,7 +51,8 @@ def private(tree: ast.Module, own: set[str]) -> Iterator[str]:
 
 
 def test_private_names_of_torch_are_read_in_one_module() -> None:
-    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    files = [*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("fxpath_*.py")]
+    trees = {path: ast.parse(path.read_text()) for path in files}
     one = trees.pop(PACKAGE / "private.py")
     own = own_names(list(trees.values()))
     found = {path.name: list(private(tree, own)) for path, tree in trees.items()}
