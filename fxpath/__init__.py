@@ -12,8 +12,11 @@ definitions and equations in docstrings are the paper's.
 
 from fxpath import criteria
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
+from fxpath.capture.loading.certificates import load_certificate
+from fxpath.certificate import Certificate, Claim
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.pairs.bounds import Bound, lipschitz_bound
+from fxpath.pairs.certify import certify, verify
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.paths.paths import Path, PathLifting, path_lifting
@@ -30,14 +33,15 @@ from fxpath.pruning.smaller import PrunedChannels, load_pruned
 from fxpath.pruning.surgery import apply_plan
 from fxpath.symmetry.groups import ChannelGroup, ChannelGroups, Member
 from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
-
-__version__ = "0.1.0"
+from fxpath.version import __version__ as __version__
 
 __all__ = [
     "Analysis",
     "Bound",
+    "Certificate",
     "ChannelGroup",
     "ChannelGroups",
+    "Claim",
     "LayerRow",
     "Masks",
     "Member",
@@ -59,11 +63,13 @@ __all__ = [
     "analyze",
     "apply_masks",
     "apply_plan",
+    "certify",
     "channel_groups",
     "check",
     "compile",
     "criteria",
     "lipschitz_bound",
+    "load_certificate",
     "load_masks",
     "load_pruned",
     "normalize",
@@ -77,5 +83,6 @@ __all__ = [
     "quantize",
     "remove_dead",
     "rescale",
+    "verify",
     "verify_pattern",
 ]

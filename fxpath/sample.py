@@ -24,13 +24,14 @@ class Sample:
 
     def __str__(self) -> str:
         named = [
-            f"{name} {' x '.join(map(str, self._own(shape))) or 'scalar'}"
+            f"{name} {' x '.join(map(str, self.own(shape))) or 'scalar'}"
             for name, shape in self.shapes.items()
         ]
         notes = ["assumed"] * self.assumed + ["no batch axis"] * (self.batch_dim is None)
         return ", ".join(named) + (f" ({', '.join(notes)})" if notes else "")
 
-    def _own(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def own(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape of ``shapes`` without the batch axis."""
         if self.batch_dim is None or not shape:
             return shape
         axis = self.batch_dim % len(shape)

@@ -7,7 +7,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from tabulate import tabulate
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from fxpath.program.coverage import find_unscored, summary
 from fxpath.program.evaluation import Evaluation
 from fxpath.program.layers import Channels, Layer, find_layers, neuron_shares
-from fxpath.program.program import PathProgram
 from fxpath.sample import Sample
+
+if TYPE_CHECKING:
+    from fxpath.program.program import PathProgram
 
 QUANTILES = (0.1, 0.5, 0.9)
 SAMPLE = 1 << 16

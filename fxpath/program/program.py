@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from fxpath.capture.gradients import own_gradients
+from fxpath.certificate import Certificate
 from fxpath.errors import SupportReport, UnsupportedModelError
-from fxpath.graph import ops
-from fxpath.graph.schema import arguments
 from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.modes import plain_mode
 from fxpath.passes import Rewritten, Setting, rewrite, take_in
@@ -23,9 +23,12 @@ from fxpath.program.artefact import exported
 from fxpath.program.backends import check_backend
 from fxpath.program.buffers import check_buffers, check_holds, writable
 from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
+from fxpath.program.failure import failure
+from fxpath.program.files import kind_of, write
 from fxpath.program.fits import doubtful, short_of
 from fxpath.program.flat import Flat, Run
 from fxpath.program.gradient import log_of
+from fxpath.program.record import record
 from fxpath.program.sizes import SizeRow, sizes
 from fxpath.program.theta import coordinates, score_shapes
 
@@ -184,6 +187,48 @@ class PathProgram:
         return exported(derived, self.captured.tensors, live)
 
     @plain_mode()
+    def save(self, path: str | Path, kind: str | None = None, scores: bool = True) -> None:
+        """Write :meth:`exported` into a file for other toolchains, with a :meth:`certificate`.
+
+        One file serves all weights of the architecture: what it holds are the model's tensors under
+        their own names, to be exchanged without fxpath and without compiling again.  Its results,
+        and up to where float32 suffices for other weights, are those of :meth:`exported`.
+
+        Args:
+            path: of the file, ``.pt2`` or ``.onnx``.
+            kind: ``"exported"`` (of a ``.pt2`` by default), for ``torch.export.load``, weights in
+                its ``state_dict``; ``"aoti"``, a ``.pt2`` compiled by AOTInductor for this machine,
+                weights by ``load_constants`` in Python or C++; ``"onnx"`` (of a ``.onnx``), weights
+                as initializers that are inputs with a default value, scores as ``scores.NAME``.
+            scores: whether it computes scores too, or the norm alone.
+
+        Raises:
+            ValueError: for another ``kind``, or a name that does not go with it.
+            FloatingPointError: if float32 does not suffice, see :meth:`exported`.
+            ImportError: for ONNX, where its packages are missing.
+
+        Example:
+            >>> import tempfile, torch, fxpath
+            >>> program = fxpath.compile(torch.nn.Linear(2, 1), backend="eager")
+            >>> path = f"{tempfile.mkdtemp()}/linear.pt2"
+            >>> program.save(path)
+            >>> sorted(torch.export.load(path).module()())
+            ['exponent', 'mantissa', 'mass', 'scores']
+        """
+        path = Path(path)
+        kind = kind_of(path, kind)
+        write(self.exported(scores), path, kind, self.certificate().to_json())
+
+    @plain_mode()
+    def certificate(self) -> Certificate:
+        """What is claimed of the weights as they are: :func:`fxpath.certify` of the model."""
+        live, given = self.captured.live(), self.given or Given()
+        graphs = Rewritten(self.lifted, self.reduced, self.graph_module)
+        exact = PathProgram(self.captured, graphs, torch.float64, self.q, given=given)
+        found = exact.evaluate(scores=True, details=True, tensors=live)
+        return record(self.captured, self.lifted, given, found, live)
+
+    @plain_mode()
     def with_exponent(self, q: float) -> PathProgram:
         """The same rewritten model for another exponent.
 
@@ -340,26 +385,7 @@ class PathProgram:
         return bool(fits)
 
     def _failure(self, live: Mapping[str, Tensor]) -> Exception:
-        try:
-            check_finite({self.captured.tensors[key]: value for key, value in live.items()})
-        except ValueError as error:
-            return error
-        for node in self.lifted.graph.nodes:
-            if node.target is ops.normalizer:
-                _, variance, eps = arguments(node)
-                if bool((live[variance.target] + eps <= 0).any()):
-                    name = self.captured.tensors[variance.target]
-                    return ValueError(f"{name} has entries that are no variance: not above {-eps}")
-        for name, value in coordinates(self.lifted, live):
-            if not bool(torch.isfinite(value).all()):
-                return ValueError(
-                    f"{name}: the effective value is NaN or infinite: look for a division by 0"
-                )
-        return FloatingPointError(
-            "some tensor of the lifted network spans more orders of magnitude than float64 holds: "
-            f"rescale the model's neurons, or look for entries whose power q = {self.q:g} is near "
-            "1e-300 or 1e300"
-        )
+        return failure(self.captured, self.lifted, live, self.q)
 
 
 @plain_mode()

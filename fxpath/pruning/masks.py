@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,29 +26,13 @@ class Masks(dict[str, Tensor]):
 
     Attributes:
         metadata: what the file says about them: ``format``, the ``criterion``, and the SHA-256 of
-            the weights before (``dense``) and after (``pruned``), see :func:`fingerprint`.
+            the state dicts before (``dense``) and after (``pruned``), see
+            :func:`fxpath.certificate.fingerprint`, and a certificate (``fxpath.json``).
     """
 
     def __init__(self, masks: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         super().__init__(masks)
         self.metadata = dict(metadata)
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, formats, shapes and entries of a state dict, in the order of the names.
-
-    Tensors count; what modules store beside them (``get_extra_state``) does not.
-
-    Example:
-        >>> fingerprint({"weight": torch.zeros(2)})[:12]
-        '0b15b00b4b5f'
-    """
-    found = hashlib.sha256()
-    for name in sorted(name for name, value in state.items() if isinstance(value, Tensor)):
-        tensor = state[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def deep_copy(model: nn.Module) -> nn.Module:

@@ -180,6 +180,7 @@ def prune(
         layers=tuple(rows),
         criterion=named,
         _dense=model,
+        _given=given,
     )
 
 

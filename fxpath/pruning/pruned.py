@@ -12,9 +12,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxpath.model import named_tensors
+from fxpath.certificate import MEMBER, Certificate, fingerprint
+from fxpath.model import Given, named_tensors
+from fxpath.pairs.certify import certify
 from fxpath.pairs.metric import PathMetric
-from fxpath.pruning.masks import deep_copy, fingerprint, refresh, write_masks
+from fxpath.pruning.masks import deep_copy, refresh, write_masks
 
 #: Said under every table: a zero is no speed by itself.
 RUNTIMES = (
@@ -74,6 +76,7 @@ class Pruned:
     layers: tuple[PrunedLayer, ...]
     criterion: str
     _dense: nn.Module
+    _given: Given
 
     @property
     def sparsity(self) -> float:
@@ -98,9 +101,9 @@ class Pruned:
     def save(self, path: str | Path) -> None:
         """Write the masks into a safetensors file, for :func:`fxpath.load_masks`.
 
-        Its metadata name the format, the criterion, and the SHA-256 of the weights before and
-        after (:func:`fxpath.pruning.masks.fingerprint`); the former are those that the model has
-        when this is called.
+        Its metadata name the format, the criterion, the SHA-256 of both state dicts, before and
+        after (:func:`fxpath.certificate.fingerprint`), and hold the :meth:`record`.  The weights
+        before are those that the model has when this is called.
 
         Args:
             path: of the file, by convention with the ending ``.safetensors``.
@@ -112,8 +115,16 @@ class Pruned:
                 "criterion": self.criterion,
                 "dense": fingerprint(self._dense.state_dict()),
                 "pruned": fingerprint(self.state_dict),
+                MEMBER: self.record().to_json(),
             },
         )
+
+    def record(self) -> Certificate:
+        """What is claimed of the weights that are left, to travel with them.
+
+        It is computed again from both sets of weights, as :func:`fxpath.verify` does.
+        """
+        return certify(self.model(), reference=self._dense, **vars(self._given))
 
     def table(self) -> str:
         """A row for each layer, the certificate, and what to know before the zeros are used."""

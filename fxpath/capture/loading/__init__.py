@@ -2,6 +2,7 @@
 
 - `models`: what a MODEL argument of the command line stands for.
 - `archives`, `vetting`: `.pt2` files, read without pickle and without evaluating their strings.
+- `certificates`: what files claim of the weights that they hold.
 - `checkpoints`: files of weights, as training frameworks write them.
 - `states`: which of a file's tensors are a model's, by content.
 """

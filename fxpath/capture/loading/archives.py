@@ -46,6 +46,13 @@ def load_program(path: str) -> ExportedProgram:
         raise UsageError(f"{path}: cannot be read ({reason}); {_WRITE}") from error
 
 
+def holds_only_code(path: Path) -> bool:
+    """Whether a `.pt2` file is a package of compiled code, without an exported program."""
+    with zipfile.ZipFile(path) as file:
+        names = [member.filename for member in listed(file, path.stat().st_size)]
+    return any("data/aotinductor/" in n for n in names) and not any("models/" in n for n in names)
+
+
 def _reason(error: Exception) -> str:
     """The cause at the bottom: torch wraps it into the text of a traceback."""
     while isinstance(error.__cause__, Exception):

@@ -1,0 +1,39 @@
+"""Why float64 does not suffice for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from fxpath.graph import ops
+from fxpath.graph.schema import arguments
+from fxpath.model import Captured, check_finite
+from fxpath.program.theta import coordinates
+
+
+def failure(
+    captured: Captured, lifted: fx.GraphModule, live: Mapping[str, Tensor], q: float
+) -> Exception:
+    """What to raise where not even float64 holds a result."""
+    try:
+        check_finite({captured.tensors[key]: value for key, value in live.items()})
+    except ValueError as error:
+        return error
+    for node in lifted.graph.nodes:
+        if node.target is ops.normalizer:
+            _, variance, eps = arguments(node)
+            if bool((live[variance.target] + eps <= 0).any()):
+                name = captured.tensors[variance.target]
+                return ValueError(f"{name} has entries that are no variance: not above {-eps}")
+    for name, value in coordinates(lifted, live):
+        if not bool(torch.isfinite(value).all()):
+            return ValueError(
+                f"{name}: the effective value is NaN or infinite: look for a division by 0"
+            )
+    return FloatingPointError(
+        "some tensor of the lifted network spans more orders of magnitude than float64 holds: "
+        f"rescale the model's neurons, or look for entries whose power q = {q:g} is near "
+        "1e-300 or 1e300"
+    )
