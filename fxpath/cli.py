@@ -11,9 +11,7 @@ exact result, but for its table of offending operations.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import io
 import json
 import logging
 import math
@@ -21,7 +19,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,9 @@ from torch import nn
 
 import fxpath
 from fxpath.capture.loading import Model, UsageError, load_model, one_line
+from fxpath.certificate import MEMBER
+from fxpath.exchange import bound, export, verify
+from fxpath.explaining import check_folder, explained, number, origin, without_print_outs
 from fxpath.options import in_options, make_parser, model_options
 from fxpath.program.sizes import SizeRow
 
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit code: 0; 2 if something was wrong with the arguments or with a model; 130 after a
-        Ctrl-C.
+        The exit code: 0; 1 if a bound or a certificate does not hold; 2 if something was wrong with
+        the arguments or with a model; 130 after a Ctrl-C.
 
     Raises:
         SystemExit: After `--help`, `--version` and arguments that do not parse, as argparse does.
@@ -55,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["analyze", "--checkpoint", "a.pt", "alexnet", "vgg16"])
         2
     """
-    commands = {"analyze": _analyze, "prune": _prune, "graph": _graph}
-    parser = make_parser({**commands, "check": _check, "bench": _bench})
+    commands = {"analyze": _analyze, "prune": _prune, "graph": _graph, "check": _check}
+    exchange = {"export": export, "verify": verify, "bound": bound}
+    parser = make_parser({**commands, **exchange, "bench": _bench})
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command is not _bench:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -86,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _analyze(arguments: argparse.Namespace) -> int:
     """Prints a table per model and one of all models; a model that fails does not stop the rest."""
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise UsageError(f"--json {arguments.json}: no such directory")
+    check_folder("--json", arguments.json)
     if arguments.checkpoint is not None and len(arguments.model) > 1:
         raise UsageError("--checkpoint goes with one MODEL; run fxpath once for each")
     rows, results, code = [], [], 0
@@ -114,16 +115,16 @@ def _analyze_one(name: str, arguments: argparse.Namespace) -> tuple[list[str], d
 
     The model and its scores are released on return: the next model may be as large.
     """
-    with _explained(name, arguments):
+    with explained(name, arguments):
         model = load_model(name, arguments.weights, arguments.checkpoint)
         start = time.perf_counter()
-        with _without_print_outs(arguments):
+        with without_print_outs(arguments):
             analysis = fxpath.analyze(
                 model, q=arguments.q, compile=arguments.compile, **model_options(arguments)
             )
     seconds = time.perf_counter() - start
-    print(f"{name} ({_origin(name, arguments)})\n{analysis}\n", flush=True)
-    norm = _number(analysis.path_norm, analysis.log10_path_norm)
+    print(f"{name} ({origin(name, arguments)})\n{analysis}\n", flush=True)
+    norm = number(analysis.path_norm, analysis.log10_path_norm)
     row = [name, f"{_count_parameters(model):,}", norm, f"{seconds:.2f}"]
     return row, {"name": name, **analysis.to_dict()}
 
@@ -132,16 +133,15 @@ def _prune(arguments: argparse.Namespace) -> int:
     """Prints what pruning does, and writes the weights that it leaves."""
     if arguments.plan is not None and not arguments.channels:
         raise UsageError("--plan goes with --channels: it says which channels went")
-    for option, path in (("--output", arguments.output), ("--plan", arguments.plan)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{option} {path}: no such directory")
+    check_folder("--output", arguments.output)
+    check_folder("--plan", arguments.plan)
     verb = fxpath.prune_channels if arguments.channels else fxpath.prune
-    with _explained(arguments.model, arguments):
+    with explained(arguments.model, arguments):
         model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
         if not isinstance(model, nn.Module):
             raise UsageError(f"{arguments.model}: pass a module (package.module:callable) to prune")
         options = model_options(arguments)
-        with _without_print_outs(arguments), warnings.catch_warnings():
+        with without_print_outs(arguments), warnings.catch_warnings():
             # What is cut altogether stands in the table.
             warnings.simplefilter("ignore", UserWarning)
             pruned = verb(
@@ -151,14 +151,15 @@ def _prune(arguments: argparse.Namespace) -> int:
                 criterion=arguments.criterion,
                 **options,
             )
-    print(f"{arguments.model} ({_origin(arguments.model, arguments)})\n{pruned}\n")
+    print(f"{arguments.model} ({origin(arguments.model, arguments)})\n{pruned}\n")
     try:
         if isinstance(pruned, fxpath.PrunedChannels):
             pruned.save(arguments.output)
             if arguments.plan is not None:
                 arguments.plan.write_text(pruned.plan.to_json() + "\n", encoding="utf-8")
         else:
-            save_file(pruned.state_dict, arguments.output, metadata={"format": "pt"})
+            text = pruned.record().to_json()
+            save_file(pruned.state_dict, arguments.output, {"format": "pt", MEMBER: text})
     except (OSError, SafetensorError) as error:
         raise UsageError(f"--output {arguments.output}: {one_line(error)}") from error
     print(f"written to {arguments.output}")
@@ -187,9 +188,9 @@ def _sizes_table(rows: Sequence[SizeRow]) -> str:
 
 def _graph(arguments: argparse.Namespace) -> int:
     """Prints the rewritten graph."""
-    with _explained(arguments.model, arguments):
+    with explained(arguments.model, arguments):
         model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
-        with _without_print_outs(arguments):
+        with without_print_outs(arguments):
             program = fxpath.compile(model, backend="eager", **model_options(arguments))
     print(f"# input {program.captured.inputs}")
     if arguments.sizes:
@@ -201,9 +202,9 @@ def _graph(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     """Prints the support report."""
-    with _explained(arguments.model, arguments):
+    with explained(arguments.model, arguments):
         model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
-        with _without_print_outs(arguments):
+        with without_print_outs(arguments):
             report = fxpath.check(model, **model_options(arguments))
     print(in_options(str(report)))
     return 0 if report else 2
@@ -222,67 +223,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     return code
 
 
-@contextlib.contextmanager
-def _without_print_outs(arguments: argparse.Namespace) -> Iterator[None]:
-    """Drops what is printed on standard error, unless `--traceback` asks for more.
-
-    Where torch.export fails, torch prints the whole graph there.
-    """
-    with contextlib.ExitStack() as stack:
-        if not arguments.traceback:
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        yield
-
-
-@contextlib.contextmanager
-def _explained(name: str, arguments: argparse.Namespace) -> Iterator[None]:
-    """Turns what goes wrong with a model into a message, unless `--traceback` asks for more."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except fxpath.UnsupportedModelError as error:
-        problems = error.report.problems
-        if arguments.traceback:
-            raise
-        if [problem.node for problem in problems] == ["(capture)"]:
-            # Not one operation of the model but its capture.
-            (problem,) = problems
-            where = "" if problem.source_line in ("", "unknown") else f" ({problem.source_line})"
-            text = f"{one_line(problem.reason)}{where}; {problem.remedy}"
-            raise UsageError(f"{name}: {in_options(one_line(text))}") from error
-        count = f"{len(problems)} operation{'s' * (len(problems) != 1)}"
-        report = in_options(str(error.report))
-        raise UsageError(f"{name}: no exact rule for {count}\n{report}") from error
-    # A model is other people's code and may raise anything.
-    except Exception as error:
-        if arguments.traceback:
-            raise
-        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise UsageError(f"{name}: {in_options(one_line(text))}") from error
-
-
-def _origin(name: str, arguments: argparse.Namespace) -> str:
-    """Where the weights of a model come from, for the heading of its table."""
-    if arguments.checkpoint is not None:
-        return f"weights of {arguments.checkpoint}"
-    if arguments.weights is not None:
-        return f"weights {arguments.weights}"
-    return "its own weights" if ":" in name or name.endswith(".pt2") else "random weights, seed 0"
-
-
 def _count_parameters(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _number(value: float, log10: float) -> str:
-    """A path-norm, by its logarithm where it is beyond float64.
-
-    Example:
-        >>> _number(1234.5678, 3.0915), _number(float("inf"), 400.25)
-        ('1234.57', '10^400.25')
-    """
-    return f"{value:.6g}" if math.isfinite(value) else f"10^{log10:.6g}"
 
 
 def _write_json(path: Path, results: list[dict[str, Any]]) -> None:

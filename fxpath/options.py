@@ -114,6 +114,64 @@ def _version() -> str:
         return "(not installed)"
 
 
+def add_exchange(added: Any, common: _Parser, commands: Mapping[str, Command]) -> None:
+    """The commands that write and read what other tools share."""
+    export = added.add_parser(
+        "export", parents=[common], help="write a program that computes path-norm and scores"
+    )
+    export.add_argument("model", metavar="MODEL", help=KINDS)
+    export.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .pt2 file, for torch.export.load, or .onnx",
+    )
+    export.add_argument("--norm-only", action="store_true", help="leave the scores out")
+    export.add_argument(
+        "--aoti", action="store_true", help="compile the .pt2 with AOTInductor, for this machine"
+    )
+    export.set_defaults(command=commands["export"])
+
+    verify = added.add_parser(
+        "verify",
+        parents=[common],
+        help="compute the certificate in a file anew; exit code 1 if it does not hold",
+    )
+    verify.add_argument(
+        "model", metavar="MODEL", help=f"what the file was made from: {KINDS.removeprefix('a ')}"
+    )
+    verify.add_argument(
+        "file", type=Path, metavar="FILE", help=".pt2, .onnx, .safetensors or .json"
+    )
+    verify.set_defaults(command=commands["verify"])
+
+    bound = added.add_parser(
+        "bound",
+        parents=[common],
+        help="how far two sets of weights are apart; exit code 1 beyond --max-relative",
+    )
+    bound.add_argument("model", metavar="MODEL", help=KINDS)
+    bound.add_argument(
+        "other", metavar="OTHER", help="a MODEL of the same architecture, or a file of weights"
+    )
+    bound.add_argument(
+        "--radius",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="the outputs are compared where no entry of the input is beyond it (default 1)",
+    )
+    bound.add_argument(
+        "--max-relative",
+        type=float,
+        metavar="0.01",
+        help="the largest path-metric that is accepted, as a part of the path-norm of MODEL",
+    )
+    bound.set_defaults(command=commands["bound"])
+
+
 def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The parser of `fxpath COMMAND ...`, whose namespace holds the command to run."""
     common = _Parser(add_help=False)
@@ -216,6 +274,8 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--plan", type=Path, metavar="FILE", help="write which channels went, as JSON"
     )
     prune.set_defaults(command=commands["prune"])
+
+    add_exchange(added, common, commands)
 
     # Its options are the benchmark's own.
     bench = added.add_parser(

@@ -23,7 +23,8 @@ from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import BLOCK, Pair, Side, Weights
 from fxpath.passes import Setting, rewrite, take_in
 from fxpath.passes.reduce import reduce
-from fxpath.program.program import PathProgram, format_of
+from fxpath.program.formats import format_of
+from fxpath.program.program import PathProgram
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from fxpath.capture.gradients import own_gradients
 from fxpath.certificate import Certificate
 from fxpath.errors import SupportReport, UnsupportedModelError
-from fxpath.model import Captured, Given, Model, Shapes, check_finite
+from fxpath.model import Captured, Given, Model, Shapes
 from fxpath.modes import plain_mode
 from fxpath.passes import Rewritten, Setting, rewrite, take_in
 from fxpath.passes.derive import Ending, derive
@@ -23,14 +23,14 @@ from fxpath.program.artefact import exported
 from fxpath.program.backends import check_backend
 from fxpath.program.buffers import check_buffers, check_holds, writable
 from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
-from fxpath.program.failure import failure
 from fxpath.program.files import kind_of, write
 from fxpath.program.fits import doubtful, short_of
 from fxpath.program.flat import Flat, Run
+from fxpath.program.formats import failure, format_of
 from fxpath.program.gradient import log_of
 from fxpath.program.record import record
 from fxpath.program.sizes import SizeRow, sizes
-from fxpath.program.theta import coordinates, score_shapes
+from fxpath.program.theta import score_shapes, sparsity
 
 
 class PathProgram:
@@ -291,7 +291,7 @@ class PathProgram:
             shares = self._buffers(dtype, live, out or {}) if scores else {}
             run = self._run(dtype, live, shares if scores else None)
             if self._healthy(dtype, run, live):
-                zeros = self._sparsity(live) if details else {}
+                zeros = sparsity(self.lifted, live) if details else {}
                 found = self._fitted(dtype, shares, run, live)
                 raised = self._raised(found, live) if details else {}
                 return Evaluation(run.mantissa, run.exponent, found, zeros, raised, self.q)
@@ -357,14 +357,6 @@ class PathProgram:
             for name, shape in score_shapes(self.graph_module).items()
         }
 
-    def _sparsity(self, live: Mapping[str, Tensor]) -> dict[str, float]:
-        """Fraction of zero entries of each coordinate array, at its first use."""
-        found: dict[str, float] = {}
-        for name, value in coordinates(self.lifted, live):
-            zeros = 1 - int(torch.count_nonzero(value)) / max(1, value.numel())
-            found.setdefault(name, zeros)
-        return found
-
     # -- number formats ---------------------------------------------------------------------------
 
     def _formats(self) -> tuple[torch.dtype, ...]:
@@ -415,20 +407,6 @@ def build(
     own = format_of(captured, lifted)
     graphs = rewrite(lifted, Setting(captured, exponent), not reduced)
     return PathProgram(captured, graphs, dtype or own, exponent, backend, given)
-
-
-def format_of(captured: Captured, lifted: fx.GraphModule) -> torch.dtype:
-    """The number format of a model's program, by its tensors.
-
-    Raises:
-        ValueError: for a NaN or infinite parameter.
-    """
-    live = captured.live()
-    # What the graph was made for alone, bounds that bound nothing say, was looked at by its rules.
-    read = {n.target for n in lifted.graph.nodes if n.op == "placeholder" and n.users}
-    check_finite({captured.tensors[name]: tensor for name, tensor in live.items() if name in read})
-    double = any(tensor.dtype == torch.float64 for tensor in live.values())
-    return torch.float64 if double else torch.float32
 
 
 def _rebuild(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 
+import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
@@ -37,3 +38,12 @@ def coordinates(
     ]
     for node, value in evaluated(module, tensors, read):
         yield str(arguments(node)[1]), value
+
+
+def sparsity(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Fraction of zero entries of each coordinate array, at its first use; arguments as above."""
+    found: dict[str, float] = {}
+    for name, value in coordinates(module, tensors):
+        zeros = 1 - int(torch.count_nonzero(value)) / max(1, value.numel())
+        found.setdefault(name, zeros)
+    return found

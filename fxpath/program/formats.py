@@ -1,4 +1,4 @@
-"""Why float64 does not suffice for a model."""
+"""Number formats: which one a model's program has, and why float64 does not suffice for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ from fxpath.graph import ops
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured, check_finite
 from fxpath.program.theta import coordinates
+
+
+def format_of(captured: Captured, lifted: fx.GraphModule) -> torch.dtype:
+    """The number format of a model's program, by its tensors.
+
+    Raises:
+        ValueError: for a NaN or infinite parameter.
+    """
+    live = captured.live()
+    # What the graph was made for alone, bounds that bound nothing say, was looked at by its rules.
+    read = {n.target for n in lifted.graph.nodes if n.op == "placeholder" and n.users}
+    check_finite({captured.tensors[name]: tensor for name, tensor in live.items() if name in read})
+    double = any(tensor.dtype == torch.float64 for tensor in live.values())
+    return torch.float64 if double else torch.float32
 
 
 def failure(

@@ -1,0 +1,167 @@
+"""Commands about files that other tools share: `export`, `verify` and `bound`."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import fxpath
+from fxpath.capture.loading import Model, UsageError, load_model, one_line
+from fxpath.capture.loading.certificates import stored_tensors
+from fxpath.capture.loading.checkpoints import SUFFIXES
+from fxpath.certificate import Certificate
+from fxpath.explaining import check_folder, explained, number, without_print_outs
+from fxpath.options import model_options
+
+__all__ = ["bound", "export", "verify"]
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Writes a program for other toolchains."""
+    check_folder("--output", arguments.output)
+    kind = "aoti" if arguments.aoti else None
+    with explained(arguments.model, arguments):
+        model = _model(arguments.model, arguments)
+        with without_print_outs(arguments):
+            program = fxpath.compile(model, backend="eager", **model_options(arguments))
+            start = time.perf_counter()
+            program.save(arguments.output, kind, scores=not arguments.norm_only)
+    seconds = time.perf_counter() - start
+    certificate = fxpath.load_certificate(arguments.output)
+    rows = [
+        ("path-norm", _norm(certificate)),
+        ("computes", "the path-norm" if arguments.norm_only else "path-norm and scores"),
+        ("weights to exchange", len(certificate.tensors)),
+        ("SHA-256 of the weights", certificate.weights),
+        ("written to", arguments.output),
+        ("size", f"{arguments.output.stat().st_size:,} bytes"),
+        ("seconds", f"{seconds:.1f}"),
+    ]
+    print(tabulate(rows, disable_numparse=True))
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Prints what a certificate says, and what of it does not hold."""
+    path = arguments.file
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        certificate = fxpath.load_certificate(path)
+        tensors = stored_tensors(path)
+    except (ValueError, ImportError) as error:
+        raise UsageError(one_line(error)) from error
+    with explained(arguments.model, arguments):
+        model = _model(arguments.model, arguments)
+        with without_print_outs(arguments):
+            found, checked = _verified(certificate, model, tensors, path)
+    rows: list[tuple[str, Any]] = [("path-norm", _norm(certificate))]
+    if certificate.claim is not None:
+        claim = certificate.claim
+        rows += [
+            ("path-metric to the reference", f"{claim.upper:g} at most, by {claim.inequality}"),
+            ("relative to its path-norm", claim.relative),
+            ("exact", "yes" if claim.exact else f"no, at least {claim.lower:g}"),
+        ]
+    rows.append(("compared", checked))
+    rows.append(("holds", "no" if found else "yes"))
+    print(tabulate(rows, disable_numparse=True))
+    for line in found:
+        print(f"- {line}")
+    return 1 if found else 0
+
+
+def _verified(
+    certificate: Certificate, model: Model, tensors: Mapping[str, Tensor] | None, path: Path
+) -> tuple[list[str], str]:
+    """What differs, and what was looked at."""
+    if certificate.claim is None:
+        found = fxpath.verify(certificate, model)
+        if tensors is None:
+            return found, "MODEL; the file holds no weights that can be read"
+        held = {name: tensors[name] for name in certificate.tensors if name in tensors}
+        return found + _unlike(certificate, held, path), "MODEL, and the weights in the file"
+    if tensors is None or not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{path}: its certificate compares two sets of weights, of which the file must hold "
+            "the second in a form that can be read, for a MODEL that is a module"
+        )
+    travels = _with_tensors(model, tensors, path)
+    found = fxpath.verify(certificate, travels, reference=model)
+    return found, "MODEL as the reference, and the weights in the file"
+
+
+def _unlike(certificate: Certificate, held: Mapping[str, Tensor], path: Path) -> list[str]:
+    """Whether a file's own tensors are those that its certificate is about."""
+    missing = [name for name in certificate.tensors if name not in held]
+    if missing:
+        return [f"{path} lacks {', '.join(missing)}, which the certificate is about"]
+    now = fxpath.certificate.fingerprint(held)
+    if now == certificate.weights:
+        return []
+    return [f"the weights in {path} are others: SHA-256 is {now}, certified {certificate.weights}"]
+
+
+def _with_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """A copy of a model with the weights, or masks, of a file."""
+    copied = copy.deepcopy(model)
+    own = copied.state_dict()
+    unknown = [name for name in tensors if name not in own]
+    if unknown:
+        raise UsageError(f"{path}: the model has no {', '.join(unknown)}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} there")
+            mask = tensor.dtype == torch.bool and own[name].dtype != torch.bool
+            own[name].copy_(own[name].masked_fill(~tensor, 0.0) if mask else tensor)
+    return copied
+
+
+def bound(arguments: argparse.Namespace) -> int:
+    """Prints path-metric and Lipschitz bound between two sets of weights."""
+    if arguments.max_relative is not None and not arguments.max_relative >= 0:
+        raise UsageError(f"--max-relative {arguments.max_relative}: not below 0")
+    options = model_options(arguments)
+    with explained(arguments.model, arguments):
+        model = _model(arguments.model, arguments)
+    with explained(arguments.other, arguments):
+        file = arguments.other.lower().endswith(SUFFIXES)
+        other = (
+            load_model(arguments.model, None, Path(arguments.other))
+            if file
+            else load_model(arguments.other)
+        )
+        with without_print_outs(arguments):
+            metric = fxpath.path_metric(model, other, **options)
+            apart = fxpath.lipschitz_bound(model, other, radius=arguments.radius, **options)
+    print(metric)
+    print(
+        f"\noutputs differ by at most {apart.value:g} in the l^1 norm where ||x||_inf <= "
+        f"{arguments.radius:g} ({apart.inequality})"
+    )
+    if arguments.max_relative is None:
+        return 0
+    within = metric.relative_upper <= arguments.max_relative
+    print(
+        f"path-metric {metric.relative_upper:.3%} of the path-norm, accepted "
+        f"{arguments.max_relative:.3%}: {'within' if within else 'beyond'}"
+    )
+    return 0 if within else 1
+
+
+def _model(name: str, arguments: argparse.Namespace) -> Model:
+    return load_model(name, arguments.weights, arguments.checkpoint)
+
+
+def _norm(certificate: Certificate) -> str:
+    log10, norm = certificate.log10_path_norm, certificate.path_norm
+    return "0" if log10 is None else number(float("inf") if norm is None else norm, log10)

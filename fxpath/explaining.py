@@ -1,0 +1,85 @@
+"""How commands speak: what goes wrong with a model, and the headings of results."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import fxpath
+from fxpath.capture.loading import UsageError, one_line
+from fxpath.options import in_options
+
+__all__ = ["check_folder", "explained", "number", "origin", "without_print_outs"]
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Refuse a file in a folder that is not there, before anything is computed.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UsageError(f"{option} {path}: no such directory")
+
+
+@contextlib.contextmanager
+def without_print_outs(arguments: argparse.Namespace) -> Iterator[None]:
+    """Drops what is printed on standard error, unless `--traceback` asks for more.
+
+    Where torch.export fails, torch prints the whole graph there.
+    """
+    with contextlib.ExitStack() as stack:
+        if not arguments.traceback:
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+@contextlib.contextmanager
+def explained(name: str, arguments: argparse.Namespace) -> Iterator[None]:
+    """Turns what goes wrong with a model into a message, unless `--traceback` asks for more."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except fxpath.UnsupportedModelError as error:
+        problems = error.report.problems
+        if arguments.traceback:
+            raise
+        if [problem.node for problem in problems] == ["(capture)"]:
+            # Not one operation of the model but its capture.
+            (problem,) = problems
+            where = "" if problem.source_line in ("", "unknown") else f" ({problem.source_line})"
+            text = f"{one_line(problem.reason)}{where}; {problem.remedy}"
+            raise UsageError(f"{name}: {in_options(one_line(text))}") from error
+        count = f"{len(problems)} operation{'s' * (len(problems) != 1)}"
+        report = in_options(str(error.report))
+        raise UsageError(f"{name}: no exact rule for {count}\n{report}") from error
+    # A model is other people's code and may raise anything.
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"{name}: {in_options(one_line(text))}") from error
+
+
+def origin(name: str, arguments: argparse.Namespace) -> str:
+    """Where the weights of a model come from, for the heading of its table."""
+    if arguments.checkpoint is not None:
+        return f"weights of {arguments.checkpoint}"
+    if arguments.weights is not None:
+        return f"weights {arguments.weights}"
+    return "its own weights" if ":" in name or name.endswith(".pt2") else "random weights, seed 0"
+
+
+def number(value: float, log10: float) -> str:
+    """A path-norm, by its logarithm where it is beyond float64.
+
+    Example:
+        >>> number(1234.5678, 3.0915), number(float("inf"), 400.25)
+        ('1234.57', '10^400.25')
+    """
+    return f"{value:.6g}" if math.isfinite(value) else f"10^{log10:.6g}"
