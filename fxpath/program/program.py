@@ -159,7 +159,8 @@ class PathProgram:
             scores: whether it computes scores and ``mass``, or the norm and ``smallest`` alone.
 
         Returns:
-            The program, in the program's number format.  Weights are exchanged with
+            The program, in the program's number format; scores that this does not hold (below
+            1e-38 in float32) are 0 there, where :meth:`scores` has them.  Weights are exchanged with
             ``exported.module().load_state_dict(..., strict=False)``.  A toolchain that computes
             beforehand what depends on no input (``torch.onnx.export`` does) freezes them.
 
