@@ -160,9 +160,9 @@ class PathProgram:
 
         Returns:
             The program, in the program's number format; scores that this does not hold (below
-            1e-38 in float32) are 0 there, where :meth:`scores` has them.  Weights are exchanged with
-            ``exported.module().load_state_dict(..., strict=False)``.  A toolchain that computes
-            beforehand what depends on no input (``torch.onnx.export`` does) freezes them.
+            1e-38 in float32) are 0 there, where :meth:`scores` has them.  Weights are exchanged
+            with ``exported.module().load_state_dict(..., strict=False)``.  A toolchain that
+            computes beforehand what depends on no input (``torch.onnx.export`` does) freezes them.
 
         Raises:
             FloatingPointError: if float32 does not suffice for the model as it is: compile it with
