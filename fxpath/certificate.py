@@ -116,9 +116,9 @@ class Certificate:
         """
         try:
             data = json.loads(text)
-            kind = data.pop("format", None)
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"no certificate: {error}") from None
+        kind = data.pop("format", None) if isinstance(data, dict) else None
         if kind != FORMAT:
             raise ValueError(f"its format is {kind!r} and not {FORMAT!r}")
         try:
