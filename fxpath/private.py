@@ -62,6 +62,7 @@ __all__ = [
     "archived_dtype",
     "archived_program",
     "archive_schema",
+    "compile_ahead",
     "call_uncompiled",
     "entered_by",
     "forward_hooks",
@@ -180,6 +181,13 @@ def semi_structured_tiles() -> Mapping[torch.dtype, Any]:
 
 
 # --- slow to import: for those alone who ask ------------------------------------------------------
+
+
+def compile_ahead(program: Any, path: str, configs: dict[str, Any]) -> None:
+    """Compile an exported program with AOTInductor into a package at ``path``."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
 
 
 def archive_schema() -> ModuleType:

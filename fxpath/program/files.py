@@ -8,13 +8,13 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxpath.certificate import MEMBER
+from fxpath.private import compile_ahead, tree_flatten_with_path, tree_unflatten
 
 #: Kinds of files: what their names end with.
 KINDS = {"exported": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -59,13 +59,9 @@ def write(exported: ExportedProgram, path: Path, kind: str, certificate: str) ->
 
 def _compile(exported: ExportedProgram, path: Path, certificate: str) -> None:
     """Compile with AOTInductor."""
-    torch._inductor.aoti_compile_and_package(
-        exported,
-        package_path=str(path),
-        # Otherwise a tensor of eight numbers or less is made part of the code, where no
-        # load_constants reaches it, and says nothing of it.
-        inductor_configs={"always_keep_tensor_constants": True},
-    )
+    # Otherwise a tensor of eight numbers or less is made part of the code, where no load_constants
+    # reaches it, and says nothing of it.
+    compile_ahead(exported, str(path), {"always_keep_tensor_constants": True})
     with zipfile.ZipFile(path, "a") as package:
         root = package.namelist()[0].partition("data/")[0]
         package.writestr(f"{root}extra/{MEMBER}", certificate)
@@ -101,9 +97,6 @@ def _translate(exported: ExportedProgram, path: Path, certificate: str) -> None:
 def _result_names(exported: ExportedProgram) -> list[str]:
     """Names of a program's results, in their order: ``mantissa``, ``scores.0.weight``."""
     spec: Any = exported.call_spec.out_spec
-    leaves = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    paths, _ = pytree.tree_flatten_with_path(leaves)
+    paths, _ = tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))
     # All of them are entries of dictionaries.
-    return [
-        ".".join(cast(pytree.MappingKey[Any, Any], key).key for key in path) for path, _ in paths
-    ]
+    return [".".join(str(getattr(key, "key", key)) for key in path) for path, _ in paths]
