@@ -14,12 +14,11 @@ import argparse
 import importlib
 import json
 import logging
-import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from fxpath.exchange import bound, export, verify
 from fxpath.explaining import check_folder, explained, number, origin, without_print_outs
 from fxpath.options import in_options, make_parser, model_options
 from fxpath.program.sizes import SizeRow
+from fxpath.toolchain.plain import finite
 
 __all__ = ["main"]
 
@@ -228,27 +228,11 @@ def _count_parameters(model: Model) -> int:
 
 
 def _write_json(path: Path, results: list[dict[str, Any]]) -> None:
-    text = json.dumps(_finite(results), indent=2, allow_nan=False)
+    text = json.dumps(finite(results), indent=2, allow_nan=False)
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--json {path}: {one_line(error)}") from error
-
-
-def _finite(value: Any) -> Any:
-    """Plain data with null for what JSON has no literal for (NaN, infinities).
-
-    Example:
-        >>> _finite({"path_norm": float("inf"), "shape": (3, 4)})
-        {'path_norm': None, 'shape': [3, 4]}
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _complain(text: str) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 import torch
+from torch._dynamo.convert_frame import compile_lock
 
 __all__ = ["TRACING", "plain_mode"]
 
 #: Held while torch traces or compiles: neither is safe in two threads at once, and what a model's
-#: own code did to the caller's containers meanwhile is undone behind it.
-TRACING = threading.RLock()
+#: own code did to the caller's containers meanwhile is undone behind it.  It is the one that Dynamo
+#: holds: with two, fxpath called by Dynamo and Dynamo called by fxpath would wait for each other.
+TRACING = compile_lock
 
 
 @contextlib.contextmanager

@@ -14,6 +14,10 @@ from fxpath.modes import TRACING
 from fxpath.private import has_cpp_compiler
 
 
+#: fxpath itself, as a backend of ``torch.compile``.
+ANALYSIS = "fxpath"
+
+
 def check_backend(backend: str) -> None:
     """Refuse what is no name of a backend.
 
@@ -21,6 +25,11 @@ def check_backend(backend: str) -> None:
         ValueError: with the names that there are.
     """
     known = ["eager", "inductor", *torch.compiler.list_backends(None)]
+    if backend == ANALYSIS:
+        raise ValueError(
+            f"backend={backend!r} analyses what it compiles, and the graph of a path-norm is no "
+            "network: pass the backend that is to run it"
+        )
     if backend not in known:
         raise ValueError(f"backend={backend!r}: known are {', '.join(dict.fromkeys(known))}")
 

@@ -1,0 +1,1 @@
+"""Where other compilers, runtimes and tools meet fxpath."""

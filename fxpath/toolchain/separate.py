@@ -1,0 +1,194 @@
+"""A captured graph becomes a module of its own, which fxpath reads: the graph stays as it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
+
+from fxpath.errors import source_line
+from fxpath.toolchain.dynamo import Names, dynamic_axes, is_input, is_length, is_written, number
+
+#: Names that a call of a module keeps for itself.
+_TAKEN = ("self", "args", "kwargs")
+
+
+@dataclass(frozen=True)
+class Separate:
+    """A captured graph as a module.
+
+    Attributes:
+        module: holds the model's own tensors under their names; called with ``inputs`` by name.
+        inputs: zeros in the form of the example inputs.
+        dynamic: input name -> axes whose length may change.
+        numbers: numbers that may change, with the values that were taken.
+        outputs: how many outputs of floating point there are, inputs that are written into among
+            them.
+        source_line: where the first operation stands in the user's code.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    dynamic: dict[str, tuple[int, ...]]
+    numbers: dict[str, float]
+    outputs: int
+    source_line: str
+
+
+class _Module(nn.Module):
+    """Runs a graph with tensors that it holds under the user's names, and with inputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: For each placeholder the tensor's path, or the input's name.
+        self._order: list[tuple[str, bool]] = []
+        self._graph = "graph"
+
+    def hold(self, name: str, tensor: Tensor) -> None:
+        """The next placeholder is a tensor of the model."""
+        *path, last = name.split(".")
+        owner: nn.Module = self
+        for i, part in enumerate(path):
+            if part in owner._modules:
+                owner = owner.get_submodule(part)
+            elif hasattr(owner, part):
+                path[i:], last = [], "_".join([*path[i:], last])
+                break
+            else:
+                inner = nn.Module()
+                owner.add_module(part, inner)
+                owner = inner
+        while hasattr(owner, last):
+            last += "_"
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(last, tensor)
+        else:
+            owner.register_buffer(last, tensor)
+        self._order.append((".".join([*path, last]), True))
+
+    def take(self, name: str) -> None:
+        """The next placeholder is an input."""
+        self._order.append((name, False))
+
+    def adopt(self, graph_module: fx.GraphModule) -> None:
+        """The graph itself, once all placeholders are known."""
+        while hasattr(self, self._graph):
+            self._graph += "_"
+        self.add_module(self._graph, graph_module)
+
+    def forward(self, /, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of floating point, and the inputs that the graph writes into."""
+        values = [_at(self, name) if held else inputs[name] for name, held in self._order]
+        # Where an operation stands in the user's code goes from node to node.
+        with fx.traceback.preserve_node_meta():
+            graph: Any = self.get_submodule(self._graph)
+            results: tuple[Tensor, ...] = fx.Interpreter(graph).run(*values)
+        return results
+
+
+def separate(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Separate:
+    """A copy of a captured graph that shares the model's tensors, as in evaluation mode.
+
+    Raises:
+        ValueError: for an input that is neither a tensor nor a number, or has no value yet.
+    """
+    names, module, copied = Names(), _Module(), fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    inputs: dict[str, Tensor] = {}
+    dynamic: dict[str, tuple[int, ...]] = {}
+    taken: list[fx.Node] = []
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node, example in zip(placeholders, example_inputs, strict=True):
+        value = number(node, example)
+        if value is not None:
+            env[node] = value
+            continue
+        if not isinstance(example, Tensor):
+            raise ValueError(f"its input {names.input(node)} is a {type(example).__name__}")
+        env[node] = copied.placeholder(node.name)
+        if isinstance(example, nn.Parameter) or not is_input(node):
+            name = names.tensor(node, example)
+            if isinstance(example, FakeTensor):
+                raise ValueError(f"{name} has no values while the part is compiled")
+            module.hold(name, example)
+            continue
+        name = names.input(node)
+        while name in inputs or name in _TAKEN:
+            name += "_"
+        module.take(name)
+        taken.append(node)
+        inputs[name] = _zeros(example)
+        if dynamic_axes(node):
+            dynamic[name] = dynamic_axes(node)
+    outputs: list[fx.Node] = []
+    for node in graph_module.graph.nodes:
+        if node.op == "output":
+            # What is written into stands in no output: the caller has it already.
+            found = [*node.args[0], *(x for x in taken if is_written(x))]
+            outputs = [x for x in dict.fromkeys(found) if _is_float(x)]
+            copied.output(tuple(env[x] for x in outputs))
+        elif node.target == "item" and isinstance(env.get(node.args[0]), int | float):
+            env[node] = env[node.args[0]]
+        elif node.op != "placeholder":
+            env[node] = _copied(node, copied, env, names)
+    module.adopt(fx.GraphModule(graph_module, copied))
+    # Once tensors have said which variable holds which module.
+    numbers = {
+        names.number(node): env[node]
+        for node in placeholders
+        if not (isinstance(env[node], fx.Node) or is_length(node))
+    }
+    lines = [source_line(node) for node in copied.nodes if node.op.startswith("call")]
+    where = next((line for line in lines if line != "unknown"), "unknown")
+    return Separate(module, inputs, dynamic, numbers, len(outputs), where)
+
+
+def _copied(node: fx.Node, graph: fx.Graph, env: Mapping[fx.Node, Any], names: Names) -> fx.Node:
+    """A node in the copy, which says where it stands in the model, and runs as in evaluation."""
+    copied = graph.node_copy(node, lambda n: env[n])
+    stack = names.modules(node.meta.get("nn_module_stack") or {})
+    # Where Dynamo has no line of the user's, tracing shall not put one of ours.
+    trace = node.meta.get("stack_trace") or "unknown"
+    copied.meta = {"nn_module_stack": stack, "stack_trace": trace}
+    kind = list(stack.values())[-1][1] if stack else None
+    if _follows_mode(kind) and inspect.isfunction(node.target):
+        signature = inspect.signature(node.target)
+        if "training" in signature.parameters:
+            bound = signature.bind(*copied.args, **copied.kwargs)
+            # Without statistics to use, a batch norm of torch goes by its batch in both modes.
+            if bound.arguments.get("running_mean", copied) is not None:
+                bound.arguments["training"] = False
+            copied.args, copied.kwargs = bound.args, bound.kwargs
+    return copied
+
+
+def _follows_mode(kind: object) -> bool:
+    """Whether it is torch's own code that passes a module's mode on to a function."""
+    forward = getattr(kind, "forward", None)
+    return getattr(forward, "__module__", "").startswith("torch.nn.modules.")
+
+
+def _is_float(node: object) -> bool:
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros of the same form, that is, with the same strides: what a view accepts depends on them."""
+    if like.layout != torch.strided or like.numel() == 0:
+        return torch.zeros_like(like, requires_grad=False)
+    last = sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True))
+    memory = torch.zeros(last + 1, dtype=like.dtype, device=like.device)
+    return memory.as_strided(like.shape, like.stride())
+
+
+def _at(module: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), name)
+    return tensor

@@ -1,0 +1,38 @@
+"""What ``torch.compile(..., backend="fxpath")`` finds: outside of the package, whose import takes seconds.
+
+Torch loads this module to list its backends by name and to look one up.  The package is imported
+when the first graph is compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import fx
+
+__all__ = ["fxpath"]
+
+
+class _Backend:
+    """A backend as torch calls it; see ``fxpath.toolchain.backend``."""
+
+    __name__ = "fxpath"
+
+    def __call__(
+        self, graph_module: fx.GraphModule, example_inputs: list[Any], *, options: Any = None
+    ) -> Any:
+        """Analyses one captured graph and hands it on to the inner backend."""
+        from fxpath.toolchain.backend import compile_part
+
+        return compile_part(graph_module, example_inputs, options)
+
+    def reset(self) -> None:
+        """What ``torch._dynamo.reset()`` calls: reports begin anew."""
+        backend = sys.modules.get("fxpath.toolchain.backend")
+        if backend is not None:
+            backend.forget()
+
+
+fxpath = _Backend()
