@@ -1,7 +1,7 @@
-"""What ``torch.compile(..., backend="fxpath")`` finds: outside of the package, whose import takes seconds.
+"""What ``torch.compile(model, backend="fxpath")`` finds: outside of the package, as it is light.
 
-Torch loads this module to list its backends by name and to look one up.  The package is imported
-when the first graph is compiled.
+Torch loads this module where the name is looked up, and the package when it compiles the first
+graph.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxpath.modes import TRACING
 from fxpath.private import has_cpp_compiler
 
-
 #: fxpath itself, as a backend of ``torch.compile``.
 ANALYSIS = "fxpath"
 

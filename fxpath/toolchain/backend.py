@@ -204,7 +204,7 @@ def _examine(
 
 def _analysed(part: Part, found: Separate) -> Part:
     if not found.outputs:
-        return replace(part, reason="none of its outputs is of floating point")
+        return replace(part, reason="it has no output of floating point")
     given: dict[str, Any] = {
         "example_inputs": (),
         "example_kwargs": found.inputs,

@@ -28,7 +28,7 @@ import torch
 import torch._dynamo.source as sources
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._guards import CompileContext, tracing
+from torch._guards import ChainedSource, CompileContext, tracing
 
 from fxpath.model import named_tensors
 
@@ -157,7 +157,7 @@ def _source(node: fx.Node) -> Any:
 def _chain(source: Any) -> Iterator[Any]:
     """The steps of a source, the last one first, down to the variable that it starts from."""
     yield source
-    while isinstance(source, sources.ChainedSource):
+    while isinstance(source, ChainedSource):
         source = source.base
         yield source
 

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensor
 from fxpath.errors import source_line
 from fxpath.toolchain.dynamo import Names, dynamic_axes, is_input, is_length, is_written, number
 
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 #: Names that a call of a module keeps for itself.
 _TAKEN = ("self", "args", "kwargs")
 
@@ -98,55 +99,92 @@ def separate(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Separat
     Raises:
         ValueError: for an input that is neither a tensor nor a number, or has no value yet.
     """
-    names, module, copied = Names(), _Module(), fx.Graph()
-    env: dict[fx.Node, Any] = {}
-    inputs: dict[str, Tensor] = {}
-    dynamic: dict[str, tuple[int, ...]] = {}
-    taken: list[fx.Node] = []
+    separation = _Separation(graph_module)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for node, example in zip(placeholders, example_inputs, strict=True):
+        separation.take(node, example)
+    return separation.finish()
+
+
+class _Separation:
+    """A graph on its way to be a module."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.source = graph_module
+        self.names, self.module, self.graph = Names(), _Module(), fx.Graph()
+        #: What became of each node: a node of the copy, or a number.
+        self.env: dict[fx.Node, Any] = {}
+        self.inputs: dict[fx.Node, str] = {}
+        self.zeros: dict[str, Tensor] = {}
+
+    def take(self, node: fx.Node, example: object) -> None:
+        """A placeholder: a number, a tensor of the model or an input."""
         value = number(node, example)
         if value is not None:
-            env[node] = value
-            continue
+            self.env[node] = value
+            return
         if not isinstance(example, Tensor):
-            raise ValueError(f"its input {names.input(node)} is a {type(example).__name__}")
-        env[node] = copied.placeholder(node.name)
+            raise ValueError(f"its input {self.names.input(node)} is a {type(example).__name__}")
+        self.env[node] = self.graph.placeholder(node.name)
         if isinstance(example, nn.Parameter) or not is_input(node):
-            name = names.tensor(node, example)
+            name = self.names.tensor(node, example)
             if isinstance(example, FakeTensor):
                 raise ValueError(f"{name} has no values while the part is compiled")
-            module.hold(name, example)
-            continue
-        name = names.input(node)
-        while name in inputs or name in _TAKEN:
+            self.module.hold(name, example)
+            return
+        name = self.names.input(node)
+        while name in self.zeros or name in _TAKEN:
             name += "_"
-        module.take(name)
-        taken.append(node)
-        inputs[name] = _zeros(example)
-        if dynamic_axes(node):
-            dynamic[name] = dynamic_axes(node)
-    outputs: list[fx.Node] = []
-    for node in graph_module.graph.nodes:
-        if node.op == "output":
-            # What is written into stands in no output: the caller has it already.
-            found = [*node.args[0], *(x for x in taken if is_written(x))]
-            outputs = [x for x in dict.fromkeys(found) if _is_float(x)]
-            copied.output(tuple(env[x] for x in outputs))
-        elif node.target == "item" and isinstance(env.get(node.args[0]), int | float):
-            env[node] = env[node.args[0]]
-        elif node.op != "placeholder":
-            env[node] = _copied(node, copied, env, names)
-    module.adopt(fx.GraphModule(graph_module, copied))
-    # Once tensors have said which variable holds which module.
-    numbers = {
-        names.number(node): env[node]
-        for node in placeholders
-        if not (isinstance(env[node], fx.Node) or is_length(node))
-    }
-    lines = [source_line(node) for node in copied.nodes if node.op.startswith("call")]
-    where = next((line for line in lines if line != "unknown"), "unknown")
-    return Separate(module, inputs, dynamic, numbers, len(outputs), where)
+        self.module.take(name)
+        self.inputs[node], self.zeros[name] = name, _zeros(example)
+
+    def finish(self) -> Separate:
+        """The module, once all placeholders are known."""
+        results = self._body(self.source, "")
+        # What is written into stands in no output: the caller has it already.
+        written = [node for node in self.inputs if is_written(node)]
+        outputs = [node for node in dict.fromkeys([*results, *written]) if _is_float(node)]
+        self.graph.output(tuple(self.env[node] for node in outputs))
+        self.module.adopt(fx.GraphModule(self.source, self.graph))
+        lines = [source_line(node) for node in self.graph.nodes if node.op.startswith("call")]
+        return Separate(
+            self.module,
+            self.zeros,
+            {name: dynamic_axes(x) for x, name in self.inputs.items() if dynamic_axes(x)},
+            {
+                self.names.number(node): value
+                for node, value in self.env.items()
+                if node.op == "placeholder" and isinstance(value, int | float)
+                if not is_length(node)
+            },
+            len(outputs),
+            next((line for line in lines if line != "unknown"), "unknown"),
+        )
+
+    def _body(self, source: fx.GraphModule, prefix: str) -> list[Any]:
+        """Copy the operations of a graph whose placeholders are known, and return its outputs."""
+        *nodes, output = source.graph.nodes
+        for node in nodes:
+            if node.op == "get_attr":
+                self.env[node] = self.graph.get_attr(prefix + str(node.target))
+            elif node.target is CHECKPOINT:
+                self.env[node] = self._checkpointed(source, node, prefix)
+            elif node.target == "item" and isinstance(self.env.get(node.args[0]), int | float):
+                self.env[node] = self.env[node.args[0]]
+            elif node.op != "placeholder":
+                self.env[node] = _copied(node, self.graph, self.env, self.names)
+        return list(output.args[0])
+
+    def _checkpointed(self, source: fx.GraphModule, node: fx.Node, prefix: str) -> tuple[Any, ...]:
+        """A block whose activations are computed anew for the backward pass: here, computed."""
+        holder, *given = node.args
+        assert isinstance(holder, fx.Node)
+        body: Any = source.get_submodule(str(holder.target))
+        inner = [x for x in body.graph.nodes if x.op == "placeholder"]
+        for placeholder, value in zip(inner, given, strict=True):
+            self.env[placeholder] = self.env[value] if isinstance(value, fx.Node) else value
+        results = self._body(body, f"{prefix}{holder.target}.")
+        return tuple(self.env[x] if isinstance(x, fx.Node) else x for x in results)
 
 
 def _copied(node: fx.Node, graph: fx.Graph, env: Mapping[fx.Node, Any], names: Names) -> fx.Node:
@@ -180,7 +218,7 @@ def _is_float(node: object) -> bool:
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """Zeros of the same form, that is, with the same strides: what a view accepts depends on them."""
+    """Zeros of the same form, strides included: what a view accepts depends on them."""
     if like.layout != torch.strided or like.numel() == 0:
         return torch.zeros_like(like, requires_grad=False)
     last = sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True))
