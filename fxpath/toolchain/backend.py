@@ -72,7 +72,7 @@ from fxpath.api import analyze, check
 from fxpath.errors import Problem, UnsupportedModelError
 from fxpath.modes import plain_mode
 from fxpath.program.backends import ANALYSIS
-from fxpath.toolchain.dynamo import compile_id, undisturbed
+from fxpath.toolchain.dynamo import compile_id, lookup_backend, undisturbed
 from fxpath.toolchain.part import Part
 from fxpath.toolchain.plain import finite
 from fxpath.toolchain.separate import Separate, separate
@@ -161,8 +161,10 @@ def compile_part(
         OverflowError: with ``on_unsupported="raise"``, as :func:`fxpath.analyze`.
     """
     chosen = Options.of(options or {})
-    inner = torch._dynamo.lookup_backend(chosen.inner)
-    record = _RECORDS.setdefault(id(options), _Record(options))
+    inner = lookup_backend(chosen.inner)
+    record = _Record(options)
+    if options is not None:
+        record = _RECORDS.setdefault(id(options), record)
     part, error = _examine(graph_module, example_inputs, len(record.entries))
     record.entries.append(part.to_dict())
     if chosen.report is not None:
@@ -231,8 +233,8 @@ def _write(path: Path, entries: list[dict[str, Any]]) -> None:
 def _warning(part: Part) -> str:
     what = part.reason if part.report is None else "; ".join(map(_told, part.report.problems))
     return (
-        f"fxpath: no exact path-norm for part {part.index} (compilation {part.compile_id}, "
-        f"{part.source_line}), which is compiled all the same: {what}"
+        f"fxpath: no exact path-norm for what torch.compile captured as {part.compile_id} "
+        f"({part.source_line}), which is compiled all the same: {what}"
     )
 
 

@@ -27,22 +27,29 @@ from typing import Any
 import torch
 import torch._dynamo.source as sources
 from torch import Tensor, fx, nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._guards import ChainedSource, CompileContext, tracing
+from torch._subclasses import FakeTensor
 
 from fxpath.model import named_tensors
 
 __all__ = [
+    "CHECKPOINT",
     "Names",
     "compile_id",
     "dynamic_axes",
+    "has_values",
     "is_input",
     "is_length",
     "is_written",
+    "lookup_backend",
     "number",
     "undisturbed",
 ]
 
+#: Calls a block of operations whose activations are not kept for the backward pass.
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 #: In which of its dictionaries a module keeps something is no part of its name.
 _KEPT_IN = ("_modules", "_parameters", "_buffers")
 _STEP = re.compile(r"\[['\"]?([^\[\]]*?)['\"]?\]|\.?(\w+)")
@@ -97,6 +104,11 @@ def dynamic_axes(node: fx.Node) -> tuple[int, ...]:
     """Axes of an input whose length may change without another compilation."""
     shape = getattr(node.meta.get("example_value"), "shape", ())
     return tuple(axis for axis, n in enumerate(shape) if isinstance(n, torch.SymInt))
+
+
+def has_values(example: Tensor) -> bool:
+    """Whether a tensor is one, and not only its form."""
+    return not isinstance(example, FakeTensor)
 
 
 def is_written(node: fx.Node) -> bool:
@@ -165,7 +177,7 @@ def _chain(source: Any) -> Iterator[Any]:
 def _dotted(source: Any, node: fx.Node) -> str:
     if source is None:
         return node.name
-    name = source.name() if callable(source.name) else source.name  # a method before torch 2.10
+    name = source.name() if callable(source.name) else source.name  # a method of older releases
     return ".".join(_steps(name)) or node.name
 
 

@@ -10,12 +10,19 @@ from typing import Any
 import torch
 import torch.nn.functional
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
 
 from fxpath.errors import source_line
-from fxpath.toolchain.dynamo import Names, dynamic_axes, is_input, is_length, is_written, number
+from fxpath.toolchain.dynamo import (
+    CHECKPOINT,
+    Names,
+    dynamic_axes,
+    has_values,
+    is_input,
+    is_length,
+    is_written,
+    number,
+)
 
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 #: Names that a call of a module keeps for itself.
 _TAKEN = ("self", "args", "kwargs")
 
@@ -128,7 +135,7 @@ class _Separation:
         self.env[node] = self.graph.placeholder(node.name)
         if isinstance(example, nn.Parameter) or not is_input(node):
             name = self.names.tensor(node, example)
-            if isinstance(example, FakeTensor):
+            if not has_values(example):
                 raise ValueError(f"{name} has no values while the part is compiled")
             self.module.hold(name, example)
             return
