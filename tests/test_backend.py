@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -339,6 +340,37 @@ def test_the_inner_backend_gets_what_torch_captured() -> None:
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {name for name in before if "batches" in name}
     assert all(after[name][1] == before[name][1] + 1 for name in changed)
+
+
+def test_modes_and_generators_are_as_they_were_for_the_inner_backend() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                y = self.linear(x)
+                graph_break()
+                return F.dropout(y) + self.linear(x)
+
+    model, x = Noisy(), torch.randn(2, 3)
+    states: list[Any] = []
+
+    def callback(part: Part | None) -> None:
+        inference = torch.is_inference_mode_enabled()
+        states.append((inference, torch.get_rng_state(), random.getstate()))
+
+    GIVEN.clear()
+    callback(None)
+    with pytest.warns(UserWarning, match="aten.dropout.default .*: it was compiled in training"):
+        seen(model, x, callback=callback, inner="fxpath_test_recording")
+    assert len(states) == 3 and len({(inference, state) for inference, _, state in states}) == 1
+    assert all(torch.equal(states[0][1], state) for _, state, _ in states)
+    torch._dynamo.reset()
+    torch.compile(model, backend="fxpath_test_recording")(x)
+    grads = [grad for _, _, grad in GIVEN]
+    assert len(grads) == 4 and grads[:2] == grads[2:]
 
 
 def test_one_lock_is_held_while_dynamo_compiles() -> None:

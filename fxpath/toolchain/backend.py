@@ -69,9 +69,10 @@ import torch
 from torch import fx
 
 from fxpath.api import analyze, check
-from fxpath.errors import Problem, UnsupportedModelError
+from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.modes import plain_mode
 from fxpath.program.backends import ANALYSIS
+from fxpath.rules.refused import TRAINING
 from fxpath.toolchain.dynamo import compile_id, lookup_backend, undisturbed
 from fxpath.toolchain.part import Part
 from fxpath.toolchain.plain import finite
@@ -82,6 +83,12 @@ __all__ = ["Part", "compile_part", "forget"]
 _ON_UNSUPPORTED = ("warn", "raise")
 #: What fxpath raises where a model is supported and its values have no path-norm.
 _NO_RESULT = (ValueError, FloatingPointError, OverflowError)
+#: In place of what is said of models in eval mode, which obey it or do not.
+_COMPILED_TRAINING = (
+    "it was compiled in training mode, where its output is random or depends on the batch, and no "
+    "module of torch's own calls it, which would be analysed as in evaluation mode",
+    "call it by its module (nn.Dropout, nn.BatchNorm2d), or compile the model in evaluation mode",
+)
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,7 @@ def _examine(
 ) -> tuple[Part, Exception | None]:
     """What is found out about a part, and the error if that failed."""
     part = Part(index, compile_id(), "unknown", {}, {}, {})
-    grad = torch.is_grad_enabled()
-    with plain_mode(), undisturbed(), torch.random.fork_rng(devices=[]):
+    with plain_mode(), undisturbed():
         try:
             found = separate(graph_module, example_inputs)
             part = replace(
@@ -196,12 +202,10 @@ def _examine(
             )
             return _analysed(part, found), None
         except UnsupportedModelError as error:
-            return replace(part, report=error.report), error
+            report = _as_compiled(error.report)
+            return replace(part, report=report), UnsupportedModelError(report)
         except _NO_RESULT as error:
             return replace(part, reason=f"{type(error).__name__}: {error}"), error
-        finally:
-            # The captured code may switch gradients off, and on again in the next part.
-            torch.set_grad_enabled(grad)
 
 
 def _analysed(part: Part, found: Separate) -> Part:
@@ -220,6 +224,17 @@ def _analysed(part: Part, found: Separate) -> Part:
     if not report:
         raise UnsupportedModelError(report)
     return replace(part, reason="it has no parameters, and so nothing that has a score")
+
+
+def _as_compiled(report: SupportReport) -> SupportReport:
+    """A refusal that does not blame a model for the mode that it was compiled in."""
+    problems = [
+        replace(problem, reason=_COMPILED_TRAINING[0], remedy=_COMPILED_TRAINING[1])
+        if (problem.reason, problem.remedy) == TRAINING
+        else problem
+        for problem in report.problems
+    ]
+    return replace(report, problems=tuple(problems))
 
 
 def _write(path: Path, entries: list[dict[str, Any]]) -> None:
