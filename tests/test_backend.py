@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo import graph_break
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._guards import TracingContext
 from torch.utils.checkpoint import checkpoint
 
 import fxpath
@@ -312,11 +313,13 @@ def test_outputs_are_bit_for_bit_those_of_inductor() -> None:
 
 def _recording(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Any:
     """Stands for an inner backend, and notes what it is given."""
-    GIVEN.append((graph_module, list(example_inputs), torch.is_grad_enabled()))
+    fakes = TracingContext.get().fake_mode.fake_tensor_converter.tensor_memo
+    state = torch.is_grad_enabled(), len(fakes)
+    GIVEN.append((graph_module, list(example_inputs), state))
     return graph_module.forward
 
 
-GIVEN: list[tuple[fx.GraphModule, list[Any], bool]] = []
+GIVEN: list[tuple[fx.GraphModule, list[Any], tuple[bool, int]]] = []
 torch._dynamo.register_backend(_recording, "fxpath_test_recording")
 
 
@@ -328,8 +331,8 @@ def test_the_inner_backend_gets_what_torch_captured() -> None:
         torch._dynamo.reset()
         before = {name: (id(t), t._version) for name, t in model.state_dict(keep_vars=True).items()}
         seen(model, x, inner="fxpath_test_recording")
-    (plain, plain_inputs, grad), (handed, inputs, grad_handed) = GIVEN
-    assert handed.code == plain.code and grad == grad_handed
+    (plain, plain_inputs, state), (handed, inputs, state_handed) = GIVEN
+    assert handed.code == plain.code and state == state_handed
     assert [id(x) for x in inputs] == [id(x) for x in plain_inputs]
     for one, other in zip(handed.graph.nodes, plain.graph.nodes, strict=True):
         assert one.format_node() == other.format_node()
@@ -369,8 +372,8 @@ def test_modes_and_generators_are_as_they_were_for_the_inner_backend() -> None:
     assert all(torch.equal(states[0][1], state) for _, state, _ in states)
     torch._dynamo.reset()
     torch.compile(model, backend="fxpath_test_recording")(x)
-    grads = [grad for _, _, grad in GIVEN]
-    assert len(grads) == 4 and grads[:2] == grads[2:]
+    handed = [state for _, _, state in GIVEN]
+    assert len(handed) == 4 and handed[:2] == handed[2:]
 
 
 def test_one_lock_is_held_while_dynamo_compiles() -> None:

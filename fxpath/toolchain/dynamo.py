@@ -61,7 +61,10 @@ def compile_id() -> str:
 
 
 def undisturbed() -> Any:
-    """A context in which torch.export does not take part in what Dynamo is tracing."""
+    """A context in which torch.export does not take part in what Dynamo is tracing.
+
+    It would go on with the fake tensors and lengths that the inner backend is to find untouched.
+    """
     return tracing(None)
 
 
