@@ -180,8 +180,7 @@ def _chain(source: Any) -> Iterator[Any]:
 def _dotted(source: Any, node: fx.Node) -> str:
     if source is None:
         return node.name
-    name = source.name() if callable(source.name) else source.name  # a method of older releases
-    return ".".join(_steps(name)) or node.name
+    return ".".join(_steps(source.name)) or node.name
 
 
 def _steps(path: str) -> list[str]:
