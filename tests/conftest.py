@@ -2,10 +2,12 @@
 
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import fx
 
 from fxpath import passes
@@ -62,3 +64,11 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "some_nets", raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled before a test, and nothing is left behind it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
