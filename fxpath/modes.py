@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch._dynamo.convert_frame import compile_lock
+
+from fxpath.private import compile_lock
 
 __all__ = ["TRACING", "plain_mode"]
 

@@ -11,14 +11,29 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+# Finds a backend of `torch.compile` by its name.
+from torch._dynamo import lookup_backend
+
+# Held while Dynamo captures and compiles.
+from torch._dynamo.convert_frame import compile_lock
+
 # What `torch.compile` makes of a module; it is run uncompiled.
 from torch._dynamo.eval_frame import OptimizedModule
+
+# Where Dynamo found an input of a graph: a variable, and the steps from there.
+from torch._dynamo.source import (
+    GlobalSource,
+    LocalSource,
+    NNModuleSource,
+    TensorPropertySource,
+)
+from torch._guards import ChainedSource, CompileContext, tracing
 
 # Targets of an exported graph's nodes: an operation of ATen, or a control structure.
 from torch._ops import HigherOrderOperator, OpOverload
@@ -50,20 +65,28 @@ from torch.utils._pytree import (
 
 __all__ = [
     "ASSERT",
+    "ChainedSource",
     "HOOKS",
     "ConvNd",
     "FakeTensor",
+    "GlobalSource",
     "HigherOrderOperator",
     "LazyGraphModule",
+    "LocalSource",
+    "NNModuleSource",
     "NormBase",
     "OpOverload",
     "OptimizedModule",
+    "TensorPropertySource",
     "archived_device",
     "archived_dtype",
     "archived_program",
     "archive_schema",
     "compile_ahead",
     "call_uncompiled",
+    "called_compiled",
+    "compile_id",
+    "compile_lock",
     "entered_by",
     "forward_hooks",
     "forward_pre_hooks",
@@ -73,7 +96,9 @@ __all__ = [
     "is_archived_union",
     "keep_versions",
     "keystr",
+    "lookup_backend",
     "operators",
+    "outside_dynamo",
     "overload_name",
     "pruned_name",
     "schema",
@@ -86,6 +111,7 @@ __all__ = [
     "uncompiled",
     "without_modes",
     "without_torch_function",
+    "write_count",
 ]
 
 #: Reads a number, as `torch.Tensor.item` does.
@@ -157,6 +183,15 @@ def pruned_name(method: prune.BasePruningMethod) -> str:
     return method._tensor_name
 
 
+def called_compiled(frame: FrameType) -> nn.Module | None:
+    """The module that this frame of the stack calls, if ``torch.compile`` was given it."""
+    if frame.f_code is not nn.Module._wrapped_call_impl.__code__:
+        return None
+    module: nn.Module = frame.f_locals["self"]
+    # `Module.compile` leaves the module as it is, and has its calls compiled.
+    return uncompiled(module) or (module if module._compiled_call_impl is not None else None)
+
+
 # --- tensors --------------------------------------------------------------------------------------
 
 
@@ -178,6 +213,24 @@ def without_torch_function() -> AbstractContextManager[None]:
 def semi_structured_tiles() -> Mapping[torch.dtype, Any]:
     """Per dtype, of what sizes the rows and columns must be for torch's 2:4 kernels."""
     return SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS
+
+
+def write_count(tensor: Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return tensor._version
+
+
+# --- what Dynamo compiles -------------------------------------------------------------------------
+
+
+def compile_id() -> str:
+    """Torch's number of what is being compiled: ``frame/compilation``."""
+    return str(CompileContext.current_compile_id())
+
+
+def outside_dynamo() -> AbstractContextManager[Any]:
+    """In it, torch.export does not go on with the fake tensors and lengths of Dynamo's trace."""
+    return tracing(None)
 
 
 # --- slow to import: for those alone who ask ------------------------------------------------------

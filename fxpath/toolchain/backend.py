@@ -71,9 +71,9 @@ from torch import fx
 from fxpath.api import analyze, check
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.modes import plain_mode
+from fxpath.private import compile_id, lookup_backend, outside_dynamo
 from fxpath.program.backends import ANALYSIS
 from fxpath.rules.refused import TRAINING
-from fxpath.toolchain.dynamo import compile_id, lookup_backend, undisturbed
 from fxpath.toolchain.part import Part
 from fxpath.toolchain.plain import finite
 from fxpath.toolchain.separate import Separate, separate
@@ -190,7 +190,7 @@ def _examine(
 ) -> tuple[Part, Exception | None]:
     """What is found out about a part, and the error if that failed."""
     part = Part(index, compile_id(), "unknown", {}, {}, {})
-    with plain_mode(), undisturbed():
+    with plain_mode(), outside_dynamo():
         try:
             found = separate(graph_module, example_inputs)
             part = replace(

@@ -1,9 +1,9 @@
 """What Dynamo notes beside a graph that it captured: where each input comes from, and its name.
 
-All that fxpath reads of these private notes is read in this file.  Dynamo hands over a graph of
-torch's functions in which everything is an input: activations, the model's tensors, numbers that
-may change.  Which is which it notes at each placeholder, in ``node.meta["grapharg"]``: the example,
-and its source, a chain of steps such as ``L['self']._modules['conv1']._parameters['weight']``.
+All that fxpath reads of these notes is read in this file.  Dynamo hands over a graph of torch's
+functions in which everything is an input: activations, the model's tensors, numbers that may
+change.  Which is which it notes at each placeholder, in ``node.meta["grapharg"]``: the example, and
+its source, a chain of steps such as ``L['self']._modules['conv1']._parameters['weight']``.
 
 *What is a tensor of the model*: any ``nn.Parameter``, and what is reached through a module, a
 global variable or a variable of an enclosing function.  All else (arguments, activations that the
@@ -18,34 +18,27 @@ compiled, is called by the path on which Dynamo reached it, the variable first:
 
 from __future__ import annotations
 
+import inspect
 import re
-import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import torch
-import torch._dynamo.source as sources
 from torch import Tensor, fx, nn
-from torch._dynamo import lookup_backend
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._guards import ChainedSource, CompileContext, tracing
-from torch._subclasses import FakeTensor
 
+from fxpath import private
 from fxpath.model import named_tensors
 
 __all__ = [
     "CHECKPOINT",
     "Names",
-    "compile_id",
     "dynamic_axes",
     "has_values",
     "is_input",
     "is_length",
     "is_written",
-    "lookup_backend",
     "number",
-    "undisturbed",
 ]
 
 #: Calls a block of operations whose activations are not kept for the backward pass.
@@ -55,27 +48,14 @@ _KEPT_IN = ("_modules", "_parameters", "_buffers")
 _STEP = re.compile(r"\[['\"]?([^\[\]]*?)['\"]?\]|\.?(\w+)")
 
 
-def compile_id() -> str:
-    """Torch's number of what is being compiled: ``frame/compilation``."""
-    return str(CompileContext.current_compile_id())
-
-
-def undisturbed() -> Any:
-    """A context in which torch.export does not take part in what Dynamo is tracing.
-
-    It would go on with the fake tensors and lengths that the inner backend is to find untouched.
-    """
-    return tracing(None)
-
-
 def is_input(node: fx.Node) -> bool:
     """Whether a tensor that is no parameter comes into a part from outside of the model."""
     *steps, root = _chain(_source(node))
-    if any(isinstance(step, sources.NNModuleSource) for step in steps):
+    if any(isinstance(step, private.NNModuleSource) for step in steps):
         return False
-    if isinstance(root, sources.LocalSource):
+    if isinstance(root, private.LocalSource):
         return not root.is_derefed_cell_contents
-    return not isinstance(root, sources.GlobalSource)
+    return not isinstance(root, private.GlobalSource)
 
 
 def number(node: fx.Node, example: object) -> float | None:
@@ -93,14 +73,14 @@ def number(node: fx.Node, example: object) -> float | None:
     if isinstance(example, Tensor) and argument is not None and argument.pass_arg_as_tensor:
         # Random numbers that Python draws come in the same way, and have no source of their own.
         *_, root = _chain(_source(node))
-        known = isinstance(root, sources.LocalSource | sources.GlobalSource)
+        known = isinstance(root, private.LocalSource | private.GlobalSource)
         return example.item() if known else None
     return example if isinstance(example, int | float) else None
 
 
 def is_length(node: fx.Node) -> bool:
     """Whether a number is the length of a tensor's axis."""
-    return isinstance(_source(node), sources.TensorPropertySource)
+    return isinstance(_source(node), private.TensorPropertySource)
 
 
 def dynamic_axes(node: fx.Node) -> tuple[int, ...]:
@@ -111,14 +91,14 @@ def dynamic_axes(node: fx.Node) -> tuple[int, ...]:
 
 def has_values(example: Tensor) -> bool:
     """Whether a tensor is one, and not only its form."""
-    return not isinstance(example, FakeTensor)
+    return not isinstance(example, private.FakeTensor)
 
 
 def is_written(node: fx.Node) -> bool:
     """Whether the captured code writes into a tensor that it is given."""
     # Made by Dynamo for this graph, and all of its operations ran on it.
     example = node.meta.get("example_value")
-    return isinstance(example, Tensor) and example._version > 0
+    return isinstance(example, Tensor) and private.write_count(example) > 0
 
 
 class Names:
@@ -128,7 +108,7 @@ class Names:
         self._known: dict[int, str] = {}
         #: Variable of the code that is compiled -> name of the module that it holds.
         self._variables: dict[str, str] = {}
-        for module in _compiled_modules(sys._getframe()):
+        for module in _compiled_modules(inspect.currentframe()):
             for name, tensor in named_tensors(module).items():
                 self._known.setdefault(id(tensor), name)
 
@@ -172,7 +152,7 @@ def _source(node: fx.Node) -> Any:
 def _chain(source: Any) -> Iterator[Any]:
     """The steps of a source, the last one first, down to the variable that it starts from."""
     yield source
-    while isinstance(source, ChainedSource):
+    while isinstance(source, private.ChainedSource):
         source = source.base
         yield source
 
@@ -193,11 +173,8 @@ def _compiled_modules(frame: FrameType | None) -> Iterator[nn.Module]:
     """Modules on the stack that torch compiles, outermost first."""
     found: list[nn.Module] = []
     while frame is not None:
-        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
-            module = frame.f_locals["self"]
-            if isinstance(module, OptimizedModule):
-                found.append(module._orig_mod)
-            elif module._compiled_call_impl is not None:
-                found.append(module)
+        module = private.called_compiled(frame)
+        if module is not None:
+            found.append(module)
         frame = frame.f_back
     return reversed(found)
