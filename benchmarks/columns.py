@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fxpath
 from fxpath import PathProgram
 
-__all__ = ["COLUMNS", "Found", "Way", "deviation", "expected", "offered"]
+__all__ = ["COLUMNS", "Found", "Way", "deviation", "expected", "offered", "read"]
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,13 @@ def _program(program: PathProgram, scores: bool) -> Way:
 
 def aotinductor(model: nn.Module, shape: tuple[int, ...], scores: bool) -> Way:
     """The exported program, compiled ahead of time; scores into new tensors."""
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
+    from torch._inductor import aoti_load_package
 
-    exported = fxpath.compile(model, shape, backend="eager").exported(scores)
     with tempfile.TemporaryDirectory() as folder:
-        package = str(Path(folder) / "program.pt2")
-        aoti_compile_and_package(exported, package_path=package)
-        loaded = aoti_load_package(package)
-    return Way(loaded, lambda: _read(loaded()))
+        package = Path(folder) / "program.pt2"
+        fxpath.compile(model, shape, backend="eager").save(package, "aoti", scores)
+        loaded = aoti_load_package(str(package))
+    return Way(loaded, lambda: read(loaded()))
 
 
 def onnx_runtime(model: nn.Module, shape: tuple[int, ...], scores: bool) -> Way:
@@ -101,8 +100,8 @@ def onnx_runtime(model: nn.Module, shape: tuple[int, ...], scores: bool) -> Way:
     import numpy
     import onnxruntime
 
-    exported = fxpath.compile(model, shape, backend="eager").exported(scores)
-    found: dict[str, Any] = exported.module()()
+    program = fxpath.compile(model, shape, backend="eager")
+    found: dict[str, Any] = program.exported(scores).module()()
     found = {key: _empty(value) for key, value in found.items()}
     numbers = [value for value in found.values() if isinstance(value, Tensor)]
     memory = [*numbers, *found.get("scores", {}).values()]
@@ -117,22 +116,14 @@ def onnx_runtime(model: nn.Module, shape: tuple[int, ...], scores: bool) -> Way:
         raise RuntimeError(f"this onnxruntime was built without {own}: install onnxruntime-gpu")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.onnx"
-        # Weights are inputs with a default: of constants all could be computed beforehand.
-        torch.onnx.export(
-            exported,
-            f=path,
-            dynamo=True,
-            optimize=False,
-            keep_initializers_as_inputs=True,
-            verbose=False,
-        )
+        program.save(path, scores=scores)
         session = onnxruntime.InferenceSession(path, settings, providers=[own])
     binding = session.io_binding()
     kinds = {torch.float32: numpy.float32, torch.float64: numpy.float64}
     for output, tensor in zip(session.get_outputs(), memory, strict=True):
         place = device.type, device.index or 0, kinds[tensor.dtype], tensor.shape
         binding.bind_output(output.name, *place, tensor.data_ptr())
-    return Way(lambda: session.run_with_iobinding(binding), lambda: _read(found))
+    return Way(lambda: session.run_with_iobinding(binding), lambda: read(found))
 
 
 def _empty(value: Any) -> Any:
@@ -161,10 +152,11 @@ def cudagraph(model: nn.Module, shape: tuple[int, ...], scores: bool) -> Way:
         found = steps()
     for score in out.values():
         score.zero_()  # what is found is a replay's
-    return Way(graph.replay, lambda: _read({**found, "scores": out}))
+    return Way(graph.replay, lambda: read({**found, "scores": out}))
 
 
-def _read(found: Mapping[str, Any]) -> Found:
+def read(found: Mapping[str, Any]) -> Found:
+    """What an exported program returned."""
     mantissa, exponent = float(found["mantissa"]), float(found["exponent"])
     log10 = math.log10(mantissa) + exponent * math.log10(2) if mantissa > 0 else -math.inf
     return Found(log10, found.get("scores", {}))
