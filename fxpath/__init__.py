@@ -31,6 +31,7 @@ from fxpath.pruning.pruned import Pruned, PrunedLayer
 from fxpath.pruning.removal import prune_channels
 from fxpath.pruning.smaller import PrunedChannels, load_pruned
 from fxpath.pruning.surgery import apply_plan
+from fxpath.rules.own import RegisteredRule, register_rule
 from fxpath.symmetry.groups import ChannelGroup, ChannelGroups, Member
 from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
 from fxpath.version import __version__ as __version__
@@ -58,6 +59,7 @@ __all__ = [
     "PrunedChannels",
     "PrunedLayer",
     "Quantized",
+    "RegisteredRule",
     "SupportReport",
     "UnsupportedModelError",
     "analyze",
@@ -81,6 +83,7 @@ __all__ = [
     "prune",
     "prune_channels",
     "quantize",
+    "register_rule",
     "remove_dead",
     "rescale",
     "verify",

@@ -1,6 +1,7 @@
 """Blocks of code that torch.export keeps apart (``with torch.no_grad():``) go back into one graph.
 
-Requires an exported program.  Ensures a graph without higher-order operators.
+Requires an exported program.  Ensures a graph without higher-order operators, in which operators
+with a composition of the user's are written out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from fxpath.capture.own_operators import written_out
 from fxpath.errors import CUT, Problem, SupportReport, UnsupportedModelError, problem
+from fxpath.graph.compositions import COMPOSITIONS
 from fxpath.private import HigherOrderOperator, tree_leaves
 
 #: Higher-order operator -> position of its subgraph among the arguments.
@@ -64,11 +67,23 @@ def _copy(
             continue  # read where it is called
         elif isinstance(node.target, HigherOrderOperator):
             values[node] = _block(graph, module, node, values, problems)
+        elif node.target in COMPOSITIONS:
+            values[node] = _composed(graph, node, values, problems)
         elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple | list):
             values[node] = values[node.args[0]][node.args[1]]
         else:
             values[node] = graph.node_copy(node, values.__getitem__)
     raise AssertionError("a graph without an output node")
+
+
+def _composed(
+    graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any], problems: list[Problem]
+) -> Any:
+    """Append what an operator of the user's is made of."""
+    operands = [values[read] for read in node.all_input_nodes]
+    results = _copy(graph, written_out(node), operands, problems)
+    several = isinstance(node.meta["val"], tuple | list)
+    return tuple(results) if several else results[0]
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:

@@ -382,6 +382,9 @@ def _capture_problem(error: Exception, names: dict[int, str]) -> Problem:
     elif isinstance(error, Overwritten):
         reason = "a Python number is read from a tensor that forward itself has written to"
         remedy = "compute the number without writing in place"
+    elif "fake impl" in str(error):
+        reason = f"an operator does not tell torch the shape of its result ({text})"
+        remedy = "register a function for it that does: torch.library.register_fake"
     elif "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         reason = f"control flow that depends on the values of activations ({text})"
         remedy = (

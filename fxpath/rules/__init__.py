@@ -5,7 +5,7 @@ multiplies or adds), ``recurrent``.  Neurons: ``activation`` (ReLU and its relat
 (maxima, means, sums), ``ranks`` (order statistics), ``norms``.  Fixed maps: ``padding``,
 ``resampling`` (interpolation), ``indexing`` and ``assignment`` (entries read from and written to
 constant positions), ``shape`` (what only moves entries).  ``refused`` explains the best-known
-operations that the theory does not cover.
+operations that the theory does not cover; ``own`` takes compositions for operators of a user's.
 """
 
 from fxpath.rules import (

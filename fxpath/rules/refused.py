@@ -197,8 +197,8 @@ EXPLAINED: dict[str, Reason] = {
 
 UNKNOWN = (
     "there is no rule for this operation",
-    "express it by supported operations, or analyse the network up to the module before it "
-    'with until="..."; a rule of its own is one function under fxpath/rules/',
+    "say by fxpath.register_rule which supported operations it is composed of, write it as these, "
+    'or analyse the network up to the module before it with until="..."',
 )
 
 
