@@ -66,20 +66,41 @@ def violations(
 
     Args:
         module: what the pass returned.
-        stage: ``"folded"``, ``"derived"``, or one of :data:`STAGES`.
+        stage: ``"captured"``, ``"folded"``, ``"derived"``, or one of :data:`STAGES`.
         captured: the captured model.
         made: what operations are known to return, for whoever checks many graphs.
     """
     module.graph.lint()
     made = made or Forms()
-    if stage == "folded":
-        return list(_folded(module.graph, captured, made))
+    if stage == "captured":
+        return list(_captured(module.graph))
     if stage == "derived":
         return list(_derived(module, captured))
+    bare = [
+        f"{node.name}: it has no note {key!r}"
+        for node in module.graph.nodes
+        for key in (("val",) if stage == "folded" else ("val", "static"))
+        if node.op != "output" and key not in node.meta
+    ]
+    if bare:
+        return bare  # nothing else can be looked at
+    if stage == "folded":
+        return list(_folded(module.graph, captured, made))
     found = list(_coordinates(module.graph))
     for node in module.graph.nodes:
         found += [f"{node.name}: {what}" for what in _node(module, node, STAGES[stage], made)]
     return found
+
+
+def _captured(graph: fx.Graph) -> Iterator[str]:
+    """Operators alone, none of which writes to a tensor."""
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "call_function", "output"):
+            yield f"{node.name}: a {node.op} node"
+        elif node.op == "call_function" and not _is_aten(node):
+            yield f"{node.name}: {target(node)} is no ATen operation"
+        elif isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            yield f"{node.name}: {node.target} writes to a tensor"
 
 
 def _coordinates(graph: fx.Graph) -> Iterator[str]:

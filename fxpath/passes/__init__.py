@@ -13,6 +13,15 @@ Each pass is one file and one function of one signature, graph module in, graph 
 - ``lower``: each layer is computed in the way that is fastest;
 - ``derive``, when a program first runs: the reverse half is appended, word by word (``words``, on a
   ``tape``), and scales are put in; ``place`` lets the result run in given memory.
+
+Three ways to use one of them by itself, which differ in what it is told and in nothing else:
+
+- ``fold(module, setting)``, and so on: the pass itself; a setting is made from what :func:`capture`
+  returns;
+- ``Fold(setting)``, ``Lift``, ``Reduce`` (with ``hoist``), ``Lower``, ``Derive``: for torch's
+  ``PassManager``, each of which checks the graph before and after (``managed``);
+- ``fold_program(program)``, ..., ``derive_program`` of :mod:`fxpath.toolchain`: exported program
+  in, exported program out, which knows its tensors by itself.
 """
 
 from __future__ import annotations
@@ -29,13 +38,22 @@ from fxpath.passes.fold import fold
 from fxpath.passes.hoist import hoist
 from fxpath.passes.lift import lift
 from fxpath.passes.lower import lower
+from fxpath.passes.managed import Derive, Fold, Lift, Lower, Reduce
 from fxpath.passes.reduce import reduce
 from fxpath.passes.setting import Pass, Setting
 
 __all__ = [
+    "Captured",
+    "Derive",
+    "Fold",
+    "Given",
+    "Lift",
+    "Lower",
     "Pass",
+    "Reduce",
     "Rewritten",
     "Setting",
+    "capture",
     "fold",
     "hoist",
     "lift",

@@ -1,1 +1,24 @@
 """Where other compilers, runtimes and tools meet fxpath."""
+
+"""What other toolchains take, and what they may ask for.
+
+``stages`` has the passes as functions from one exported program to the next, in the ``dialect`` of
+each stage; ``annotations`` writes shares of path mass into the nodes of a program.
+"""
+
+
+from fxpath.toolchain.stages import (
+    derive_program,
+    fold_program,
+    lift_program,
+    lower_program,
+    reduce_program,
+)
+
+__all__ = [
+    "derive_program",
+    "fold_program",
+    "lift_program",
+    "lower_program",
+    "reduce_program",
+]
