@@ -10,7 +10,7 @@ Lipschitz bound based on path-metrics for modern ReLU network parameterizations"
 definitions and equations in docstrings are the paper's.
 """
 
-from fxpath import criteria
+from fxpath import criteria, passes
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
 from fxpath.capture.loading.certificates import load_certificate
 from fxpath.certificate import Certificate, Claim
@@ -34,7 +34,10 @@ from fxpath.pruning.surgery import apply_plan
 from fxpath.rules.own import RegisteredRule, register_rule
 from fxpath.symmetry.groups import ChannelGroup, ChannelGroups, Member
 from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
+from fxpath.toolchain.annotations import annotate
 from fxpath.version import __version__ as __version__
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
@@ -63,6 +66,7 @@ __all__ = [
     "SupportReport",
     "UnsupportedModelError",
     "analyze",
+    "annotate",
     "apply_masks",
     "apply_plan",
     "certify",
@@ -75,6 +79,7 @@ __all__ = [
     "load_masks",
     "load_pruned",
     "normalize",
+    "passes",
     "path_lifting",
     "path_magnitude",
     "path_metric",

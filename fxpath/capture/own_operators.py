@@ -18,7 +18,7 @@ from fxpath.graph.compositions import COMPOSITIONS
 from fxpath.graph.schema import target
 
 #: Notes of a call that whatever is written in its place bears as well.
-_PLACE = ("nn_module_stack", "stack_trace")
+_PLACE = ("nn_module_stack", "stack_trace", "custom")
 _REMEDY = "correct the function that was passed to fxpath.register_rule"
 
 

@@ -8,9 +8,12 @@
     >>> setting = Setting(capture(model, Given((2,))))
     >>> manager = PassManager([step(setting) for step in (Fold, Lift, Reduce, Lower, Derive)])
     >>> derived = manager(setting.captured.graph_module).graph_module
-    >>> found = derived(*setting.captured.live().values())
+    >>> with torch.no_grad():
+    ...     found = derived(*setting.captured.live().values())
     >>> float(found["mantissa"] * 2 ** found["exponent"]), found["scores"]["weight"].tolist()
     (6.0, [[0.5, 0.5]])
+
+None changes the graph that it is given, and each is for one captured model.
 """
 
 from __future__ import annotations

@@ -61,6 +61,14 @@ def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
     Returns:
         Layer -> function that sums a weight-shaped tensor over all but its output channels.
     """
+    layers: dict[str, tuple[Layer, Channels]] = {}
+    for layer, weigh in layers_at(module).values():
+        layers.setdefault(layer.name, (layer, _channels(module, weigh) if weigh else _flatten))
+    return dict(layers.values())
+
+
+def layers_at(module: fx.GraphModule) -> dict[fx.Node, tuple[Layer, fx.Node | None]]:
+    """Captured operation -> the layer that it is, and the lifted node that weighs, if one does."""
     weights: dict[fx.Node | None, fx.Node] = {}
     biases: dict[fx.Node | None, fx.Node] = {}
     for node in module.graph.nodes:
@@ -72,19 +80,18 @@ def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
         if bias is not None and coordinate is not None:
             # What adds it may be another operation than the one that weighs.
             biases.setdefault(bias.meta["origin"], coordinate)
-    layers: dict[str, tuple[Layer, Channels]] = {}
+    found: dict[fx.Node, tuple[Layer, fx.Node | None]] = {}
     for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes]):
-        if origin in weights or origin in biases:
-            layer = _layer(origin, weights.get(origin), biases.get(origin))
+        if origin is not None and (origin in weights or origin in biases):
             weigh = weights.get(origin)
-            layers.setdefault(layer.name, (layer, _channels(module, weigh) if weigh else _flatten))
-    return dict(layers.values())
+            found[origin] = _layer(origin, weigh, biases.get(origin)), weigh
+    return found
 
 
-def _layer(origin: fx.Node | None, weigh: fx.Node | None, bias: fx.Node | None) -> Layer:
+def _layer(origin: fx.Node, weigh: fx.Node | None, bias: fx.Node | None) -> Layer:
     weight = None if weigh is None else coordinate_of(arguments(weigh)[1])
     main = weight or bias
-    assert main is not None and origin is not None
+    assert main is not None
     name: str = arguments(main)[1]
     operation = schema(target(origin)).name.split("::")[1]
     return Layer(

@@ -6,7 +6,7 @@
 each stage; ``annotations`` writes shares of path mass into the nodes of a program.
 """
 
-
+from fxpath.toolchain.annotations import Annotation, annotate
 from fxpath.toolchain.stages import (
     derive_program,
     fold_program,
@@ -16,6 +16,8 @@ from fxpath.toolchain.stages import (
 )
 
 __all__ = [
+    "Annotation",
+    "annotate",
     "derive_program",
     "fold_program",
     "lift_program",

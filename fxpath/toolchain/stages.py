@@ -6,7 +6,7 @@
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> _ = torch.nn.init.constant_(model.weight, -3.0)
     >>> lifted = lift_program(fold_program(torch.export.export(model, (torch.ones(1, 2),))))
-    >>> float(lifted.module()()), lifted.dialect
+    >>> lifted.module()().item(), lifted.dialect
     (6.0, 'FXPATH/LIFTED')
     >>> found = derive_program(lower_program(reduce_program(lifted))).module()()
     >>> float(found["mantissa"] * 2 ** found["exponent"]), found["scores"]["weight"].tolist()
