@@ -148,16 +148,6 @@ def test_what_a_pass_returns_is_looked_at(net: Net) -> None:
         Careless(setting)(folded)
 
 
-def test_a_real_model_goes_through() -> None:
-    models = pytest.importorskip("torchvision.models")
-    model = models.resnet18(weights=None).eval()
-    setting = Setting(capture(model, Given((3, 32, 32))))
-    steps = [kind(setting) for kind in (Fold, Lift, Reduce, Lower)]
-    lowered = PassManager(steps)(setting.captured.graph_module).graph_module
-    found = lowered(*setting.captured.live().values()).item()
-    assert found == pytest.approx(fxpath.path_norm(model, (3, 32, 32)), rel=1e-5)
-
-
 # -- exported programs -----------------------------------------------------------------------------
 
 STEPS: list[tuple[Callable[..., ExportedProgram], str]] = [
@@ -188,7 +178,7 @@ def test_each_program_is_what_its_pass_makes_of_the_one_before(net: Net) -> None
 
 
 def test_the_last_program_is_that_of_a_compiled_model() -> None:
-    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 1)).eval()
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.ReLU()).eval()
     lifted = lift_program(fold_program(torch.export.export(net, (torch.ones(1, 3),))))
     derived = derive_program(lower_program(reduce_program(lifted)), dtype=torch.float64)
     exported = fxpath.compile(net, (3,), backend="eager", dtype=torch.float64).exported()
@@ -196,8 +186,8 @@ def test_the_last_program_is_that_of_a_compiled_model() -> None:
     assert derived.state_dict.keys() == exported.state_dict.keys()
     found = derived.module()()
     torch.testing.assert_close(found, exported.module()(), rtol=0, atol=0)
-    ones = [net[0].weight.abs().sum(1) + net[0].bias.abs(), net[3].weight.abs(), net[3].bias.abs()]
-    assert number(found) == pytest.approx((ones[1] @ ones[0] + ones[2]).item(), rel=1e-4)
+    known = net[0].weight.abs().sum() + net[0].bias.abs().sum()
+    assert number(found) == pytest.approx(known.item(), rel=1e-4)
 
 
 def test_a_folded_program_becomes_one_of_aten_operators(net: Net) -> None:

@@ -156,7 +156,8 @@ def test_a_decorator_gives_the_function_back_and_a_rule_can_call_another() -> No
             assert handle.operator is SIGNS
             assert fxpath.path_norm(net, (4,)) == pytest.approx(fxpath.path_norm(twin, (4,)))
     finally:
-        fxpath.RegisteredRule(linear_alone).remove()
+        del COMPOSITIONS[linear_alone]
+    handle.remove()  # once more
     assert not COMPOSITIONS
 
 

@@ -22,13 +22,16 @@ class RegisteredRule:
 
     Attributes:
         operator: the operator that it is for.
+        composition: what the operator is made of.
     """
 
     operator: OpOverload
+    composition: Callable[..., Any]
 
     def remove(self) -> None:
         """Take the rule back; what was compiled with it stays as it is."""
-        COMPOSITIONS.pop(self.operator, None)
+        if COMPOSITIONS.get(self.operator) is self.composition:
+            del COMPOSITIONS[self.operator]
 
     def __enter__(self) -> RegisteredRule:
         return self
@@ -115,7 +118,7 @@ def register_rule(operator: OpOverload, composition: Callable[..., Any] | None =
             f"{operator} writes to its arguments: register one that returns its result instead"
         )
     COMPOSITIONS[operator] = composition
-    return RegisteredRule(operator)
+    return RegisteredRule(operator, composition)
 
 
 def _named(operator: object) -> str:
