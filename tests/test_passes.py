@@ -257,6 +257,8 @@ def test_a_program_of_another_stage_is_refused_with_what_to_run_first(net: Net) 
     ):
         with pytest.raises(ValueError, match=what):
             step(program)
+    with pytest.raises(ValueError, match="no model's program, but of the dialect FXPATH/LIFTED"):
+        fxpath.path_norm(lifted)
     with pytest.raises(TypeError, match="a Net is no ExportedProgram"):
         fold_program(net)  # type: ignore[arg-type]
 

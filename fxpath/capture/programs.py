@@ -15,6 +15,7 @@ from fxpath.capture.rows import rows_meet, same_row
 from fxpath.capture.trace import run, trace
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.graph.aten import SIZELESS
+from fxpath.graph.spec import DIALECT
 from fxpath.model.captured import Captured
 from fxpath.model.given import Given
 from fxpath.private import FakeTensor, tree_leaves, tree_unflatten
@@ -27,9 +28,15 @@ def from_program(program: ExportedProgram, given: Given) -> Captured:
     sample where the program runs on one.
 
     Raises:
-        ValueError: for inputs of other shapes, or a batch that cannot be cut.
+        ValueError: for inputs of other shapes, or a batch that cannot be cut; for a program that
+            passes have made of a model's.
         UnsupportedModelError: if it cannot be traced once more.
     """
+    if program.dialect.startswith(DIALECT):
+        raise ValueError(
+            f"this is no model's program, but of the dialect {program.dialect}, which passes have "
+            "made of one: pass the one that they were given"
+        )
     if given.until is not None:
         raise ValueError(
             "until needs a module to stop at, and an ExportedProgram has none: "

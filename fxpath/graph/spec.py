@@ -25,6 +25,9 @@ from fxpath.graph.values import frozen
 from fxpath.model import Captured
 from fxpath.private import OpOverload
 
+#: Of exported programs between two passes: the dialect is this, a slash, and the stage.
+DIALECT = "FXPATH"
+
 #: Every key of ``node.meta`` that is fxpath's own, and what it says.  ``val`` is torch's: shape and
 #: format of the result.
 NOTES = {

@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_flatten
 from fxpath.graph import ops
 from fxpath.graph.aten import CAST, RESHAPE
 from fxpath.graph.edit import written
-from fxpath.graph.spec import violations
+from fxpath.graph.spec import DIALECT, violations
 from fxpath.model import Captured, named_tensors
 from fxpath.model.form import form_of
 from fxpath.sample import Sample
@@ -55,7 +55,7 @@ _USER_OUTPUT = OutputKind.USER_OUTPUT
 class _Stage(Verifier):
     """Operators of ATen and fxpath's own words."""
 
-    dialect = "FXPATH"
+    dialect = DIALECT
 
     def allowed_op_types(self) -> tuple[type[Any], ...]:
         return (OpOverload, types.FunctionType)
@@ -66,19 +66,19 @@ class _Stage(Verifier):
 
 
 class _Folded(_Stage):
-    dialect = "FXPATH/FOLDED"
+    dialect = f"{DIALECT}/FOLDED"
 
 
 class _Lifted(_Stage):
-    dialect = "FXPATH/LIFTED"
+    dialect = f"{DIALECT}/LIFTED"
 
 
 class _Reduced(_Stage):
-    dialect = "FXPATH/REDUCED"
+    dialect = f"{DIALECT}/REDUCED"
 
 
 class _Lowered(_Stage):
-    dialect = "FXPATH/LOWERED"
+    dialect = f"{DIALECT}/LOWERED"
 
 
 _VERIFIERS: dict[str, type[Verifier]] = {
