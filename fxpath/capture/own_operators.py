@@ -8,6 +8,7 @@ its call: module path and source line.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,14 +47,14 @@ def written_out(node: fx.Node) -> fx.GraphModule:
     """
     try:
         traced = _traced(node, copies=False)
-        if any(_mutates(step) for step in traced.graph.nodes):
+        if any(_mutates(step) for step in _steps(traced)):
             # The operator leaves its arguments alone, so what is written to are copies.
             traced = _traced(node, copies=True)
     # Whatever a function of the user's raises, or torch.export of what it does.
     except Exception as error:
         text = next(iter(str(error).strip().splitlines()), "")
         raise _refused(node, f"cannot be traced: {type(error).__name__}: {text}") from error
-    if any(step.target is node.target for step in traced.graph.nodes):
+    if any(step.target is node.target for step in _steps(traced)):
         raise _refused(node, "calls the operator itself")
     inputs = [step for step in traced.graph.nodes if step.op == "placeholder"]
     if len(inputs) != len(node.all_input_nodes):
@@ -64,7 +65,7 @@ def written_out(node: fx.Node) -> fx.GraphModule:
     own = tuple(map(_form, value if isinstance(value, tuple | list) else [value]))
     if tuple(made) != own:
         raise _refused(node, f"returns {_shown(made)}, and the operator {_shown(own)}")
-    for step in traced.graph.nodes:
+    for step in _steps(traced):
         step.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
     return traced
 
@@ -75,6 +76,13 @@ def _traced(node: fx.Node, copies: bool) -> fx.GraphModule:
         warnings.simplefilter("ignore")
         program = torch.export.export(_Composition(node, copies), values, strict=False)
     return program.graph_module
+
+
+def _steps(traced: fx.GraphModule) -> Iterator[fx.Node]:
+    """All nodes, also those of blocks that torch.export keeps apart."""
+    for part in traced.modules():
+        if isinstance(part, fx.GraphModule):
+            yield from part.graph.nodes
 
 
 def _mutates(step: fx.Node) -> bool:
