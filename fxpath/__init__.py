@@ -37,8 +37,6 @@ from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
 from fxpath.toolchain.annotations import annotate
 from fxpath.version import __version__ as __version__
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Analysis",
     "Bound",

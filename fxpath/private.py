@@ -33,10 +33,13 @@ from torch._dynamo.source import (
     NNModuleSource,
     TensorPropertySource,
 )
+
+# What says which operators an exported program of a dialect may hold.
+from torch._export.verifier import SpecViolationError, Verifier
 from torch._guards import ChainedSource, CompileContext, tracing
 
 # Targets of an exported graph's nodes: an operation of ATen, or a control structure.
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 # Values of a trace, which have shapes and no entries.
 from torch._subclasses.fake_tensor import FakeTensor
@@ -57,6 +60,7 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 # Nested inputs and outputs, flattened as torch.export flattens them.
 from torch.utils._pytree import (
     keystr,
+    tree_flatten,
     tree_flatten_with_path,
     tree_leaves,
     tree_map_only,
@@ -76,8 +80,11 @@ __all__ = [
     "NNModuleSource",
     "NormBase",
     "OpOverload",
+    "OpOverloadPacket",
     "OptimizedModule",
+    "SpecViolationError",
     "TensorPropertySource",
+    "Verifier",
     "archived_device",
     "archived_dtype",
     "archived_program",
@@ -104,6 +111,7 @@ __all__ = [
     "schema",
     "semi_structured_tiles",
     "storage_key",
+    "tree_flatten",
     "tree_flatten_with_path",
     "tree_leaves",
     "tree_map_only",

@@ -209,11 +209,11 @@ def test_what_cannot_be_registered() -> None:
     aten = torch.ops.aten
     for operator, what in (
         (torch.ops.fxpath_tests.linear_relu, "torch.ops.fxpath_tests.linear_relu.default"),
-        (linear_relu, "fxpath_tests::linear_relu is no overload"),
+        (linear_relu, "fxpath_tests::linear_relu.* is no overload"),
         (aten.add, "torch.ops.aten.add.Tensor or torch.ops.aten.add.Scalar"),
         ("mylib::op", "mylib::op is no overload"),
     ):
-        with pytest.raises(TypeError, match=what.replace(".", r"\.")):
+        with pytest.raises(TypeError, match=what.replace("ops.", r"ops\.")):
             fxpath.register_rule(operator, composed)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="is a int, no function"):
         fxpath.register_rule(OWN, 3)  # type: ignore[call-overload]

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxpath.errors import SupportReport, UnsupportedModelError, problem
 from fxpath.graph.compositions import COMPOSITIONS
 from fxpath.graph.schema import target
+from fxpath.private import OpOverload, schema
 
 #: Notes of a call that whatever is written in its place bears as well.
 _PLACE = ("nn_module_stack", "stack_trace", "custom")
@@ -87,7 +88,7 @@ def _steps(traced: fx.GraphModule) -> Iterator[fx.Node]:
 
 def _mutates(step: fx.Node) -> bool:
     called = target(step)
-    return isinstance(called, torch._ops.OpOverload) and called._schema.is_mutable
+    return isinstance(called, OpOverload) and schema(called).is_mutable
 
 
 def _form(value: Any) -> Any:

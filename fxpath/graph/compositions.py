@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch._ops import OpOverload
+from fxpath.private import OpOverload
 
 #: Filled and emptied by :func:`fxpath.register_rule`, read by every capture.
 COMPOSITIONS: dict[OpOverload, Callable[..., Any]] = {}

@@ -23,7 +23,7 @@ from fxpath.graph.links import static
 from fxpath.graph.schema import arguments, target
 from fxpath.graph.values import frozen
 from fxpath.model import Captured
-from fxpath.private import OpOverload
+from fxpath.private import OpOverload, schema
 
 #: Of exported programs between two passes: the dialect is this, a slash, and the stage.
 DIALECT = "FXPATH"
@@ -102,7 +102,7 @@ def _captured(graph: fx.Graph) -> Iterator[str]:
             yield f"{node.name}: a {node.op} node"
         elif node.op == "call_function" and not _is_aten(node):
             yield f"{node.name}: {target(node)} is no ATen operation"
-        elif isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+        elif isinstance(node.target, OpOverload) and schema(node.target).is_mutable:
             yield f"{node.name}: {node.target} writes to a tensor"
 
 

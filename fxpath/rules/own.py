@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
-from torch._ops import OpOverload, OpOverloadPacket
-
 from fxpath.graph.compositions import COMPOSITIONS
+from fxpath.private import OpOverload, OpOverloadPacket, schema
 from fxpath.rules.registry import RULES
 
 __all__ = ["RegisteredRule", "register_rule"]
@@ -113,7 +112,7 @@ def register_rule(operator: OpOverload, composition: Callable[..., Any] | None =
     if operator in RULES or operator in COMPOSITIONS:
         owner = "of fxpath's own" if operator in RULES else "that was registered before"
         raise ValueError(f"{operator} has a rule already, one {owner}")
-    if operator._schema.is_mutable:
+    if schema(operator).is_mutable:
         raise ValueError(
             f"{operator} writes to its arguments: register one that returns its result instead"
         )
@@ -122,7 +121,7 @@ def register_rule(operator: OpOverload, composition: Callable[..., Any] | None =
 
 
 def _named(operator: object) -> str:
-    return operator if isinstance(operator, str) else str(getattr(operator, "_qualname", operator))
+    return operator if isinstance(operator, str) else str(operator)
 
 
 def _meant(operator: object) -> str:

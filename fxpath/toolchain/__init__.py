@@ -1,9 +1,9 @@
-"""Where other compilers, runtimes and tools meet fxpath."""
+"""Where other compilers, runtimes and tools meet fxpath.
 
-"""What other toolchains take, and what they may ask for.
-
-``stages`` has the passes as functions from one exported program to the next, in the ``dialect`` of
-each stage; ``annotations`` writes shares of path mass into the nodes of a program.
+``backend`` is the backend of ``torch.compile`` (``dynamo`` and ``separate`` read what it is given,
+``part`` is what it finds); ``stages`` has the passes as functions from one exported program to the
+next, in the ``dialect`` of each stage; ``annotations`` writes shares of path mass into the nodes of
+a program.
 """
 
 from fxpath.toolchain.annotations import Annotation, annotate

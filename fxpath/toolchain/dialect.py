@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._export.verifier import SpecViolationError, Verifier
-from torch._ops import OpOverload
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -37,7 +35,6 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.utils._pytree import tree_flatten
 
 from fxpath.graph import ops
 from fxpath.graph.aten import CAST, RESHAPE
@@ -45,6 +42,7 @@ from fxpath.graph.edit import written
 from fxpath.graph.spec import DIALECT, violations
 from fxpath.model import Captured, named_tensors
 from fxpath.model.form import form_of
+from fxpath.private import OpOverload, SpecViolationError, Verifier, tree_flatten
 from fxpath.sample import Sample
 
 #: What fold writes in float64, whatever the model's own format.

@@ -35,7 +35,8 @@ from fxpath.passes.hoist import hoist
 from fxpath.passes.lift import lift
 from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
-from fxpath.program.program import PathProgram, format_of
+from fxpath.program.formats import format_of
+from fxpath.program.program import PathProgram
 from fxpath.toolchain.dialect import as_program, from_program, take
 
 __all__ = ["derive_program", "fold_program", "lift_program", "lower_program", "reduce_program"]
