@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tabulate import tabulate
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from fxpath.program.coverage import find_unscored, summary
 from fxpath.program.evaluation import Evaluation
-from fxpath.program.layers import Channels, Layer, find_layers, neuron_shares
+from fxpath.program.layers import Channels, Layer, find_layers, layers_at, neuron_shares
+from fxpath.program.overlay import overlay
 from fxpath.sample import Sample
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ class Analysis:
         evaluation: Evaluation,
         layers: Mapping[Layer, Channels],
         unscored: dict[str, str],
+        nodes: Mapping[str, str],
     ) -> None:
         """Analyses are made by :func:`fxpath.analyze`."""
         self.q = q
@@ -88,6 +92,7 @@ class Analysis:
         self.unscored = unscored
         self._evaluation = evaluation
         self._layers = list(layers)
+        self._nodes = dict(nodes)
         self.neuron_shares: dict[str, Tensor] = {
             layer.name: neuron_shares(layer, channels, self.scores)
             for layer, channels in layers.items()
@@ -100,8 +105,9 @@ class Analysis:
         given, shares = program.given, evaluation.shares
         cut = given is not None and (given.until, given.outputs) != (None, None)
         unscored = find_unscored(program.captured, program.lifted, shares, cut)
-        layers = find_layers(program.lifted)
-        return cls(program.q, program.captured.inputs, evaluation, layers, unscored)
+        layers, at = find_layers(program.lifted), layers_at(program.lifted)
+        nodes = {origin.name: layer.name for origin, (layer, _) in at.items()}
+        return cls(program.q, program.captured.inputs, evaluation, layers, unscored, nodes)
 
     def path_magnitude(self, name: str) -> Tensor:
         """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.
@@ -160,6 +166,27 @@ class Analysis:
             "layers": [{**row, "shape": list(row["shape"])} for row in self.layers],
             "unscored": dict(self.unscored),
         }
+
+    def to_model_explorer(self, path: str | Path) -> None:
+        """Write an overlay for Model Explorer, which colours a graph's layers by their share.
+
+        In Model Explorer, open the program that ``torch.export.export`` makes of the model in eval
+        mode (or the program that was analysed), and load the file as node data, there or by
+        ``ModelExplorerConfig.add_node_data_from_path``.
+
+        Args:
+            path: of the file, a JSON file by convention.
+
+        Example:
+            >>> import tempfile, torch, fxpath
+            >>> path = Path(tempfile.mkdtemp()) / "shares.json"
+            >>> fxpath.analyze(torch.nn.Linear(2, 1)).to_model_explorer(path)
+            >>> sorted(json.loads(path.read_text())["graph"]["results"])
+            ['linear']
+        """
+        shares = {row["name"]: row["share"] for row in self.layers}
+        data = overlay({node: shares[layer] for node, layer in self._nodes.items()})
+        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         table = tabulate(self._cells(), headers="keys")

@@ -42,7 +42,7 @@ def record(
         tensors: the weights that were evaluated, by placeholder.
     """
     sample = captured.inputs
-    analysis = Analysis(evaluation.q, sample, evaluation, find_layers(lifted), unscored={})
+    analysis = Analysis(evaluation.q, sample, evaluation, find_layers(lifted), {}, {})
     read = read_by(captured, lifted)
     return Certificate(
         weights=fingerprint({name: tensors[key] for key, name in read.items()}),
