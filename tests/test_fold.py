@@ -18,10 +18,11 @@ class Net(nn.Module):
 
     def __init__(self, between: Between, read_twice: bool = False) -> None:
         super().__init__()
-        self.linear, self.norm = nn.Linear(1, 1), nn.BatchNorm1d(1, eps=0.0)
+        self.linear, self.norm = nn.Linear(1, 1), nn.BatchNorm1d(1, eps=0.25)
         nn.init.ones_(self.linear.weight)
         nn.init.constant_(self.linear.bias, 2.0)
         nn.init.constant_(self.norm.get_buffer("running_mean"), 2.5)
+        nn.init.constant_(self.norm.get_buffer("running_var"), 0.75)
         self.between, self.read_twice = between, read_twice
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,8 +71,9 @@ def test_a_reshape_that_moves_the_channels_is_not_folded() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.norm = nn.Linear(2, 4), nn.BatchNorm1d(2, eps=0.0)
+            self.linear, self.norm = nn.Linear(2, 4), nn.BatchNorm1d(2, eps=0.25)
             nn.init.constant_(self.norm.get_buffer("running_mean"), 0.5)
+            nn.init.constant_(self.norm.get_buffer("running_var"), 0.75)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(self.linear(x).view(-1, 2, 2))
@@ -94,13 +96,13 @@ class Late(nn.Module):
         super().__init__()
         self.linear, self.root = nn.Linear(1, 1), nn.Parameter(torch.tensor([3.0]))
         self.register_buffer("mean", torch.tensor([2.5]))
-        self.register_buffer("var", torch.tensor([2.0]))
+        self.register_buffer("var", torch.tensor([1.875]))
         nn.init.ones_(self.linear.weight)
         nn.init.constant_(self.linear.bias, 2.0)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear(x)
-        return nn.functional.batch_norm(x, self.mean, self.var * 2, self.root**2, None, eps=0.0)
+        return nn.functional.batch_norm(x, self.mean, self.var * 2, self.root**2, None, eps=0.25)
 
 
 def test_a_factor_that_is_computed_behind_the_map_is_folded() -> None:

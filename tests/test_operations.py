@@ -123,14 +123,14 @@ def test_oracle_of_two_inputs_by_hand() -> None:
 def test_oracle_of_parameters_by_hand() -> None:
     scale = Call(lambda x, p: torch.add(x, p, alpha=-2), p=(2,))
     ratio = Call(lambda x, weight: x / weight, weight=(2,))
-    norm = nn.BatchNorm1d(1, eps=0.0)
+    norm = nn.BatchNorm1d(1, eps=0.25)
     with torch.no_grad():
         scale.p.copy_(torch.tensor([3.0, -5.0]))
         ratio.weight.copy_(torch.tensor([2.0, -4.0]))
         norm.weight.fill_(3.0)
         norm.bias.fill_(-1.0)
         norm.running_mean.fill_(4.0)
-        norm.running_var.fill_(4.0)
+        norm.running_var.fill_(4.0 - norm.eps)
     assert lift(affine(scale), [1.0, 1.0], q=2) == [37, 101]
     assert lift(quotient(ratio), [1.0, 1.0], q=2) == [1 / 4, 1 / 16]
     # gamma / sigma = 3 / 2, and beta - gamma mu / sigma = -7.

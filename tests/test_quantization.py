@@ -151,7 +151,7 @@ def test_more_bits_are_closer() -> None:
 
 def test_rounding_batch_norm_parameters_would_break_the_certificate() -> None:
     """Why they are left alone: rounding them towards zero enlarges an effective bias."""
-    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1, eps=0))
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
     with torch.no_grad():
         model[0].weight.fill_(1)
         model[0].bias.fill_(2.0)

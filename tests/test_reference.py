@@ -217,7 +217,7 @@ def test_batch_norm_that_is_not_folded(wiring: Callable[..., Tensor], direct: in
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.bn = nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1, eps=0)
+            self.conv, self.bn = nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1, eps=0.25)
 
         def forward(self, x: Tensor) -> Tensor:
             return wiring(self.conv, self.bn, x)
@@ -226,7 +226,7 @@ def test_batch_norm_that_is_not_folded(wiring: Callable[..., Tensor], direct: in
     net.conv.weight.data.fill_(2)
     net.conv.bias.data.fill_(-3)
     net.bn.running_mean.fill_(10)
-    net.bn.running_var.fill_(4)
+    net.bn.running_var.fill_(4 - net.bn.eps)
     net.bn.weight.data.fill_(-1)
     net.bn.bias.data.fill_(7)
     result = reference(net, (1, 1))
