@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import fxpath
 from tests.support.artefacts import agrees, made, shared
-from tests.support.nets import randomize, resnet18
+from tests.support.nets import randomize
 
 ROOT = Path(__file__).parent.parent
 quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -221,9 +222,11 @@ def test_convolutions_of_all_kinds_in_onnx_runtime(tmp_path: Path) -> None:
 
 @quiet
 @pytest.mark.slow
-def test_resnet18_in_onnx_runtime(tmp_path: Path) -> None:
+def test_a_real_network_in_onnx_runtime(tmp_path: Path) -> None:
+    """A ResNet with one block for each width."""
     pytest.importorskip("onnxscript")
-    program = fxpath.compile(resnet18(), (3, 32, 32), backend="eager")
+    model = randomize(ResNet(BasicBlock, [1, 1, 1, 1])).eval()
+    program = fxpath.compile(model, (3, 32, 32), backend="eager")
     program.save(tmp_path / "net.onnx")
     agrees(in_onnx_runtime(session_of(tmp_path / "net.onnx")), program)
 

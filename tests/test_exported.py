@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 import fxpath
 from tests.support.artefacts import agrees, made, shared
-from tests.support.nets import randomize, resnet18
+from tests.support.nets import randomize
 
 
 def operators(program: ExportedProgram) -> set[str]:
@@ -70,11 +70,3 @@ def test_what_float32_does_not_hold_is_refused() -> None:
         fxpath.compile(model, backend="eager").exported()
     program = fxpath.compile(model, backend="eager", dtype=torch.float64)
     agrees(program.exported().module()(), program, 1e-12)
-
-
-@pytest.mark.slow
-def test_resnet18_is_aten_alone() -> None:
-    program = fxpath.compile(resnet18(), (3, 32, 32), backend="eager")
-    exported = program.exported()
-    assert operators(exported) == {"aten"}
-    agrees(exported.module()(), program)
