@@ -20,8 +20,9 @@ from fxpath.pairs.certify import certify, verify
 from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.paths.paths import Path, PathLifting, path_lifting
-from fxpath.program.analysis import Analysis, LayerRow
+from fxpath.program.analysis import Analysis
 from fxpath.program.program import PathProgram
+from fxpath.program.rows import LayerRow
 from fxpath.pruning.dead import remove_dead
 from fxpath.pruning.masks import Masks, apply_masks, load_masks
 from fxpath.pruning.patterns import NM, PatternReport, PatternRow, verify_pattern

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fxpath
-from fxpath.program.analysis import SAMPLE, _smallest
+from fxpath.program.rows import SAMPLE, _smallest
 
 
 def net() -> nn.Sequential:

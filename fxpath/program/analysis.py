@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 from tabulate import tabulate
 from torch import Tensor
@@ -18,30 +18,9 @@ from fxpath.program.coverage import find_unscored, summary
 from fxpath.program.evaluation import Evaluation
 from fxpath.program.layers import Channels, Layer, find_layers, layers_at, neuron_shares
 from fxpath.program.overlay import overlay
+from fxpath.program.program import PathProgram
+from fxpath.program.rows import LayerRow, layer_row
 from fxpath.sample import Sample
-
-if TYPE_CHECKING:
-    from fxpath.program.program import PathProgram
-
-QUANTILES = (0.1, 0.5, 0.9)
-SAMPLE = 1 << 16
-
-
-class LayerRow(TypedDict):
-    """One layer as data.
-
-    ``share`` is the part of all path mass that crosses the layer (its weights and bias), in [0, 1]
-    unless it is used twice on a path; ``sparsity`` the part of its effective weights that is zero;
-    ``quantiles`` those of its weights' shares at 10, 50 and 90 percent.
-    """
-
-    name: str
-    operation: str
-    shape: tuple[int, ...]
-    parameters: int
-    sparsity: float
-    share: float
-    quantiles: dict[str, float]
 
 
 class Analysis:
@@ -138,20 +117,7 @@ class Analysis:
     @cached_property
     def layers(self) -> list[LayerRow]:
         """One row for each layer, in order of execution."""
-        return [self._row(layer) for layer in self._layers]
-
-    def _row(self, layer: Layer) -> LayerRow:
-        names = [name for name in (layer.weight, layer.bias) if name is not None]
-        share = sum(float(self.scores[name].double().sum()) for name in names)
-        return LayerRow(
-            name=layer.name,
-            operation=layer.operation,
-            shape=layer.shape,
-            parameters=sum(self.scores[name].numel() for name in names),
-            sparsity=self._evaluation.sparsity[names[0]],
-            share=share,
-            quantiles=_quantiles(self.scores[names[0]]),
-        )
+        return [layer_row(layer, self._evaluation) for layer in self._layers]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the tensors, as plain data for JSON (an infinite number becomes ``None``)."""
@@ -242,27 +208,3 @@ def _shorten(name: str, width: int = 20) -> str:
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _quantiles(shares: Tensor) -> dict[str, float]:
-    """Exact quantiles (lower of the two neighbours), for tensors of any size."""
-    flat = shares.flatten()
-    if not flat.numel():
-        return {f"{q:.0%}": math.nan for q in QUANTILES}
-    ranks = {q: max(1, math.ceil(q * flat.numel())) for q in QUANTILES}
-    return {f"{q:.0%}": _smallest(flat, rank) for q, rank in ranks.items()}
-
-
-def _smallest(flat: Tensor, rank: int) -> float:
-    """The entry of a given rank (from 1), exactly; sorting only the part of it that matters."""
-    if flat.numel() > SAMPLE * 16:
-        sample = flat[:: flat.numel() // SAMPLE].sort().values
-        guess = rank * sample.numel() // flat.numel()
-        margin = sample.numel() // 64
-        lo, hi = sample[max(0, guess - margin)], sample[min(sample.numel() - 1, guess + margin)]
-        before = int((flat < lo).sum())
-        near = flat[(flat >= lo) & (flat <= hi)]
-        # The sample is only a guess at where to look; where it misleads, all entries are searched.
-        if before < rank <= before + near.numel():
-            return float(near.kthvalue(rank - before).values)
-    return float(flat.kthvalue(rank).values)

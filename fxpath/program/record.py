@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from fxpath.certificate import Certificate, digits, fingerprint
 from fxpath.model import Captured, Given
-from fxpath.program.analysis import Analysis
 from fxpath.program.evaluation import Evaluation
 from fxpath.program.layers import find_layers
+from fxpath.program.rows import layer_row
 from fxpath.version import __version__
 
 
@@ -42,7 +42,6 @@ def record(
         tensors: the weights that were evaluated, by placeholder.
     """
     sample = captured.inputs
-    analysis = Analysis(evaluation.q, sample, evaluation, find_layers(lifted), {}, {})
     read = read_by(captured, lifted)
     return Certificate(
         weights=fingerprint({name: tensors[key] for key, name in read.items()}),
@@ -52,9 +51,9 @@ def record(
         until=given.until,
         outputs=_outputs(given),
         q=evaluation.q,
-        path_norm=digits(analysis.path_norm),
-        log10_path_norm=digits(analysis.log10_path_norm),
-        layers=tuple(_row(dict(row)) for row in analysis.layers),
+        path_norm=digits(evaluation.path_norm),
+        log10_path_norm=digits(evaluation.log10_path_norm),
+        layers=tuple(_row(dict(layer_row(layer, evaluation))) for layer in find_layers(lifted)),
         versions={"fxpath": __version__, "torch": torch.__version__},
     )
 
