@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
@@ -32,6 +33,9 @@ __all__ = ["FORMAT", "MEMBER", "Certificate", "Claim", "fingerprint"]
 FORMAT = "fxpath.certificate/1"
 #: Its name in files.
 MEMBER = "fxpath.json"
+#: Where a saved program holds what is not to be exchanged, under no name that a state dict has:
+#: ``steps.fixed.NAME``, with ``_`` behind the first word where the model has it.
+STEPS, FIXED = "steps", "fixed"
 #: Significant decimal digits of a path-norm and of the bounds of a claim.
 DIGITS = 9
 
@@ -155,6 +159,20 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def fixed_tensors(constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the model's tensors that a saved program holds and that are not to be exchanged.
+
+    Args:
+        constants: of the program, by the names that they have there.
+
+    Example:
+        >>> fixed_tensors({"steps.fixed.mask": torch.ones(1), "steps.constant_0": torch.ones(1)})
+        {'mask': tensor([1.])}
+    """
+    found = {re.match(rf"{STEPS}_*\.{FIXED}\.(.+)", name): name for name in constants}
+    return {match[1]: constants[name] for match, name in found.items() if match is not None}
 
 
 def digits(value: float, rounding: str | None = None) -> float | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from fxpath.certificate import FIXED, STEPS
 from fxpath.graph.aten import CONVOLUTION_BACKWARD, METADATA
 from fxpath.graph.convolution import convolution_backward
 from fxpath.modes import TRACING
@@ -16,7 +17,10 @@ from fxpath.private import OpOverload
 
 
 def exported(
-    derived: fx.GraphModule, names: Mapping[str, str], tensors: Mapping[str, Tensor]
+    derived: fx.GraphModule,
+    names: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    baked: Iterable[str],
 ) -> ExportedProgram:
     """Export a derived graph, with the model's tensors as buffers.
 
@@ -24,11 +28,15 @@ def exported(
         derived: the graph.
         names: of the model's tensors, by placeholder.
         tensors: the model's tensors, by placeholder.
+        baked: names of those whose numbers the graph was made for: others in their place would be
+            read by some of its operations alone, so they stay as they are.
     """
     read = [str(n.target) for n in derived.graph.nodes if n.op == "placeholder" and n.users]
     held = {names[key]: tensors[key].detach() for key in read}
     with TRACING:
-        found = torch.export.export(_Holder(derived, names, held), (), strict=False)
+        found = torch.export.export(
+            _Holder(derived, names, held, frozenset(baked)), (), strict=False
+        )
         table = torch.export.default_decompositions()
         table[CONVOLUTION_BACKWARD] = convolution_backward
         plain = found.run_decompositions(table)
@@ -47,36 +55,47 @@ class _Holder(nn.Module):
     """A derived graph as a module that holds the model's tensors under their own names."""
 
     def __init__(
-        self, derived: fx.GraphModule, names: Mapping[str, str], held: Mapping[str, Tensor]
+        self,
+        derived: fx.GraphModule,
+        names: Mapping[str, str],
+        held: Mapping[str, Tensor],
+        baked: frozenset[str],
     ) -> None:
         super().__init__()
         for name, tensor in held.items():
-            *path, last = name.split(".")
-            owner: nn.Module = self
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner.register_buffer(last, tensor)
+            if name not in baked:
+                _hold(self, name, tensor)
         # What is not to be exchanged belongs to no state.
         for name, constant in list(derived.named_buffers()):
             derived.register_buffer(name, constant, persistent=False)
-        own = "steps"
+        own = STEPS
         while hasattr(self, own):
             own += "_"
         self.add_module(own, derived)
-        self._own, self._order = (
-            own,
-            [
-                names[str(n.target)] if n.users else None
-                for n in derived.graph.nodes
-                if n.op == "placeholder"
-            ],
-        )
+        for name in sorted(held.keys() & baked):
+            _hold(self, f"{own}.{FIXED}.{name}", held[name], persistent=False)
+        # Names that Python spells differently, as the model may have any of its own.
+        self.__own = own
+        self.__order = [
+            (f"{own}.{FIXED}.{name}" if name in baked else name) if n.users else None
+            for n in derived.graph.nodes
+            if n.op == "placeholder"
+            for name in (names[str(n.target)],)
+        ]
 
     def forward(self) -> dict[str, Any]:
         """All that the graph computes."""
-        values = [None if name is None else self.get_buffer(name) for name in self._order]
-        found: dict[str, Any] = self.get_submodule(self._own)(*values)
+        values = [None if name is None else self.get_buffer(name) for name in self.__order]
+        found: dict[str, Any] = self.get_submodule(self.__own)(*values)
         # These are looked at by those who can compute again in float64.
         return {key: found[key] for key in found if key not in ("lows", "highs")}
+
+
+def _hold(module: nn.Module, name: str, tensor: Tensor, persistent: bool = True) -> None:
+    """Register a buffer under a name with dots."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    module.register_buffer(last, tensor, persistent=persistent)

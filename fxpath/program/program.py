@@ -161,8 +161,10 @@ class PathProgram:
         Returns:
             The program, in the program's number format; scores that this does not hold (below
             1e-38 in float32) are 0 there, where :meth:`scores` has them.  Weights are exchanged
-            with ``exported.module().load_state_dict(..., strict=False)``.  A toolchain that
-            computes beforehand what depends on no input (``torch.onnx.export`` does) freezes them.
+            with ``exported.module().load_state_dict(..., strict=False)``, which returns the names
+            that are no weights of it: masks, lists of positions, and what the model's code reads as
+            a number are part of the architecture.  A toolchain that computes beforehand what
+            depends on no input (``torch.onnx.export`` does) freezes them.
 
         Raises:
             FloatingPointError: if float32 does not suffice for the model as it is: compile it with
@@ -185,7 +187,7 @@ class PathProgram:
         if not self._healthy(self.dtype, run, live):
             raise self._failure(live)
         derived = derive(self.graph_module, self.flat.setting, self.dtype, ending)
-        return exported(derived, self.captured.tensors, live)
+        return exported(derived, self.captured.tensors, live, self.captured.baked)
 
     @plain_mode()
     def save(self, path: str | Path, kind: str | None = None, scores: bool = True) -> None:

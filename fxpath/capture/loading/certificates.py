@@ -17,7 +17,7 @@ from torch import Tensor
 from fxpath.capture.loading.archives import holds_only_code, load_program
 from fxpath.capture.loading.words import one_line
 from fxpath.capture.loading.zips import Refused, listed
-from fxpath.certificate import MEMBER, Certificate
+from fxpath.certificate import MEMBER, Certificate, fixed_tensors
 
 #: The most that is read as a certificate: there is a row for each layer.
 LARGEST = 64 * 2**20
@@ -74,14 +74,16 @@ def stored_tensors(path: Path) -> dict[str, Tensor] | None:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if path.suffix == ".pt2" and not holds_only_code(path):
-        return dict(load_program(str(path)).state_dict)
+        program = load_program(str(path))
+        return {**fixed_tensors(program.constants), **program.state_dict}
     if path.suffix == ".onnx":
         onnx = _onnx(path)
         model = onnx.load(str(path))
-        return {
+        tensors = {
             each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy())
             for each in model.graph.initializer
         }
+        return {**fixed_tensors(tensors), **tensors}
     return None
 
 
