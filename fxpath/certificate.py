@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any
@@ -119,28 +119,131 @@ class Certificate:
             ValueError: if it is no text of this kind, or of a version that is not known.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        except RecursionError:
+            raise ValueError("no certificate: nested deeper than any") from None
         except ValueError as error:
             raise ValueError(f"no certificate: {error}") from None
         kind = data.pop("format", None) if isinstance(data, dict) else None
         if kind != FORMAT:
             raise ValueError(f"its format is {kind!r} and not {FORMAT!r}")
         try:
+            _check(data, _CERTIFICATE, "")
             claim = data.pop("claim")
-            return cls(
-                **{
-                    **data,
-                    "tensors": tuple(data["tensors"]),
-                    "inputs": {name: tuple(shape) for name, shape in data["inputs"].items()},
-                    "outputs": None if data["outputs"] is None else tuple(data["outputs"]),
-                    "layers": tuple(
-                        {**row, "shape": tuple(row["shape"])} for row in data["layers"]
-                    ),
-                    "claim": None if claim is None else Claim(**claim),
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            if claim is not None:
+                _check(claim, _CLAIM, "claim.")
+            for i, row in enumerate(data["layers"]):
+                _check(row, _ROW, f"layers[{i}].")
+        except ValueError as error:
             raise ValueError(f"no certificate, although it says so: {error}") from None
+        names = [row["name"] for row in data["layers"]]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"it has two rows for {', '.join(twice)}")
+        return cls(
+            **{
+                **data,
+                "tensors": tuple(data["tensors"]),
+                "inputs": {name: tuple(shape) for name, shape in data["inputs"].items()},
+                "outputs": None if data["outputs"] is None else tuple(data["outputs"]),
+                "layers": tuple({**row, "shape": tuple(row["shape"])} for row in data["layers"]),
+                "claim": None if claim is None else Claim(**claim),
+            }
+        )
+
+
+# -- what a text may hold --------------------------------------------------------------------------
+
+
+def _word(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**1023  # what no float64 holds compares with none
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _optional(kind: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or kind(value)
+
+
+def _listed(kind: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def _mapped(kind: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(kind, value.values()))
+
+
+_Fields = Mapping[str, tuple[str, Callable[[object], bool]]]
+_shape = _listed(_whole)
+_WORD, _NUMBER, _SHAPE = ("a text", _word), ("a number", _number), ("a list of lengths", _shape)
+_MAYBE = ("a number or null", _optional(_number))
+_CERTIFICATE: _Fields = {
+    "weights": _WORD,
+    "tensors": ("a list of names", _listed(_word)),
+    "inputs": ("a list of lengths for each name", _mapped(_shape)),
+    "batch_dim": ("an axis or null", _optional(_whole)),
+    "until": ("a name or null", _optional(_word)),
+    "outputs": (
+        "a list of positions and keys, or null",
+        _optional(_listed(lambda value: _whole(value) or _word(value))),
+    ),
+    "q": _NUMBER,
+    "path_norm": _MAYBE,
+    "log10_path_norm": _MAYBE,
+    "layers": ("a list of rows", _listed(lambda value: isinstance(value, dict))),
+    "claim": ("a claim or null", _optional(lambda value: isinstance(value, dict))),
+    "versions": ("a text for each name", _mapped(_word)),
+}
+_CLAIM: _Fields = {
+    "inequality": _WORD,
+    "exact": ("true or false", lambda value: isinstance(value, bool)),
+    "value": _MAYBE,
+    "lower": _NUMBER,
+    "upper": _NUMBER,
+    "relative": _MAYBE,
+    "path_norm": _NUMBER,
+    "weights": _WORD,
+}
+_ROW: _Fields = {
+    "name": _WORD,
+    "operation": _WORD,
+    "shape": _SHAPE,
+    "parameters": ("a number of entries", _whole),
+    "sparsity": _NUMBER,
+    "share": _NUMBER,
+}
+
+
+def _check(data: Mapping[str, object], kinds: _Fields, where: str) -> None:
+    """Refuse entries that are missing, unknown, or of another kind, by name."""
+    for name in sorted(data.keys() ^ kinds.keys()):
+        raise ValueError(f"{where}{name} is {'not known' if name in data else 'missing'}")
+    for name, (what, holds) in kinds.items():
+        if not holds(data[name]):
+            said = repr(data[name])
+            said = said if len(said) < 60 else f"{said[:57]}..."
+            raise ValueError(f"{where}{name} is {said}, not {what}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose readers do not agree about a name that occurs twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return found
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxpath.certificate import Certificate, Claim, above, below, digits, fingerprint
 from fxpath.model import Given, Model, Shapes
@@ -20,8 +22,6 @@ from fxpath.program.program import build
 from fxpath.program.record import read_by
 
 
-@plain_mode()
-@torch.no_grad()
 def certify(
     model: Model,
     input_shape: Shapes = None,
@@ -67,10 +67,19 @@ def certify(
         ('(7)', True, True)
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
-    program = build(model, given, q)
-    found = program.certificate()
+    found, _ = _certified(model, reference, given, q)
+    return found
+
+
+@plain_mode()
+@torch.no_grad()
+def _certified(
+    model: Model, reference: Other | None, given: Given, q: float
+) -> tuple[Certificate, PathMetric | None]:
+    """A certificate, and what its claim was read from."""
+    found = build(model, given, q).certificate()
     if reference is None:
-        return found
+        return found, None
     # A reference may be a state dict, which needs the model's architecture: so the model goes first
     # here, and the two change places in what is said.
     pair = make_pair(model, reference, given)
@@ -80,7 +89,7 @@ def certify(
             "are architecture, and a certificate compares weights of one architecture"
         )
     metric = PathMetric(pair)
-    return replace(found, claim=_claim(metric, metric.other_path_norm, pair.theirs))
+    return replace(found, claim=_claim(metric, metric.other_path_norm, pair.theirs)), metric
 
 
 def _claim(metric: PathMetric, path_norm: float, reference: Side) -> Claim:
@@ -109,6 +118,8 @@ def _number(value: float) -> float:
     return found
 
 
+@plain_mode()
+@torch.no_grad()
 def verify(
     certificate: Certificate,
     model: Model,
@@ -154,26 +165,28 @@ def verify(
             else "the certificate says nothing about a reference: leave it out"
         )
     told = example_inputs is not None or example_kwargs is not None
-    now = certify(
-        model,
-        None if told else _shapes(certificate),
-        reference=reference,
-        q=certificate.q,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        batch_dim=certificate.batch_dim,
-        until=certificate.until,
-        outputs=certificate.outputs,
+    given = Given(
+        None if told else _shapes(certificate, model),
+        example_inputs,
+        example_kwargs,
+        certificate.batch_dim,
+        certificate.until,
+        certificate.outputs,
     )
+    now, metric = _certified(model, reference, given, certificate.q)
     found = list(_differences(certificate, now))
-    if certificate.claim is not None and now.claim is not None:
+    if certificate.claim is not None and now.claim is not None and metric is not None:
         found += _unclaimed(certificate.claim, now.claim)
+        found += _unproved(certificate.claim, metric)
     return found
 
 
-def _shapes(certificate: Certificate) -> Shapes:
+def _shapes(certificate: Certificate, model: Model) -> Shapes:
+    """Shapes by name where ``forward`` has these names, as it may take an input by name alone."""
     shapes = certificate.inputs
-    return next(iter(shapes.values())) if len(shapes) == 1 else shapes
+    known = inspect.signature(model.forward).parameters if isinstance(model, nn.Module) else {}
+    by_name = len(shapes) > 1 or all(name in known for name in shapes)
+    return shapes if by_name else next(iter(shapes.values()))
 
 
 def _differences(said: Certificate, now: Certificate) -> Iterator[str]:
@@ -214,6 +227,18 @@ def _unclaimed(said: Claim, now: Claim) -> Iterator[str]:
             mine, theirs = getattr(now, each.name), getattr(said, each.name)
             if not _same(mine, theirs):
                 yield f"{each.name} of the claim is {mine}, certified {theirs}"
+
+
+def _unproved(said: Claim, metric: PathMetric) -> Iterator[str]:
+    """Whether what a claim names does say what it claims; which bound is least may be a tie."""
+    if said.exact:
+        holds = said.inequality == "(7)"
+    elif UPPER_BOUNDS.get(said.inequality):
+        holds = metric.bound(said.inequality) <= said.upper
+    else:
+        holds = False
+    if not holds:
+        yield f"{said.inequality} does not say that it is at most {said.upper}"
 
 
 def _at_most(now: float | None, said: float | None) -> bool:

@@ -312,7 +312,9 @@ class _Sums:
         """Paths that come in through a weighted sum."""
         change = unrolled.split(self.change).clone()
         for read, _ in unrolled.pieces:
-            change = torch.maximum(change, read(x.change, 0.0).amax(2))
+            into = read(x.change, 0.0)
+            if into.shape[2]:
+                change = torch.maximum(change, into.amax(2))
         self.change = unrolled.join(change.expand(unrolled.shape))
 
     def edges(self, unrolled: Unrolled, x: State, weight: Signed | None) -> None:

@@ -6,7 +6,9 @@ Nothing in a file is executed, and compiled code is never loaded.
 from __future__ import annotations
 
 import importlib
+import lzma
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxpath.capture.loading.archives import holds_only_code, load_program
-from fxpath.capture.loading.words import one_line
+from fxpath.capture.loading.words import UsageError, one_line
 from fxpath.capture.loading.zips import Refused, listed
 from fxpath.certificate import MEMBER, Certificate, fixed_tensors
 
@@ -77,25 +79,46 @@ def stored_tensors(path: Path) -> dict[str, Tensor] | None:
         program = load_program(str(path))
         return {**fixed_tensors(program.constants), **program.state_dict}
     if path.suffix == ".onnx":
-        onnx = _onnx(path)
-        model = onnx.load(str(path))
-        tensors = {
-            each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy())
-            for each in model.graph.initializer
-        }
+        tensors = _initializers(path)
         return {**fixed_tensors(tensors), **tensors}
     return None
+
+
+def _initializers(path: Path) -> dict[str, Tensor]:
+    """The tensors of an ONNX file, also of one whose weights lie beside it."""
+    onnx = _onnx(path)
+    found: dict[str, Tensor] = {}
+    try:
+        for each in onnx.load(str(path)).graph.initializer:
+            if each.name in found:
+                raise Refused(f"it has two initializers {each.name}")
+            array = onnx.numpy_helper.to_array(each)
+            # numpy has no bfloat16 that torch knows, but its bytes.
+            raw = torch.from_numpy(array.reshape(-1).view("uint8").copy())
+            dtype: torch.dtype = getattr(torch, array.dtype.name)
+            found[each.name] = raw.view(dtype).reshape(array.shape)
+    # Damaged files raise whatever protobuf and numpy trip over.
+    except Exception as error:
+        raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
+    return found
 
 
 def _in_zip(path: Path) -> str | None:
     with zipfile.ZipFile(path) as file:
         members = listed(file, path.stat().st_size)
-        found = [m for m in members if m.filename.endswith(f"extra/{MEMBER}")]
+        # All members of an archive of torch lie in one folder, which has any name.
+        found = [m for m in members if m.filename.partition("/")[2] == f"extra/{MEMBER}"]
         if not found:
             return None
+        if len(found) > 1:
+            raise Refused(f"it has two members extra/{MEMBER}")
         if found[0].file_size > LARGEST:
             raise Refused(f"its {MEMBER} is larger than any")
-        return file.read(found[0]).decode()
+        try:
+            return file.read(found[0]).decode()
+        # An encrypted member, a compression that is not known, a damaged stream of any kind.
+        except (RuntimeError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise Refused(f"its {MEMBER} cannot be read: {one_line(error)}") from error
 
 
 def _in_safetensors(path: Path) -> str | None:
@@ -110,7 +133,10 @@ def _in_onnx(path: Path) -> str | None:
     # Damaged files raise whatever protobuf trips over.
     except Exception as error:
         raise Refused(f"it is no ONNX file: {one_line(error)}") from error
-    return next((p.value for p in model.metadata_props if p.key == MEMBER), None)
+    found = [p.value for p in model.metadata_props if p.key == MEMBER]
+    if len(found) > 1:
+        raise Refused(f"it has two entries {MEMBER}")
+    return next(iter(found), None)
 
 
 def _in_json(path: Path) -> str | None:
