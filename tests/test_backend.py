@@ -110,6 +110,35 @@ def test_in_a_function_names_start_with_the_variable() -> None:
     assert analysed(part).path_norm == pytest.approx(by_hand, rel=1e-6)
 
 
+class Taken(nn.Module):
+    """Names that whatever holds its graph may have of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph, self._graph = nn.Linear(3, 3), nn.Linear(3, 3)
+        self._order = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.graph(self._graph(x) * self._order)
+
+
+def test_names_that_fxpath_might_use_itself_are_the_model_s() -> None:
+    model, x = randomize(Taken(), weights=True), torch.randn(1, 3)
+    _, [part] = seen(model, x)
+    assert_same(analysed(part), whole(model, x))
+    assert {"graph.weight", "_graph.weight", "_order"} <= analysed(part).scores.keys()
+
+
+def test_a_second_model_that_torch_does_not_compile_again_has_no_entry() -> None:
+    parts: list[fxpath.toolchain.Part] = []
+    options = {"inner": "eager", "callback": parts.append}
+    for model in (nn.Linear(3, 2), nn.Linear(3, 2)):
+        x = torch.randn(1, 3)
+        found = torch.compile(model, backend=backend, options=options)(x)
+        assert torch.equal(found, model(x))
+    assert len(parts) == 1
+
+
 class Written(nn.Module):
     """The part in the middle returns nothing: it writes into what the part before has made."""
 

@@ -44,8 +44,9 @@ analysed with the values at hand, which the part lists as ``dynamic`` and ``numb
 ``inputs``, ``dynamic`` and ``numbers``.  Where the status is ``analysed``, the rest is that of
 ``Analysis.to_dict()``, where it is ``unsupported`` the ``problems`` as in
 ``SupportReport.to_dict()``, and where it is ``not analysed`` a ``reason``.  What is compiled again
-(for another shape, say) is another entry.  One dictionary of options is one report;
-``torch._dynamo.reset()`` begins it anew.
+(for another shape, say) is another entry, and what is not compiled again is none: weights that have
+changed, or a second model of the same classes and shapes that has equal options, run what torch
+compiled before.  One dictionary of options is one report; ``torch._dynamo.reset()`` begins it anew.
 
 **Errors** come out of the compiled model's first call: torch wraps them as
 ``torch._dynamo.exc.BackendCompilerFailed``, which has the message, and the error itself as

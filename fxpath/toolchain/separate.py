@@ -54,9 +54,10 @@ class _Module(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # Names that Python spells differently, as the model may have any of its own.
         #: For each placeholder the tensor's path, or the input's name.
-        self._order: list[tuple[str, bool]] = []
-        self._graph = "graph"
+        self.__order: list[tuple[str, bool]] = []
+        self.__graph = "graph"
 
     def hold(self, name: str, tensor: Tensor) -> None:
         """The next placeholder is a tensor of the model."""
@@ -78,24 +79,24 @@ class _Module(nn.Module):
             owner.register_parameter(last, tensor)
         else:
             owner.register_buffer(last, tensor)
-        self._order.append((".".join([*path, last]), True))
+        self.__order.append((".".join([*path, last]), True))
 
     def take(self, name: str) -> None:
         """The next placeholder is an input."""
-        self._order.append((name, False))
+        self.__order.append((name, False))
 
     def adopt(self, graph_module: fx.GraphModule) -> None:
         """The graph itself, once all placeholders are known."""
-        while hasattr(self, self._graph):
-            self._graph += "_"
-        self.add_module(self._graph, graph_module)
+        while hasattr(self, self.__graph):
+            self.__graph += "_"
+        self.add_module(self.__graph, graph_module)
 
     def forward(self, /, **inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs of floating point, and the inputs that the graph writes into."""
-        values = [_at(self, name) if held else inputs[name] for name, held in self._order]
+        values = [_at(self, name) if held else inputs[name] for name, held in self.__order]
         # Where an operation stands in the user's code goes from node to node.
         with fx.traceback.preserve_node_meta():
-            graph: Any = self.get_submodule(self._graph)
+            graph: Any = self.get_submodule(self.__graph)
             results: tuple[Tensor, ...] = fx.Interpreter(graph).run(*values)
         return results
 
