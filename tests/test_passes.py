@@ -261,6 +261,8 @@ def test_a_program_of_another_stage_is_refused_with_what_to_run_first(net: Net) 
         fxpath.path_norm(lifted)
     with pytest.raises(TypeError, match="a Net is no ExportedProgram"):
         fold_program(net)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"computed in torch\.float32 or torch\.float64"):
+        derive_program(lower_program(lifted), dtype=torch.float16)
 
 
 def test_a_program_that_does_not_hold_to_its_stage_is_refused(net: Net) -> None:

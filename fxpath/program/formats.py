@@ -13,6 +13,18 @@ from fxpath.model import Captured, check_finite
 from fxpath.program.theta import coordinates
 
 
+def check_format(dtype: torch.dtype | None) -> None:
+    """Refuse a number format that nothing is computed in.
+
+    Raises:
+        ValueError: for it.
+    """
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(
+            f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64"
+        )
+
+
 def format_of(captured: Captured, lifted: fx.GraphModule) -> torch.dtype:
     """The number format of a model's program, by its tensors.
 

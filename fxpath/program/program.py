@@ -26,7 +26,7 @@ from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
 from fxpath.program.files import kind_of, write
 from fxpath.program.fits import doubtful, short_of
 from fxpath.program.flat import Flat, Run
-from fxpath.program.formats import failure, format_of
+from fxpath.program.formats import check_format, failure, format_of
 from fxpath.program.gradient import log_of
 from fxpath.program.record import record
 from fxpath.program.sizes import SizeRow, sizes
@@ -402,10 +402,7 @@ def build(
     exponent = _exponent(q)
     check_backend(backend)
     given = given if isinstance(given, Given) else Given(given)
-    if dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(
-            f"dtype={dtype}: path-norms are computed in torch.float32 or torch.float64"
-        )
+    check_format(dtype)
     captured, lifted = take_in(model, given)
     own = format_of(captured, lifted)
     graphs = rewrite(lifted, Setting(captured, exponent), not reduced)

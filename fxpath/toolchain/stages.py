@@ -35,7 +35,7 @@ from fxpath.passes.hoist import hoist
 from fxpath.passes.lift import lift
 from fxpath.passes.lower import lower
 from fxpath.passes.reduce import reduce
-from fxpath.program.formats import format_of
+from fxpath.program.formats import check_format, format_of
 from fxpath.program.program import PathProgram
 from fxpath.toolchain.dialect import as_program, from_program, take
 
@@ -139,9 +139,10 @@ def derive_program(
     Raises:
         TypeError: for anything else than a program.
         ValueError: for a program at another stage, or of a model that has changed since; for a NaN
-            or infinite parameter, by name.
+            or infinite parameter, by name; for another number format.
         FloatingPointError: if the number format does not suffice.
     """
     module, captured = from_program(take(program, "lowered"))
+    check_format(dtype)
     known = dtype or format_of(captured, module)
     return PathProgram(captured, Rewritten(module, module, module), known, 1.0).exported(scores)
