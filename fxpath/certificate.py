@@ -52,7 +52,7 @@ class Claim:
         lower: what it is not below, rounded down to 9 significant digits.
         upper: what it is not above, rounded up to 9 significant digits.
         relative: ``upper`` over the path-norm of the reference, rounded up likewise; ``None`` where
-            that is 0.
+            that is 0, or the quotient beyond float64.
         path_norm: ``||Phi(theta)||_1`` of the reference.
         weights: SHA-256 of the reference's weights, see :func:`fingerprint`.
     """

@@ -113,10 +113,48 @@ class Second(nn.Linear):
         return super().forward(x) if skip is None else super().forward(x) + skip
 
 
-@pytest.mark.parametrize("kind", [ByName, Second])
-def test_one_input_by_name_is_verified(kind: type[nn.Linear]) -> None:
+class AnyName(nn.Linear):
+    """A layer that takes whatever it is given by name."""
+
+    def forward(self, **given: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(given["x"])
+
+
+class AnyNumber(nn.Linear):
+    """A layer whose inputs have no names of their own."""
+
+    def forward(self, *given: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(given[0]) + given[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        (ByName, {"x": (2,)}),
+        (Second, {"x": (2,)}),
+        (AnyName, {"x": (2,)}),
+        (AnyNumber, [(2,), (3,)]),
+    ],
+)
+def test_inputs_are_verified_by_the_names_that_they_have(
+    kind: type[nn.Linear], shapes: Any
+) -> None:
     model = kind(2, 3)
-    assert fxpath.verify(fxpath.certify(model, {"x": (2,)}), model) == []
+    assert fxpath.verify(fxpath.certify(model, shapes), model) == []
+
+
+def test_an_input_that_hooks_take_by_its_place_is_verified() -> None:
+    model = nn.Linear(2, 3)
+    model.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    assert fxpath.verify(fxpath.certify(model), model) == []
+
+
+def test_a_quotient_beyond_float64_is_none() -> None:
+    one, other = (nn.Linear(1, 1, bias=False, dtype=torch.float64) for _ in range(2))
+    nn.init.constant_(one.weight, 1e200)
+    nn.init.constant_(other.weight, 1e-200)
+    claim = fxpath.certify(one, reference=other).claim
+    assert claim is not None and claim.relative is None and claim.upper >= 1e200
 
 
 def archive(path: Path, members: dict[str, str]) -> Path:

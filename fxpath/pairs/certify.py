@@ -94,6 +94,7 @@ def _certified(
 
 def _claim(metric: PathMetric, path_norm: float, reference: Side) -> Claim:
     upper = metric.upper
+    relative = upper / path_norm if path_norm else math.inf
     named = {name: metric.bound(name) for name, invariant in UPPER_BOUNDS.items() if invariant}
     return Claim(
         inequality="(7)" if metric.exact else min(named, key=named.__getitem__),
@@ -101,7 +102,7 @@ def _claim(metric: PathMetric, path_norm: float, reference: Side) -> Claim:
         value=None if metric.value is None else digits(metric.value),
         lower=below(metric.lower),
         upper=above(upper),
-        relative=above(upper / path_norm) if path_norm else None,
+        relative=above(relative) if math.isfinite(relative) else None,
         path_norm=_number(path_norm),
         weights=_sha(reference),
     )
@@ -182,11 +183,17 @@ def verify(
 
 
 def _shapes(certificate: Certificate, model: Model) -> Shapes:
-    """Shapes by name where ``forward`` has these names, as it may take an input by name alone."""
+    """Shapes as the model takes its inputs: by position, or by name where there is no other way."""
     shapes = certificate.inputs
-    known = inspect.signature(model.forward).parameters if isinstance(model, nn.Module) else {}
-    by_name = len(shapes) > 1 or all(name in known for name in shapes)
-    return shapes if by_name else next(iter(shapes.values()))
+    if not isinstance(model, nn.Module):
+        return shapes if len(shapes) > 1 else next(iter(shapes.values()), None)
+    known = inspect.signature(model.forward).parameters
+    placed = [name for name, each in known.items() if each.kind <= each.POSITIONAL_OR_KEYWORD]
+    open_ended = any(each.kind == each.VAR_KEYWORD for each in known.values())
+    named = open_ended or all(name in known for name in shapes)
+    if named and list(shapes) != placed[: len(shapes)]:
+        return shapes
+    return list(shapes.values()) or None
 
 
 def _differences(said: Certificate, now: Certificate) -> Iterator[str]:
