@@ -123,6 +123,12 @@ def _with_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
                 raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} there")
             mask = tensor.dtype == torch.bool and own[name].dtype != torch.bool
             own[name].copy_(own[name].masked_fill(~tensor, 0.0) if mask else tensor)
+            # In a narrower format they would be rounded to others, perhaps to those certified.
+            if not mask and not torch.equal(own[name].double(), tensor.double()):
+                raise UsageError(
+                    f"{path}: {name} is {tensor.dtype} there, and the model's {own[name].dtype} "
+                    "does not hold all of its entries"
+                )
     return copied
 
 

@@ -272,6 +272,14 @@ def test_pruned_weights_are_verified(nets: Path, capsys: pytest.CaptureFixture[s
     assert "certified is at most" in capsys.readouterr().out
     # As the reference, another model.
     assert cli.main(["verify", "some_nets:huge", "out.safetensors"]) == 2
+    # In another format they are the same weights, unless this one tells numbers apart.
+    wide = {name: tensor.double() for name, tensor in pruned.items()}
+    save_file(wide, nets / "out.safetensors", metadata)
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    wide["0.weight"] *= 1 + 2.0**-40
+    save_file(wide, nets / "out.safetensors", metadata)
+    assert "does not hold all of its entries" in fails(capsys, *command)
 
 
 def test_masks_are_verified(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
