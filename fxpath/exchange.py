@@ -94,6 +94,11 @@ def _verified(
             f"{path}: its certificate compares two sets of weights, of which the file must hold "
             "the second in a form that can be read, for a MODEL that is a module"
         )
+    masks = all(tensor.dtype == torch.bool for tensor in tensors.values())
+    missing = [] if masks else [name for name in certificate.tensors if name not in tensors]
+    if missing:
+        # MODEL's own would stand in for them, and speak for a file that does not have them.
+        raise UsageError(f"{path}: lacks {', '.join(missing)}, which its certificate is about")
     travels = _with_tensors(model, tensors, path)
     found = fxpath.verify(certificate, travels, reference=model)
     return found, "MODEL as the reference, and the weights in the file"

@@ -270,6 +270,9 @@ def test_pruned_weights_are_verified(nets: Path, capsys: pytest.CaptureFixture[s
     save_file(pruned, nets / "out.safetensors", boast)
     assert cli.main(command) == 1
     assert "certified is at most" in capsys.readouterr().out
+    lacking = {n: t for n, t in pruned.items() if n != "2.bias"}  # the model's own would do
+    save_file(lacking, nets / "out.safetensors", metadata)
+    assert "lacks 2.bias" in fails(capsys, *command)
     # As the reference, another model.
     assert cli.main(["verify", "some_nets:huge", "out.safetensors"]) == 2
     # In another format they are the same weights, unless this one tells numbers apart.
