@@ -225,6 +225,7 @@ def test_what_a_callback_raises_comes_out() -> None:
         ({"inner": "fxpath"}, "inner='fxpath': known are"),
         ({"on_unsupported": "ignore"}, "on_unsupported='ignore': known are 'warn', 'raise'"),
         ({"report": 3}, "report=3 is no path"),
+        ({"report": "."}, "is a folder: name a file in it"),
         ({"callback": "f"}, "callback='f' cannot be called"),
     ],
 )

@@ -57,7 +57,8 @@ def register_rule(operator: OpOverload, composition: Callable[..., Any] | None =
 
     All results are exact for the composition.  That the operator computes the same is your word for
     it, of which shape and format alone are checked: compare the two on inputs of yours with
-    ``torch.testing.assert_close``.
+    ``torch.testing.assert_close``.  A rule holds for the whole process; an operation of torch that
+    is refused can be given one too, and then is what you say it is.
 
     Args:
         operator: the exact overload, as ``torch.ops.mylib.linear_relu.default``.  It writes to none

@@ -124,6 +124,8 @@ class Options:
             )
         if not isinstance(options.report, str | os.PathLike | None):
             raise TypeError(f"report={options.report!r} is no path of a file")
+        if options.report is not None and Path(options.report).is_dir():
+            raise ValueError(f"report={options.report!r} is a folder: name a file in it")
         if options.callback is not None and not callable(options.callback):
             raise TypeError(f"callback={options.callback!r} cannot be called")
         return options
