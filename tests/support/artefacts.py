@@ -34,7 +34,14 @@ class Convolutions(nn.Module):
         return self.head(self.head(y.mean((2, 3))).relu())
 
 
+def small() -> nn.Sequential:
+    """Biases of three and of two numbers, and what is folded."""
+    body = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(12, 2))
+
+
 NETS: dict[str, Any] = {
+    "small": (small, (1, 6, 6), True),
     "lenet": (lenet, (1, 14, 14), True),
     "convolutions": (Convolutions, (2, 8, 7), False),
 }
