@@ -214,9 +214,10 @@ def test_onnx_takes_weights_in_a_session_and_in_the_file(tmp_path: Path) -> None
 
 @quiet
 @pytest.mark.slow
-def test_convolutions_of_all_kinds_in_onnx_runtime(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["convolutions", "joined"])
+def test_operations_of_all_kinds_in_onnx_runtime(tmp_path: Path, name: str) -> None:
     pytest.importorskip("onnxscript")
-    _, program, _ = shared("convolutions")
+    _, program, _ = shared(name)
     program.save(tmp_path / "net.onnx")
     agrees(in_onnx_runtime(session_of(tmp_path / "net.onnx")), program)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -45,7 +46,9 @@ def exported(
             plain.graph.erase_node(node)  # what .to() says that it takes for granted
         elif node.op == "call_function":
             target = node.target
-            known = isinstance(target, OpOverload) and target.namespace == "aten"
+            # The results of an operation that has several, as torch.export takes them apart.
+            item = target is operator.getitem
+            known = item or (isinstance(target, OpOverload) and target.namespace == "aten")
             assert known, f"{target} is no operator of ATen"
     plain.graph_module.recompile()
     return plain

@@ -40,7 +40,22 @@ def small() -> nn.Sequential:
     return nn.Sequential(*body, nn.Flatten(), nn.Linear(12, 2))
 
 
+class Joined(nn.Module):
+    """Channels that are joined and taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 2, 3, padding=1)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.left(x).relu(), self.right(x).relu()], 1)
+        first, second, _ = y.split([2, 2, 1], 1)
+        return self.head((first + second).amax((2, 3)))
+
+
 NETS: dict[str, Any] = {
+    "joined": (Joined, (2, 4, 4), True),
     "small": (small, (1, 6, 6), True),
     "lenet": (lenet, (1, 14, 14), True),
     "convolutions": (Convolutions, (2, 8, 7), False),
