@@ -223,6 +223,21 @@ def test_operations_of_all_kinds_in_onnx_runtime(tmp_path: Path, name: str) -> N
 
 
 @quiet
+def test_sums_by_positions_do_not_depend_on_threads(tmp_path: Path) -> None:
+    """ONNX Runtime adds by ScatterND in several threads at once, and loses terms."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    _, program, exported = shared("picked")
+    called = {str(node.target) for node in exported.graph.nodes}
+    assert "aten.scatter_add.default" in called and "aten.index_put.default" not in called
+    program.save(tmp_path / "net.onnx")
+    agrees(in_onnx_runtime(session_of(tmp_path / "net.onnx")), program)
+    nodes = onnx.load(str(tmp_path / "net.onnx")).graph.node
+    reducing = {n.op_type for n in nodes if any(a.name == "reduction" for a in n.attribute)}
+    assert reducing == {"ScatterElements"}
+
+
+@quiet
 @pytest.mark.slow
 def test_a_real_network_in_onnx_runtime(tmp_path: Path) -> None:
     """A ResNet with one block for each width."""

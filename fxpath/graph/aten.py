@@ -54,6 +54,7 @@ LINEAR = aten.linear.default
 MULTIPLY = aten.mul.Tensor
 ZEROS = aten.zeros.default
 METADATA = aten._assert_tensor_metadata.default
+INDEX_ADD = aten.index_add.default
 
 CONVOLUTION = aten.convolution.default
 CONVOLUTION_BACKWARD = aten.convolution_backward.default

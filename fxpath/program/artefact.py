@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxpath.certificate import FIXED, STEPS
-from fxpath.graph.aten import CONVOLUTION_BACKWARD, METADATA
+from fxpath.graph.aten import CONVOLUTION_BACKWARD, INDEX_ADD, METADATA
 from fxpath.graph.convolution import convolution_backward
 from fxpath.modes import TRACING
 from fxpath.private import OpOverload
@@ -40,6 +40,7 @@ def exported(
         )
         table = torch.export.default_decompositions()
         table[CONVOLUTION_BACKWARD] = convolution_backward
+        table[INDEX_ADD] = _index_add
         plain = found.run_decompositions(table)
     for node in list(plain.graph.nodes):
         if node.target is METADATA:
@@ -52,6 +53,17 @@ def exported(
             assert known, f"{target} is no operator of ATen"
     plain.graph_module.recompile()
     return plain
+
+
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """The same sums by ``scatter_add``, which becomes ScatterElements in ONNX.
+
+    torch's own decomposition becomes ScatterND, by which ONNX Runtime adds in several threads at
+    once, and loses terms where an index occurs twice.
+    """
+    shape = [1] * source.dim()
+    shape[dim] = -1
+    return x.scatter_add(dim, index.reshape(shape).expand_as(source), source)
 
 
 class _Holder(nn.Module):

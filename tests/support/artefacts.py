@@ -54,7 +54,20 @@ class Joined(nn.Module):
         return self.head((first + second).amax((2, 3)))
 
 
+class Picked(nn.Module):
+    """A weight whose entries are read by a list of positions, some of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 3))
+        self.register_buffer("index", torch.tensor([2, 0, 2, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight[:, self.index])
+
+
 NETS: dict[str, Any] = {
+    "picked": (Picked, (4,), True),
     "joined": (Joined, (2, 4, 4), True),
     "small": (small, (1, 6, 6), True),
     "lenet": (lenet, (1, 14, 14), True),
