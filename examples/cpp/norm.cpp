@@ -4,7 +4,7 @@
 //
 // PROGRAM.pt2 is what `program.save("PROGRAM.pt2", kind="aoti")` or `fxpath export --aoti` wrote.
 // Without WEIGHTS it speaks of the weights that it was saved with.  It prints mantissa and exponent of
-// the path-norm, the path-norm itself, and the certificate's entry of the package if there is one.
+// the path-norm, and the path-norm itself.
 
 #include <cmath>
 #include <cstdint>
@@ -14,6 +14,7 @@
 #include <iostream>
 #include <iterator>
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -149,6 +150,8 @@ std::unordered_map<std::string, at::Tensor> read(const std::string& path) {
   return found;
 }
 
+std::string root(const std::string& name) { return name.substr(0, name.find('.')); }
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -161,10 +164,17 @@ int main(int argc, char** argv) {
     if (argc > 2) {
       const auto stored = read(argv[2]);
       std::unordered_map<std::string, at::Tensor> weights;
+      std::set<std::string> roots;
+      for (const auto& [name, tensor] : stored) roots.insert(root(name));
       for (const std::string& name : program.get_constant_fqns()) {
-        // What is called steps is the program's own; a checkpoint holds none of it.
-        if (stored.count(name)) weights[name] = stored.at(name);
-        else if (name.rfind("steps", 0) != 0) throw std::runtime_error("no weights for " + name);
+        if (stored.count(name)) {
+          weights[name] = stored.at(name);
+        } else if (name.rfind("steps", 0) == 0 && !roots.count(root(name))) {
+          // The program's own, under a name that nothing of the model has; said, as it stays.
+          std::cerr << "norm: " << name << " stays as it was saved\n";
+        } else {
+          throw std::runtime_error("no weights for " + name);
+        }
       }
       program.load_constants(weights, /*use_inactive=*/false, /*check_full_update=*/false);
     }
