@@ -152,7 +152,12 @@ def cudagraph(model: nn.Module, shape: tuple[int, ...], scores: bool) -> Way:
         found = steps()
     for score in out.values():
         score.zero_()  # what is found is a replay's
-    return Way(graph.replay, lambda: read({**found, "scores": out}))
+
+    def replay(held: Any = steps) -> None:
+        """A recorded graph has addresses alone: what lies there lives as long as its steps."""
+        graph.replay()
+
+    return Way(replay, lambda: read({**found, "scores": out}))
 
 
 def read(found: Mapping[str, Any]) -> Found:

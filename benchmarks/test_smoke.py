@@ -9,6 +9,7 @@ import json
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -304,13 +305,15 @@ def test_deviation() -> None:
 
 
 class FakeGraph:
-    """Runs again what ran while it was captured, into the same tensors."""
+    """Runs again what ran while it was captured, into the same tensors; keeps none of it alive."""
 
     run: Any
     found: dict[str, Any]
 
     def replay(self) -> None:
-        for name, value in self.run().items():
+        run = self.run()
+        assert run is not None, "what was recorded is gone"
+        for name, value in run().items():
             if isinstance(value, Tensor):
                 self.found[name].copy_(value)
 
@@ -327,7 +330,7 @@ def test_a_cuda_graph_is_recorded_and_replayed(
         run = made(*args)
 
         def step() -> dict[str, Any]:
-            graph.run, graph.found = run, run()
+            graph.run, graph.found = weakref.ref(run), run()
             return graph.found
 
         return step
