@@ -21,6 +21,7 @@ from fxpath.pairs.metric import PathMetric, path_metric
 from fxpath.pairs.quantization import Quantized, quantize
 from fxpath.paths.paths import Path, PathLifting, path_lifting
 from fxpath.program.analysis import Analysis
+from fxpath.program.findings import Finding
 from fxpath.program.program import PathProgram
 from fxpath.program.rows import LayerRow
 from fxpath.pruning.dead import remove_dead
@@ -32,6 +33,7 @@ from fxpath.pruning.pruned import Pruned, PrunedLayer
 from fxpath.pruning.removal import prune_channels
 from fxpath.pruning.smaller import PrunedChannels, load_pruned
 from fxpath.pruning.surgery import apply_plan
+from fxpath.report.table import Column, Table
 from fxpath.rules.own import RegisteredRule, register_rule
 from fxpath.symmetry.groups import ChannelGroup, ChannelGroups, Member
 from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
@@ -45,6 +47,8 @@ __all__ = [
     "ChannelGroup",
     "ChannelGroups",
     "Claim",
+    "Column",
+    "Finding",
     "LayerRow",
     "Masks",
     "Member",
@@ -63,6 +67,7 @@ __all__ = [
     "Quantized",
     "RegisteredRule",
     "SupportReport",
+    "Table",
     "UnsupportedModelError",
     "analyze",
     "annotate",

@@ -34,7 +34,7 @@ from fxpath.exchange import bound, export, verify
 from fxpath.explaining import check_folder, explained, number, origin, without_print_outs
 from fxpath.options import in_options, make_parser, model_options
 from fxpath.program.sizes import SizeRow
-from fxpath.toolchain.plain import finite
+from fxpath.report.plain import finite
 
 __all__ = ["main"]
 

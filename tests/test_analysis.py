@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import copy
+import csv
+import io
 import json
+import math
 import pickle
+import warnings
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +18,8 @@ import torch
 from torch import nn
 
 import fxpath
-from fxpath.program.rows import SAMPLE, _smallest
+from fxpath.program.spread import CHUNK, Spread
+from fxpath.report import plots
 
 
 def net() -> nn.Sequential:
@@ -28,19 +35,117 @@ def net() -> nn.Sequential:
     )
 
 
-@pytest.mark.parametrize("kind", ["normal", "sorted", "zeros", "ties"])
-def test_ranks_in_large_tensors(kind: str) -> None:
-    size = SAMPLE * 17
-    torch.manual_seed(0)
-    values = {
-        "normal": torch.randn(size).abs(),
-        "sorted": torch.rand(size).sort().values,
+def scores_of(kind: str) -> torch.Tensor:
+    size = CHUNK * 2 + 17
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "normal": torch.randn(size, generator=generator).abs(),
+        "wide": torch.exp(torch.randn(size, generator=generator) * 15),
+        "sorted": torch.rand(size, generator=generator).sort().values.double(),
         "zeros": torch.zeros(size),
-        "ties": torch.randint(0, 3, (size,)).float(),
+        "ties": torch.randint(0, 3, (size,), generator=generator).float(),
+        "subnormal": torch.rand(size, generator=generator) * 1e-43,
+        "far below": torch.rand(size, generator=generator).double() * 5e-322,
     }[kind]
-    ordered = values.sort().values
-    for rank in (1, 2, size // 10, size // 2, size - 1, size):
-        assert _smallest(values, rank) == ordered[rank - 1]
+
+
+@pytest.mark.parametrize(
+    "kind", ["normal", "wide", "sorted", "zeros", "ties", "subnormal", "far below"]
+)
+def test_a_spread_is_what_sorting_finds(kind: str) -> None:
+    values = scores_of(kind)
+    wide, halves = values.double(), [Spread([part]) for part in values.split(len(values) // 3)]
+    ordered = wide.sort().values
+    for spread in (Spread([values]), Spread.union(halves)):
+        for part in (0.0, 0.1, 0.5, 0.9, 1.0):
+            rank = max(1, math.ceil(part * len(ordered)))
+            assert spread.quantile(part) == float(ordered[rank - 1])
+        assert spread.total == pytest.approx(float(wide.sum()), rel=1e-12)
+        assert spread.zeros == int((wide == 0).sum()) and spread.largest == float(ordered[-1])
+        edges, counts = spread.histogram(8)
+        assert sum(counts) + spread.zeros == len(values) and len(edges) in (0, len(counts) + 1)
+        for low, high, count in zip(edges, edges[1:], counts, strict=False):
+            inside = (wide > 0) & (wide >= 10**low * (1 - 1e-9)) & (wide < 10**high * (1 + 1e-9))
+            assert kind in ("subnormal", "far below") or count <= int(inside.sum())
+        masses = ordered.flip(0).cumsum(0)
+        for part in (0.3, 0.9):
+            count = spread.carrying(part)
+            if kind == "zeros":
+                assert count == 0 and spread.effective == 0
+                continue
+            assert float(masses[count - 1]) >= part * float(masses[-1]) * (1 - 1e-9)
+            assert count == 1 or float(masses[count - 2]) <= part * float(masses[-1]) * (1 + 1e-9)
+        if kind not in ("zeros", "far below"):  # whose logarithms float64 does not hold
+            shares = wide[wide > 0] / wide.sum()
+            assert spread.effective == pytest.approx(float((-(shares * shares.log())).sum().exp()))
+        limits = [float(ordered[len(ordered) // 4]), float(ordered[-1])]
+        assert spread.at_most(limits) == [int((wide <= limit).sum()) for limit in limits]
+
+
+def test_findings_are_what_pruning_and_removal_do() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
+    with torch.no_grad():
+        model[0].weight[:3] = 0  # three dead channels, whose biases are 0
+        model[0].bias[:3] = 0
+        model[4].weight[0, 0] = 1e4  # most of the mass
+    found = {finding.kind: finding for finding in fxpath.analyze(model).findings}
+    assert found["dead_channels"].layers == ("0",) and found["dead_channels"].values == (3.0,)
+    assert fxpath.remove_dead(model).layers[0]["after"] == 5
+    assert found["concentrated"].layers[0] == "4"
+    assert found["concentrated"].values[0] == pytest.approx(1 / 128)
+
+
+def test_layers_are_empty_where_it_is_said() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.back, self.skip = nn.Linear(6, 64), nn.Linear(64, 2), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.back(torch.relu(self.wide(x))) + 20 * self.skip(x)
+
+    torch.manual_seed(0)
+    model = Skip()
+    (emptied,) = fxpath.analyze(model).findings
+    assert emptied.kind == "emptied" and "wide" in emptied.layers
+    for name, part in zip(emptied.layers, emptied.values, strict=True):
+        entries = 6 * 64 + 64 * 2 + 6 * 2
+        with pytest.warns(UserWarning, match=f"{name}.weight"):
+            assert not fxpath.prune(model, round(part * entries)).masks[f"{name}.weight"].any()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # another one may be empty
+            left = fxpath.prune(model, round(part * entries) - 1).masks[f"{name}.weight"]
+        assert left.any()
+
+
+def test_findings_are_none_where_there_is_nothing_to_say() -> None:
+    layer = nn.Linear(3, 2)
+    assert fxpath.analyze(layer).findings == []
+
+
+def test_little_mass_and_missing_scores_are_found() -> None:
+    class Side(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.side = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.slope = nn.PReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.slope(self.main(x)) + self.side(x)
+
+    model = Side()
+    with torch.no_grad():
+        model.side.weight.mul_(1e-5)
+        model.side.bias.zero_()
+    analysis = fxpath.analyze(model, (3,))
+    found = {finding.kind: finding for finding in analysis.findings}
+    assert found["uncrossed"].layers == ("side",)
+    assert found["uncrossed"].values[0] == analysis.layers[1]["share"] < 1e-4
+    assert found["unscored"].layers == ("slope.weight",)
+    for finding in analysis.findings:
+        assert finding.text.splitlines() == [finding.text]
+        assert finding.text in " ".join(str(analysis).split())
 
 
 def test_neuron_shares_are_what_is_lost_without_the_neuron() -> None:
@@ -117,3 +222,122 @@ def test_every_verb_takes_the_options_of_analyze(options: dict[str, Any]) -> Non
     magnitudes = fxpath.path_magnitude(model, shape, **options)
     for scores in (magnitudes, fxpath.criteria.path_magnitude(model, shape, **options)):
         assert scores.keys() == expected.scores.keys()
+
+
+def test_tables_have_fixed_columns_and_every_form(tmp_path: Path) -> None:
+    analysis = fxpath.analyze(net(), (2, 6, 6))
+    table = analysis.table()
+    rows = list(csv.DictReader(io.StringIO(analysis.to_csv(tmp_path / "a.csv"))))
+    assert (tmp_path / "a.csv").read_text() == analysis.to_csv()
+    assert list(rows[0]) == [column.name for column in table.columns]
+    assert [row["layer"] for row in rows] == ["0", "3", "6"]
+    for row, layer in zip(rows, analysis.layers, strict=True):
+        assert float(row["share"]) == layer["share"] and float(row["zeros"]) == layer["sparsity"]
+        assert int(row["channels"]) == len(analysis.neuron_shares[row["layer"]])
+        weight = analysis.scores[f"{row['layer']}.weight"].double()
+        p = weight[weight > 0] / weight.sum()
+        assert float(row["effective"]) == pytest.approx(float((-(p * p.log())).sum().exp()))
+    assert analysis.to_markdown().splitlines()[2].startswith("| 0 ")
+    assert json.loads(analysis.to_json(tmp_path / "a.json")) == json.loads(
+        json.dumps(analysis.to_dict())
+    )
+    frame = pytest.importorskip("pandas").DataFrame(rows)
+    found = analysis.to_pandas()
+    assert list(found.columns) == list(frame.columns)
+    assert found["share"].tolist() == [layer["share"] for layer in analysis.layers]
+
+
+def test_depth_sums_modules_as_if_their_weights_were_one_tensor() -> None:
+    torch.manual_seed(0)
+    block = lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))  # noqa: E731
+    model = nn.Sequential(OrderedDict(first=block(), then=nn.ReLU(), second=block()))
+    with torch.no_grad():
+        model.first[0].weight[0] = 0
+    analysis = fxpath.analyze(model)
+    first, second = analysis.table(depth=1).rows
+    assert (first["layer"], second["layer"]) == ("first", "second")
+    assert first["parameters"] == 40 and first["zeros"] == pytest.approx(4 / 32)
+    assert first["share"] == pytest.approx(sum(row["share"] for row in analysis.layers[:2]))
+    weights = torch.cat([analysis.scores[f"first.{i}.weight"].flatten() for i in (0, 2)])
+    assert first["p50"] == float(weights.sort().values[15])
+    p = weights[weights > 0].double() / weights.sum()
+    assert first["effective"] == pytest.approx(float((-(p * p.log())).sum().exp()))
+    assert analysis.table(depth=2).rows == analysis.table().rows
+    with pytest.raises(ValueError, match="depth=0"):
+        analysis.to_csv(depth=0)
+
+
+def test_the_curve_bounds_what_pruning_loses() -> None:
+    model = net()
+    analysis = fxpath.analyze(model, (2, 6, 6))
+    points = analysis.report()["curve"]
+    assert points[0] == [0, 0] and points[-1][0] == 1
+    entries = sum(analysis.scores[f"{name}.weight"].numel() for name in "036")
+    for part, bound in [point for point in points if 0 < point[0] < 0.5][::20]:
+        pruned = fxpath.prune(model, round(part * entries), (2, 6, 6))
+        assert pruned.path_magnitude_share == pytest.approx(bound, rel=1e-5)
+        assert pruned.certificate.relative <= bound * (1 + 1e-5)
+
+
+def test_other_results_are_tables_too() -> None:
+    model = net()
+    pruned = fxpath.prune(model, 0.5, (2, 6, 6))
+    rows = pruned.to_pandas().to_dict("records")
+    assert [row["parameter"] for row in rows] == list(pruned.masks)
+    assert sum(row["lost"] for row in rows) == pytest.approx(pruned.path_magnitude_share)
+    scores = fxpath.analyze(model, (2, 6, 6)).scores
+    for row in rows:
+        cut = ~pruned.masks[row["parameter"]]
+        assert row["lost"] == pytest.approx(float(scores[row["parameter"]][cut].sum()), rel=1e-5)
+        assert row["pruned"] == int(cut.sum())
+    (whole,) = fxpath.prune(nn.Sequential(OrderedDict(a=model)), 0.5, (2, 6, 6)).table(1).rows
+    assert whole["pruned"] == sum(row["pruned"] for row in rows)
+    metric = pruned.certificate
+    found = metric.to_pandas().set_index("quantity")["value"]
+    assert found["upper"] == metric.upper and found["lemma_3_3"] == metric.bound("lemma_3_3")
+    bound = fxpath.lipschitz_bound(model, pruned.model(), (2, 6, 6), radius=2.0)
+    table = bound.to_pandas().set_index("inequality")["bound"]
+    assert table[bound.inequality] == float(bound) == bound.to_dict()["value"]
+    assert "[-2, 2]" in str(bound) and "absolute values" in str(bound)
+    for result in (pruned, metric, bound):
+        json.loads(result.to_json())
+        assert result.to_markdown().startswith("|")
+
+
+def bars(axes: Any) -> list[float]:
+    return [patch.get_width() for patch in axes.patches]
+
+
+def test_pictures_show_the_data() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    model = net()
+    analysis = fxpath.analyze(model, (2, 6, 6))
+    shares, scores = analysis.plot()
+    assert bars(shares) == [row["share"] for row in analysis.layers]
+    assert [label.get_text() for label in shares.get_yticklabels()] == ["0", "3", "6"]
+    for line, row in zip(scores.lines, analysis.layers, strict=False):
+        assert list(line.get_xdata()) == [row["quantiles"]["10%"], row["quantiles"]["90%"]]
+    assert list(scores.lines[-1].get_xdata()) == [r["quantiles"]["50%"] for r in analysis.layers]
+    pruned = fxpath.prune(model, 0.5, (2, 6, 6))
+    zeros, lost = pruned.plot(dark=True)
+    assert bars(zeros) == [*(row.sparsity for row in pruned.layers), pruned.sparsity]
+    assert bars(lost) == [*(row.lost for row in pruned.layers), pruned.certificate.relative]
+    assert max(zeros.get_facecolor()[:3]) < 0.2
+    bound = fxpath.lipschitz_bound(model, pruned.model(), (2, 6, 6))
+    (axes,) = bound.plot()
+    assert sorted(bars(axes)) == sorted(bound.bounds.values())
+    pyplot.close("all")
+
+
+def test_labels_of_150_layers_do_not_overlap() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    names = [f"stage{i // 40}.blocks.{i}.branch.convolution_of_some_length" for i in range(150)]
+    rows = [{"layer": n, "share": 1.0, "p10": 1e-9, "p50": 1e-8, "p90": 1e-7} for n in names]
+    axes, _ = plots.analysis({"title": "", "rows": rows}, False)
+    axes.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert len(boxes) == 150 and all(box.x0 >= 0 for box in boxes)
+    assert all(a.y0 >= b.y1 for a, b in zip(boxes, boxes[1:], strict=False))
+    pyplot.close("all")

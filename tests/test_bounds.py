@@ -319,7 +319,7 @@ def test_table_has_the_bounds_of_fully_connected_networks() -> None:
     model = fully_connected()
     other = changed(model, "close", 0)
     bound = fxpath.lipschitz_bound(model, other, radius=2.0)
-    printed = rows(bound.table(search=60))
+    printed = rows(str(bound.table(search=60)))
     matrices = [[m.weight.detach() for m in n if isinstance(m, nn.Linear)] for n in (model, other)]
     size = max(1.0, *(w.abs().sum(1).max().item() for both in matrices for w in both))
     apart = max((a - b).abs().max().item() for a, b in zip(*matrices, strict=True))
@@ -332,12 +332,13 @@ def test_table_has_the_bounds_of_fully_connected_networks() -> None:
     assert printed["largest difference found"] <= bound.value < min(paper, 2 * expected)
 
     flipped = fxpath.lipschitz_bound(model, changed(model, "signs flipped", 0))
-    assert "Corollary G.1" in rows(flipped.table()) and "(29)" not in flipped.table()
+    assert "Corollary G.1" in rows(str(flipped.table())) and "(29)" not in str(flipped.table())
     biased = fully_connected(bias=True)
     with_biases = fxpath.lipschitz_bound(biased, changed(biased, "close", 0))
-    assert "(2)" in rows(with_biases.table()) and "(29)" not in with_biases.table()
+    assert "(2)" in rows(str(with_biases.table()))
+    assert "(29)" not in str(with_biases.table())
     images = fxpath.lipschitz_bound(lenet(), changed(lenet(), "close", 0), SHAPE)
-    assert "(2)" not in images.table()
+    assert "(2)" not in str(images.table())
 
 
 @pytest.mark.parametrize("how", sorted(CHANGES))

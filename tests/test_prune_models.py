@@ -94,7 +94,7 @@ def test_results_are_data() -> None:
     json.dumps(pruned.certificate.to_dict())
     entries = sum(mask.numel() for mask in pruned.masks.values())
     assert pruned.sparsity == pytest.approx(round(0.5 * entries) / entries)
-    table = pruned.table()
+    table = str(pruned)
     assert "exact (7)" in table and "(13)" in table and "TensorRT (2:4" in table
     assert "50.0% zeros" in repr(pruned)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from fxpath.graph.realization import realization
@@ -24,9 +24,33 @@ from fxpath.pairs.rivals import Layered, find_layered
 from fxpath.pairs.rounding import Doubt, doubt, relative
 from fxpath.pairs.snapshot import Snapshot
 from fxpath.passes.reduce import reduce
+from fxpath.report import plots
+from fxpath.report.table import Column, Table, Tabular
+
+if TYPE_CHECKING:
+    from fxpath.report.plots import Axes
 
 
-class Bound(Snapshot):
+#: Columns of every table of a bound.
+COLUMNS = (
+    Column("inequality", "inequality", "text", "see lipschitz_bound; numbers are the paper's"),
+    Column("invariant", "invariant", "text", "whether rescaling leaves it as it is"),
+    Column("bound", "bound", "number", "in the norm that was asked for"),
+    Column("over_found", "bound / found", "number", "over the largest difference that was found"),
+)
+
+#: Said under every table: what such a number is good for.
+WHY = (
+    "Why so large? It holds for every input within the radius and every sign pattern of the ReLUs, "
+    "so absolute values add up along all paths, and each layer multiplies them. It grows with the "
+    "radius (where biases do not matter, in proportion) and with the number of outputs in the l^1 "
+    "norm: pass the radius of your inputs, norm=math.inf for the largest output alone, or x=batch "
+    "for given inputs. Compare it with the same bound for other weights; search() says how large "
+    "differences get in fact."
+)
+
+
+class Bound(Snapshot, Tabular):
     """A bound of ``||R_theta(x) - R_theta'(x)||``, with what it was chosen from.
 
     Numbers are float64, and hold for the two functions in exact arithmetic: each is rounded
@@ -150,34 +174,80 @@ class Bound(Snapshot):
 
     def table(
         self, search: float | None = None, progress: Callable[[Progress], None] | None = None
-    ) -> str:
+    ) -> Table:
         """All bounds beside each other, the non-invariant ones (2), (9), (29) where they apply.
 
         (2), (9) and (29) bound the l^1 norm of the output, and so any other.
 
         Args:
-            search: seconds to search for a large difference, which is printed as the last row, and
-                over which each bound is then set; see :meth:`search`.
+            search: seconds to search for a large difference, which is the last row, and over which
+                each bound is then set; see :meth:`search`.
             progress: called after each evaluation of the search.
         """
-        rows = [
-            (name, "yes" if INEQUALITIES[name] else "no", value)
-            for name, value in sorted(self.bounds.items(), key=lambda item: item[1])
-        ]
+        found = None if search is None else self.search(search, progress)
+        values = sorted(self.bounds.items(), key=lambda item: item[1])
+        pairs: list[tuple[str, str | None, float]]
+        pairs = [(name, "yes" if INEQUALITIES[name] else "no", value) for name, value in values]
         if self._layered is not None:
-            rows += [
-                (name, "no", value) for name, value in self._layered.bounds(self.radius).items()
-            ]
-        headers = ["inequality", "invariant", "bound"]
-        if search is None:
-            return tabulate(rows, headers=headers)
-        found = self.search(search, progress)
-        table = [
-            (name, invariant, value, value / found if found else math.inf)
-            for name, invariant, value in rows
-        ]
-        table.append(("largest difference found", "", found, 1.0 if found else math.nan))
-        return tabulate(table, headers=[*headers, "bound / found"])
+            layered = self._layered.bounds(self.radius).items()
+            pairs += [(name, "no", value) for name, value in layered]
+        if found is not None:
+            pairs.append(("largest difference found", None, found))
+        rows = tuple(
+            {
+                "inequality": name,
+                "invariant": invariant,
+                "bound": value,
+                "over_found": None if found is None else _ratio(value, found),
+            }
+            for name, invariant, value in pairs
+        )
+        return Table(self._headline(), COLUMNS, rows)
+
+    def _table(self, **options: Any) -> Table:
+        return self.table(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The bound, what it was chosen from, and for which inputs it holds, as plain data."""
+        return {
+            "value": self.value,
+            "inequality": self.inequality,
+            "invariant": self.invariant,
+            "norm": str(self.norm) if math.isinf(self.norm) else self.norm,
+            "radius": self.radius,
+            "bounds": dict(self.bounds),
+            "per_output": self.per_output.tolist(),
+        }
+
+    def plot(self, search: float | None = None, *, dark: bool = False) -> list[Axes]:
+        """Draw all bounds beside each other, on a logarithmic scale.
+
+        Args:
+            search: seconds to search for a large difference, which is drawn as well.
+            dark: light lines on a dark ground.
+
+        Returns:
+            The matplotlib axes, one.
+
+        Raises:
+            ImportError: if matplotlib is not installed; the extra ``report`` brings it.
+        """
+        return plots.bounds(self.table(search).rows, self._headline(), dark)
+
+    def __str__(self) -> str:
+        return f"{self._headline()}\n\n{self.table()}\n\n{textwrap.fill(WHY, 100)}"
+
+    def _headline(self) -> str:
+        return (
+            f"outputs differ by at most {self.value:.6g} in the l^{self.norm:g} norm, for inputs "
+            f"with entries in [-{self.radius:g}, {self.radius:g}] ({self.inequality})"
+        )
+
+
+def _ratio(value: float, found: float) -> float:
+    if found:
+        return value / found
+    return math.inf if value else math.nan
 
 
 @plain_mode()

@@ -25,12 +25,21 @@ from fxpath.passes import rewrite
 from fxpath.passes.reduce import reduce
 from fxpath.program.analysis import Analysis
 from fxpath.program.program import PathProgram
+from fxpath.report.table import Column, Table, Tabular
 
 #: Upper bounds by name, and whether they stay the same when either network is rescaled.
 UPPER_BOUNDS = {"m": False, "m_normalized": True, "theorem_f2": True, "lemma_3_3": True}
 
+#: Columns of every table of a metric.
+COLUMNS = (
+    Column("quantity", "quantity", "text", "``lower``, ``upper``, or one of the upper bounds"),
+    Column("value", "value", "number", "in the scale of the path-norm"),
+    Column("relative", "of the path-norm", "part", "as a part of the model's path-norm"),
+    Column("invariant", "invariant", "text", "whether rescaling leaves it as it is"),
+)
 
-class PathMetric(Snapshot):
+
+class PathMetric(Snapshot, Tabular):
     """The distance ``||Phi(theta) - Phi(theta')||_1`` of two sets of weights.
 
     Numbers are float64.  ``lower``, ``upper`` and all bounds hold for exact arithmetic on the
@@ -253,6 +262,39 @@ class PathMetric(Snapshot):
             "path_magnitude_sum": self.path_magnitude_sum,
             "bounds": self.bounds,
         }
+
+    def table(self) -> Table:
+        """All that bounds the metric, with fixed columns; this evaluates all bounds.
+
+        Example:
+            >>> import fxpath
+            >>> metric = fxpath.path_metric(torch.nn.Linear(2, 1), torch.nn.Linear(2, 1))
+            >>> [row["quantity"] for row in metric.table().rows][:2]
+            ['lower', 'upper']
+        """
+        found = [("lower", self.lower, True), ("upper", self.upper, True)]
+        found += [(name, self.bound(name), UPPER_BOUNDS[name]) for name in UPPER_BOUNDS]
+        rows = tuple(
+            {
+                "quantity": name,
+                "value": value,
+                "relative": self._over_norm(value),
+                "invariant": "yes" if invariant else "no",
+            }
+            for name, value, invariant in found
+        )
+        return Table("path-metric", COLUMNS, rows)
+
+    def _table(self, **options: Any) -> Table:
+        return self.table(**options)
+
+    def __repr__(self) -> str:
+        if self.value is not None:
+            return f"<PathMetric: {self.value:.6g}, {self.relative:.3%} of the path-norm, exact>"
+        return (
+            f"<PathMetric: between {self.lower:.6g} and {self.upper:.6g}, "
+            f"{self.relative_lower:.3%} to {self.relative_upper:.3%} of the path-norm>"
+        )
 
     def __str__(self) -> str:
         rows: list[tuple[str, Any]] = [

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
 from torch import Tensor
 
-from fxpath.program.coverage import find_unscored, summary
+from fxpath.program.coverage import find_unscored
 from fxpath.program.evaluation import Evaluation
+from fxpath.program.findings import Finding, find
 from fxpath.program.layers import Channels, Layer, find_layers, layers_at, neuron_shares
 from fxpath.program.overlay import overlay
 from fxpath.program.program import PathProgram
 from fxpath.program.rows import LayerRow, layer_row
+from fxpath.program.spread import Spread
+from fxpath.program.tables import make_report, make_table
+from fxpath.report import plots
+from fxpath.report.page import page
+from fxpath.report.plain import written
+from fxpath.report.table import Table, Tabular
 from fxpath.sample import Sample
 
+if TYPE_CHECKING:
+    from fxpath.report.plots import Axes
 
-class Analysis:
+
+class Analysis(Tabular):
     """Path-norm and Path-Mag scores of one model.
 
     Attributes:
@@ -115,9 +125,86 @@ class Analysis:
             ) from None
 
     @cached_property
+    def _spreads(self) -> dict[str, Spread]:
+        """How the shares of each layer's weights (or biases, if it has nothing else) are spread."""
+        main = {layer.name: layer.weight or layer.bias for layer in self._layers}
+        return {name: Spread([self.scores[key]]) for name, key in main.items() if key is not None}
+
+    @cached_property
     def layers(self) -> list[LayerRow]:
         """One row for each layer, in order of execution."""
-        return [layer_row(layer, self._evaluation) for layer in self._layers]
+        return [
+            layer_row(layer, self._evaluation, self.neuron_shares[name], self._spreads[name])
+            for layer in self._layers
+            for name in [layer.name]
+        ]
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """What the numbers say, as data: layers that nearly no path mass crosses, dead channels ...
+
+        See :class:`fxpath.Finding`; nothing is listed where there is nothing to say.
+        """
+        return find(self.layers, self._spreads, self._prunable, self.unscored)
+
+    @property
+    def _prunable(self) -> list[str]:
+        return [layer.name for layer in self._layers if layer.prunable]
+
+    def table(self, depth: int | None = None) -> Table:
+        """The layers as a table with fixed columns, each with its meaning.
+
+        Args:
+            depth: sums by module, down to this depth of dotted names: 1 for the outermost modules.
+                A share then is how many of the module's layers a unit of path mass crosses on
+                average; effective weights and quantiles are those of all weights together.
+
+        Raises:
+            ValueError: if ``depth`` is below 1.
+
+        Example:
+            >>> import torch, fxpath
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+            >>> [row["layer"] for row in fxpath.analyze(model).table().rows]
+            ['0', '1']
+        """
+        return make_table(self._headline(), self.layers, self._spreads, depth)
+
+    def _table(self, **options: Any) -> Table:
+        return self.table(**options)
+
+    def report(self) -> dict[str, Any]:
+        """What :meth:`plot` and :meth:`to_html` draw, as plain data: rows, histograms, a curve."""
+        return make_report(
+            self.table(),
+            self._summary(),
+            self.findings,
+            self._spreads,
+            self._prunable,
+            self.unscored,
+        )
+
+    def plot(self, *, dark: bool = False) -> list[Axes]:
+        """Draw the share and the distribution of scores by layer.
+
+        Args:
+            dark: light lines on a dark ground.
+
+        Returns:
+            Two matplotlib axes, shares and quantiles of scores, of one figure (``axes[0].figure``).
+
+        Raises:
+            ImportError: if matplotlib is not installed; the extra ``report`` brings it.
+        """
+        return plots.analysis(self.report(), dark)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a page for a browser that needs no network.
+
+        Args:
+            path: of the file.
+        """
+        written(page(self.report()), path)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the tensors, as plain data for JSON (an infinite number becomes ``None``)."""
@@ -130,6 +217,7 @@ class Analysis:
             "log10_path_norm": log10 if math.isfinite(log10) else None,
             "parameters": sum(score.numel() for score in self.scores.values()),
             "layers": [{**row, "shape": list(row["shape"])} for row in self.layers],
+            "findings": [vars(finding) for finding in self.findings],
             "unscored": dict(self.unscored),
         }
 
@@ -155,15 +243,18 @@ class Analysis:
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        table = tabulate(self._cells(), headers="keys")
-        text = f"{self._headline()}\ninput {self.inputs}\n{self._legend()}\n\n{table}"
-        return "\n".join([text, *textwrap.wrap(self._coverage(), 100)])
+        table = self.table()
+        said = [finding.text for finding in self.findings]
+        legend = textwrap.wrap(table.legend(), 100)
+        paragraphs = [line for text in said for line in textwrap.wrap(text, 100)]
+        head = [self._headline(), f"input {self.inputs}", "", str(shortened(table)), ""]
+        return "\n".join([*head, *legend, *([""] if said else []), *paragraphs])
 
     def _repr_html_(self) -> str:
-        table = tabulate(self._cells(), headers="keys", tablefmt="html")
-        text = html.escape(f"{self._headline()}; input {self.inputs}. {self._legend()}")
-        coverage = f"<p>{html.escape(self._coverage())}</p>" if self.unscored else ""
-        return f"<p>{text}</p>{table}{coverage}"
+        table = self.table()
+        said = "".join(f"<p>{html.escape(finding.text)}</p>" for finding in self.findings)
+        text = html.escape(f"{self._headline()}; input {self.inputs}. {table.legend()}")
+        return f"<p>{text}</p>{table.to_html()}{said}"
 
     def __repr__(self) -> str:
         return f"<Analysis: {self._headline()}, input {self.inputs}>"
@@ -177,34 +268,31 @@ class Analysis:
             f"{scored:,} scored parameters"
         )
 
-    def _legend(self) -> str:
-        return (
-            "share: path mass that crosses the layer; p10, p50, p90: quantiles of "
-            "Path-Mag / path-norm"
-        )
-
-    def _coverage(self) -> str:
-        return summary(self.unscored) if self.unscored else ""
-
-    def _cells(self) -> list[dict[str, str]]:
-        """Table cells, at most 100 columns in all."""
+    def _summary(self) -> list[tuple[str, str]]:
+        norm = self.path_norm
+        zeros = sum(row["sparsity"] * self._spreads[row["name"]].entries for row in self.layers)
+        entries = sum(spread.entries for spread in self._spreads.values())
         return [
-            {
-                "layer": _shorten(row["name"]),
-                "op": row["operation"],
-                "shape": _by(row["shape"]),
-                "params": f"{row['parameters']:,}",
-                "zeros": f"{row['sparsity']:.1%}",
-                "share": f"{row['share']:.4f}",
-                **{f"p{k[:-1]}": f"{v:.1e}" for k, v in row["quantiles"].items()},
-            }
-            for row in self.layers
+            ("path-norm", f"{norm:.6g}" if math.isfinite(norm) else "beyond float64"),
+            ("its decimal logarithm", f"{self.log10_path_norm:.4f}"),
+            ("exponent q", f"{self.q:g}"),
+            ("input", str(self.inputs)),
+            ("scored parameters", f"{sum(row['parameters'] for row in self.layers):,}"),
+            ("parameters without a score", f"{len(self.unscored):,} tensors"),
+            ("layers", f"{len(self.layers):,}"),
+            ("weights that are zero", f"{zeros / max(1, entries):.1%}"),
         ]
 
 
-def _shorten(name: str, width: int = 20) -> str:
-    return name if len(name) <= width else "…" + name[1 - width :]
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
+def shortened(table: Table, width: int = 20) -> Table:
+    """The same table with layer names of at most so many letters, their ends kept."""
+    rows = [
+        {
+            **row,
+            "layer": row["layer"]
+            if len(row["layer"]) <= width
+            else "…" + row["layer"][1 - width :],
+        }
+        for row in table.rows
+    ]
+    return dataclasses.replace(table, rows=tuple(rows))

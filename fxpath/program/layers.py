@@ -29,6 +29,7 @@ class Layer:
         weight: name of its weight coordinates, ``None`` for an operation that only adds a bias.
         bias: name of its bias coordinates, if it has any.
         shape: shape of the weight (or bias) coordinates.
+        prunable: whether pruning ranks its weights: those of convolutions and linear maps.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Layer:
     weight: str | None
     bias: str | None
     shape: tuple[int, ...]
+    prunable: bool
 
 
 def neuron_shares(layer: Layer, channels: Channels, shares: Mapping[str, Tensor]) -> Tensor:
@@ -100,6 +102,7 @@ def _layer(origin: fx.Node, weigh: fx.Node | None, bias: fx.Node | None) -> Laye
         weight=None if weight is None else name,
         bias=None if bias is None else str(arguments(bias)[1]),
         shape=tuple(main.meta["val"].shape),
+        prunable=weigh is not None and weigh.target in (ops.conv, ops.contract),
     )
 
 

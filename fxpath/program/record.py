@@ -12,7 +12,7 @@ from fxpath.certificate import Certificate, digits, fingerprint
 from fxpath.model import Captured, Given
 from fxpath.program.evaluation import Evaluation
 from fxpath.program.layers import find_layers
-from fxpath.program.rows import layer_row
+from fxpath.program.rows import Crossed, crossed
 from fxpath.version import __version__
 
 
@@ -53,14 +53,13 @@ def record(
         q=evaluation.q,
         path_norm=digits(evaluation.path_norm),
         log10_path_norm=digits(evaluation.log10_path_norm),
-        layers=tuple(_row(dict(layer_row(layer, evaluation))) for layer in find_layers(lifted)),
+        layers=tuple(_row(crossed(layer, evaluation)) for layer in find_layers(lifted)),
         versions={"fxpath": __version__, "torch": torch.__version__},
     )
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
+def _row(row: Crossed) -> dict[str, Any]:
     """A row of an analysis in the digits of a certificate."""
-    del row["quantiles"]
     return {**row, "share": digits(row["share"]), "sparsity": digits(row["sparsity"])}
 
 

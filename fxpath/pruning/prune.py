@@ -158,10 +158,13 @@ def prune(
             for name, score in ranked.items()
         }
         masks = decided(goal, step, ranked, inputs, source.lost, source.estimated)
-    share = source.path_magnitude_share(masks, named == "path_magnitude" and steps == 1)
+    lost = source.path_magnitude_shares(masks, named == "path_magnitude" and steps == 1)
     tensors = source.erased(masks)
     held = held_masks(model)
-    rows = [_row(each, goal, masks, tensors, held, notes[each.name]) for each in chosen]
+    rows = [
+        _row(each, goal, masks, tensors, held, notes[each.name], lost.get(each.name, 0.0))
+        for each in chosen
+    ]
     empty = [row.name for row in rows if row.empty]
     _check_reached(erasure.cut_off(tensors), empty)
     if empty:
@@ -176,7 +179,7 @@ def prune(
         state_dict=source.state(tensors),
         masks={each.name: {**masks, **kept}[each.name] for each in chosen},
         certificate=erasure.certificate(tensors),
-        path_magnitude_share=share,
+        path_magnitude_share=sum(lost.values()),
         layers=tuple(rows),
         criterion=named,
         _dense=model,
@@ -191,6 +194,7 @@ def _row(
     tensors: Mapping[str, Tensor],
     held: Mapping[str, Tensor],
     note: str,
+    lost: float,
 ) -> PrunedLayer:
     mask, left = masks.get(each.name), tensors[each.key]
     if each.name in held:
@@ -201,6 +205,7 @@ def _row(
         requested=None if note else goal.share_of(each.entries),
         pruned=0 if mask is None else each.entries - int(mask.count_nonzero()),
         sparsity=(each.entries - int(torch.count_nonzero(left))) / max(1, each.entries),
+        lost=lost,
         note=note,
     )
 

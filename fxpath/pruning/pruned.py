@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from fxpath.certificate import MEMBER, Certificate, fingerprint
@@ -17,12 +18,29 @@ from fxpath.model import Given, named_tensors
 from fxpath.pairs.certify import certify
 from fxpath.pairs.metric import PathMetric
 from fxpath.pruning.masks import deep_copy, refresh, write_masks
+from fxpath.report import plots
+from fxpath.report.table import Column, Table, Tabular
+
+if TYPE_CHECKING:
+    from fxpath.report.plots import Axes
 
 #: Said under every table: a zero is no speed by itself.
 RUNTIMES = (
     "Zeros are faster or smaller in these runtimes: TensorRT (2:4 patterns), OpenVINO (sparse "
     "MatMul), XNNPACK (1 x 1 convolutions), Core ML (size on disk). Others compute with them as "
     "with any number; fxpath.prune_channels makes a smaller network for all of them."
+)
+
+#: Columns of every table of a pruned model.
+COLUMNS = (
+    Column("parameter", "parameter", "text", ""),
+    Column("shape", "shape", "text", ""),
+    Column("entries", "entries", "count", "how many entries it has", shown=False),
+    Column("requested", "asked for", "part", "part of its entries that was asked for"),
+    Column("pruned", "pruned", "count", "entries that the mask cuts"),
+    Column("zeros", "zeros", "part", "part of its entries that is zero"),
+    Column("lost", "lost at most", "part", "Path-Mag of what is cut, as a part of the path-norm"),
+    Column("note", "", "text", "why it was left alone, or that nothing is left of it"),
 )
 
 
@@ -37,6 +55,7 @@ class PrunedLayer:
             all layers were ranked together.
         pruned: how many entries the mask cuts.
         sparsity: part of its entries that is zero then, in [0, 1], those that were before included.
+        lost: sum of Path-Mag over what is cut of it, as a part of the path-norm: the bound (13).
         note: why it was left alone, or nothing.
     """
 
@@ -45,6 +64,7 @@ class PrunedLayer:
     requested: float | None
     pruned: int
     sparsity: float
+    lost: float
     note: str
 
     @property
@@ -54,7 +74,7 @@ class PrunedLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class Pruned:
+class Pruned(Tabular):
     """Masks for a model, the weights that they leave, and what is lost.
 
     Attributes:
@@ -126,34 +146,68 @@ class Pruned:
         """
         return certify(self.model(), reference=self._dense, **vars(self._given))
 
-    def table(self) -> str:
-        """A row for each layer, the certificate, and what to know before the zeros are used."""
-        lines = [
-            [
-                row.name,
-                "x".join(map(str, row.shape)),
-                "" if row.requested is None else f"{row.requested:.1%}",
-                f"{row.pruned:,}",
-                f"{row.sparsity:.1%}",
-                "cut altogether: no path crosses it" if row.empty else row.note,
-            ]
-            for row in self.layers
-        ]
-        lines.append(["all", "", "", f"{sum(r.pruned for r in self.layers):,}"])
-        lines[-1] += [f"{self.sparsity:.1%}", ""]
-        headers = ["parameter", "shape", "asked for", "pruned", "zeros", ""]
-        align = ("left", "right", "right", "right", "right", "left")
-        table = tabulate(lines, headers=headers, colalign=align, disable_numparse=True)
+    def table(self, depth: int | None = None) -> Table:
+        """A row for each parameter that could be pruned, with fixed columns.
+
+        Args:
+            depth: sums by module, down to this depth of dotted names: 1 for the outermost modules.
+
+        Raises:
+            ValueError: if ``depth`` is below 1.
+
+        Example:
+            >>> import fxpath
+            >>> fxpath.prune(nn.Linear(4, 2), 0.5).to_pandas()["pruned"].tolist()
+            [4]
+        """
+        if depth is not None and depth < 1:
+            raise ValueError(f"depth={depth}: pass 1 for the outermost modules, 2 for theirs, ...")
+        groups: dict[str, list[PrunedLayer]] = {}
+        for row in self.layers:
+            groups.setdefault(".".join(row.name.split(".")[:depth]), []).append(row)
+        rows = tuple(_summed(name, group) for name, group in groups.items())
+        return Table(f"{self.sparsity:.1%} zeros", COLUMNS, rows)
+
+    def _table(self, **options: Any) -> Table:
+        return self.table(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but tensors as plain data: rows, and the certificate's numbers."""
+        return {
+            "criterion": self.criterion,
+            "sparsity": self.sparsity,
+            "path_magnitude_share": self.path_magnitude_share,
+            "certificate": self.certificate.to_dict(),
+            "layers": [dict(row) for row in self.table().rows],
+        }
+
+    def plot(self, *, dark: bool = False) -> list[Axes]:
+        """Draw sparsity against what is lost for certain, by parameter and in all.
+
+        Args:
+            dark: light lines on a dark ground.
+
+        Returns:
+            Two matplotlib axes of one figure: zeros, and losses; the last row is all together.
+
+        Raises:
+            ImportError: if matplotlib is not installed; the extra ``report`` brings it.
+        """
+        return plots.pruned(self.table().rows, self.sparsity, self.certificate.relative, dark)
+
+    def __str__(self) -> str:
+        table = self.table()
+        total = {"parameter": "all", "shape": "", "note": "", "zeros": self.sparsity}
+        total["pruned"] = sum(row.pruned for row in self.layers)
+        total["lost"] = self.certificate.relative
         metric = self.certificate
         lost = (
             f"path-metric to the dense model, exact (7): {metric.upper:.6g}, "
             f"{metric.relative:.3%} of the path-norm\n"
             f"sum of Path-Mag over what is cut, no less (13): {self.path_magnitude_share:.3%}"
         )
-        return f"{table}\n\n{lost}\n\n{textwrap.fill(RUNTIMES, 100)}"
-
-    def __str__(self) -> str:
-        return self.table()
+        shown = dataclasses.replace(table, rows=(*table.rows, total))
+        return f"{shown}\n\n{lost}\n\n{textwrap.fill(RUNTIMES, 100)}"
 
     def __repr__(self) -> str:
         return f"<Pruned: {self.sparsity:.1%} zeros, {self.certificate.relative:.3%} lost>"
@@ -168,3 +222,24 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             tensor.data.copy_(state[name])
     refresh(copied)
     return copied
+
+
+def _summed(name: str, group: Sequence[PrunedLayer]) -> dict[str, Any]:
+    """One row of the table, for one parameter or all of a module."""
+    entries = [math.prod(row.shape) for row in group]
+    zeros = sum(row.sparsity * n for row, n in zip(group, entries, strict=True))
+    (first, *more) = group
+    return {
+        "parameter": name,
+        "shape": "" if more else "x".join(map(str, first.shape)),
+        "entries": sum(entries),
+        "requested": None if more else first.requested,
+        "pruned": sum(row.pruned for row in group),
+        "zeros": zeros / max(1, sum(entries)),
+        "lost": sum(row.lost for row in group),
+        "note": "; ".join(dict.fromkeys(filter(None, map(_note, group)))),
+    }
+
+
+def _note(row: PrunedLayer) -> str:
+    return "cut altogether: no path crosses it" if row.empty else row.note

@@ -78,15 +78,15 @@ class Source:
         """The relative path-metric to the dense network, never less than it is."""
         return self.erasure.metric(self.erased(masks)).relative_upper
 
-    def path_magnitude_share(self, masks: Mapping[str, Tensor], known: bool) -> float:
-        """Sum of Path-Mag over what is cut, (13), as a part of the path-norm.
+    def path_magnitude_shares(self, masks: Mapping[str, Tensor], known: bool) -> dict[str, float]:
+        """Sum of Path-Mag over what is cut of each tensor, (13), as a part of the path-norm.
 
         Args:
             masks: the masks.
             known: whether the last scores were Path-Mag of the dense network.
         """
         shares = self._shares if known else self._path_magnitude({})
-        return sum(_sum_without(masks[each.name], shares[each.name]) for each in self.chosen)
+        return {e.name: _sum_without(masks[e.name], shares[e.name]) for e in self.chosen}
 
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's state dict with those tensors; nothing in it is the model's own."""

@@ -74,9 +74,9 @@ from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.modes import plain_mode
 from fxpath.private import compile_id, lookup_backend, outside_dynamo
 from fxpath.program.backends import ANALYSIS
+from fxpath.report.plain import finite
 from fxpath.rules.refused import TRAINING
 from fxpath.toolchain.part import Part
-from fxpath.toolchain.plain import finite
 from fxpath.toolchain.separate import Separate, separate
 
 __all__ = ["Part", "compile_part", "forget"]

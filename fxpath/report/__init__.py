@@ -1,0 +1,1 @@
+"""Results as tables, pictures and pages: plain data in, text and files out."""
