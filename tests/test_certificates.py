@@ -229,7 +229,7 @@ def test_the_search_runs_when_asked_for_and_keeps_to_its_time() -> None:
     small = fxpath.lipschitz_bound(*pair())
     assert small.search(progress=seen.append) == small.largest_difference == seen[-1].best
     assert seen[-1].done == seen[-1].planned
-    assert "bound / found" in small.table(search=10)
+    assert "bound / found" in str(small.table(search=10))
 
 
 def test_relative_says_which_of_lower_and_upper_it_is_and_may_exceed_1() -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 COLUMNS = (
     Column("inequality", "inequality", "text", "see lipschitz_bound; numbers are the paper's"),
     Column("invariant", "invariant", "text", "whether rescaling leaves it as it is"),
-    Column("bound", "bound", "number", "in the norm that was asked for"),
+    Column("bound", "bound", "number", "in the norm that was asked for", digits=6),
     Column("over_found", "bound / found", "number", "over the largest difference that was found"),
 )
 

@@ -33,7 +33,7 @@ UPPER_BOUNDS = {"m": False, "m_normalized": True, "theorem_f2": True, "lemma_3_3
 #: Columns of every table of a metric.
 COLUMNS = (
     Column("quantity", "quantity", "text", "``lower``, ``upper``, or one of the upper bounds"),
-    Column("value", "value", "number", "in the scale of the path-norm"),
+    Column("value", "value", "number", "in the scale of the path-norm", digits=6),
     Column("relative", "of the path-norm", "part", "as a part of the model's path-norm"),
     Column("invariant", "invariant", "text", "whether rescaling leaves it as it is"),
 )

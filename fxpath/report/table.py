@@ -31,6 +31,7 @@ class Column:
         heading: what stands above it for people.
         kind: ``"text"``, ``"count"``, ``"part"`` (a share of 1) or ``"number"``.
         about: what it means, one sentence without a full stop.
+        digits: of a number where people read it.
         shown: whether it is in the text that ``print`` shows; files have every column.
     """
 
@@ -38,6 +39,7 @@ class Column:
     heading: str
     kind: Kind
     about: str
+    digits: int = 3
     shown: bool = True
 
 
@@ -120,7 +122,7 @@ class Table:
         return self._laid_out("simple", [column for column in self.columns if column.shown])
 
     def _laid_out(self, form: str, columns: Sequence[Column]) -> str:
-        cells = [[shown(row.get(c.name), c.kind) for c in columns] for row in self.rows]
+        cells = [[shown(row.get(c.name), c.kind, c.digits) for c in columns] for row in self.rows]
         if form == "github":
             cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
         align = ["left" if column.kind == "text" else "right" for column in columns]
@@ -179,7 +181,7 @@ class Tabular(ABC):
         return written(json_text(self.to_dict()), path)
 
 
-def shown(value: Any, kind: Kind) -> str:
+def shown(value: Any, kind: Kind, digits: int = 3) -> str:
     """One value as people read it.
 
     Example:
@@ -192,4 +194,4 @@ def shown(value: Any, kind: Kind) -> str:
         return f"{value:.1%}"
     if kind == "count":
         return f"{value:,}"
-    return f"{value:.3g}" if kind == "number" else str(value)
+    return f"{value:.{digits}g}" if kind == "number" else str(value)
