@@ -128,7 +128,7 @@ class Pruner:
 
     def _scored(self, criterion: str) -> dict[str, Tensor]:
         if criterion == "path_magnitude":
-            scores = criteria.path_magnitude(self.network, self._shape)
+            scores = criteria.path_shares(self.network, self._shape)
         elif criterion == "canonical_magnitude":
             scores = criteria.canonical_magnitude(self.network, self._shape)
         elif criterion == "obd":

@@ -98,3 +98,8 @@ __all__ = [
     "verify",
     "verify_pattern",
 ]
+
+
+def __dir__() -> list[str]:
+    """The API, and nothing that the package is built of."""
+    return [*__all__, "__version__"]

@@ -107,6 +107,12 @@ class Certificate:
     claim: Claim | None = None
     versions: dict[str, str] = field(default_factory=dict, compare=False)
 
+    def __repr__(self) -> str:
+        log10 = self.log10_path_norm
+        norm = "path-norm 0" if log10 is None else f"path-norm 10^{log10:.4f}"
+        claim = "" if self.claim is None else f", {self.claim.relative:.3%} from another"
+        return f"<Certificate: {norm}{claim}, SHA-256 of the weights {self.weights[:12]}...>"
+
     def to_json(self) -> str:
         """The text that goes into a file."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)

@@ -29,7 +29,14 @@ from fxpath.model.state import untouched
 from fxpath.private import forward_pre_hooks, pruned_name
 from fxpath.symmetry.canonical import canonical_magnitude, relative_to_layer
 
-__all__ = ["canonical_magnitude", "magnitude", "obd", "path_magnitude", "relative_to_layer"]
+__all__ = [
+    "canonical_magnitude",
+    "magnitude",
+    "obd",
+    "path_magnitude",
+    "path_shares",
+    "relative_to_layer",
+]
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -74,7 +81,7 @@ def magnitude(
         return {name: torch.abs(weight, out=out[name]) for name, weight in weights.items()}
 
 
-def path_magnitude(model: Model, input_shape: Shapes = None, **options: Any) -> dict[str, Tensor]:
+def path_shares(model: Model, input_shape: Shapes = None, **options: Any) -> dict[str, Tensor]:
     """Path-Mag (10) of every parameter as a share of the path-norm.
 
     The scores of :func:`fxpath.analyze`; shares rank entries as absolute values do, and always fit
@@ -95,10 +102,27 @@ def path_magnitude(model: Model, input_shape: Shapes = None, **options: Any) -> 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, -3.0]]))
-        >>> path_magnitude(layer)
+        >>> path_shares(layer)
         {'weight': tensor([[0.2500, 0.7500]])}
     """
     return analyze(model, input_shape, **options).scores
+
+
+def path_magnitude(model: Model, input_shape: Shapes = None, **options: Any) -> dict[str, Tensor]:
+    """Deprecated name of :func:`path_shares`; :func:`fxpath.path_magnitude` has absolute values.
+
+    Args:
+        model: as for :func:`path_shares`.
+        input_shape: as for :func:`path_shares`.
+        options: as for :func:`path_shares`.
+    """
+    warnings.warn(
+        "fxpath.criteria.path_magnitude returns shares: it is called path_shares now; "
+        "fxpath.path_magnitude returns absolute values",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return path_shares(model, input_shape, **options)
 
 
 def obd(

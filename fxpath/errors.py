@@ -69,6 +69,12 @@ class SupportReport:
     def __bool__(self) -> bool:
         return self.supported
 
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(problem.operation for problem in self.problems))
+        count = len(self.problems)
+        found = f"{count} problem{'s' * (count != 1)}: {kinds}" if count else "supported"
+        return f"<SupportReport: {found}>"
+
     def __str__(self) -> str:
         traced = f"input {self.inputs}\n" if self.inputs is not None else ""
         if self.supported:

@@ -220,7 +220,7 @@ def test_every_verb_takes_the_options_of_analyze(options: dict[str, Any]) -> Non
     norms = fxpath.path_norms(model, shape, q=(1,), **options)
     assert norms[1] == pytest.approx(expected.path_norm)
     magnitudes = fxpath.path_magnitude(model, shape, **options)
-    for scores in (magnitudes, fxpath.criteria.path_magnitude(model, shape, **options)):
+    for scores in (magnitudes, fxpath.criteria.path_shares(model, shape, **options)):
         assert scores.keys() == expected.scores.keys()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpath
-from fxpath.criteria import canonical_magnitude, path_magnitude
+from fxpath.criteria import canonical_magnitude, path_shares
 from fxpath.program.program import build
 from fxpath.program.theta import coordinates
 from fxpath.symmetry import least_norm
@@ -152,7 +152,7 @@ def test_names_shapes_and_formats_are_those_of_path_magnitude() -> None:
     for each in (model, copy.deepcopy(model).float()):
         forms = [
             {name: (score.shape, score.dtype) for name, score in scores.items()}
-            for scores in (canonical_magnitude(each, shape), path_magnitude(each, shape))
+            for scores in (canonical_magnitude(each, shape), path_shares(each, shape))
         ]
         assert forms[0] == forms[1]
 

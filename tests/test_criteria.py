@@ -253,7 +253,7 @@ def test_magnitude_refuses_other_buffers(change: Callable[..., Any], message: st
 def test_path_magnitude_is_that_of_analyze() -> None:
     model = small_net()
     for options in ({}, {"q": 2}, {"until": "5"}):
-        scores = criteria.path_magnitude(model, (2, 6, 6), **options)
+        scores = criteria.path_shares(model, (2, 6, 6), **options)
         expected = fxpath.analyze(model, (2, 6, 6), **options).scores
         assert scores.keys() == expected.keys()
         assert all(torch.equal(scores[name], expected[name]) for name in expected)
@@ -265,7 +265,7 @@ def test_path_magnitude_is_that_of_analyze() -> None:
 def every(model: nn.Module, batch: Batch) -> dict[str, dict[str, Tensor]]:
     return {
         "magnitude": criteria.magnitude(model),
-        "path_magnitude": criteria.path_magnitude(model, tuple(batch[0].shape[1:])),
+        "path_magnitude": criteria.path_shares(model, tuple(batch[0].shape[1:])),
         "obd": criteria.obd(model, cross_entropy, batch),
     }
 
@@ -343,7 +343,7 @@ def test_the_model_is_left_alone() -> None:
 
     criteria.magnitude(noisy)
     criteria.obd(noisy, cross_entropy, batch)
-    criteria.path_magnitude(model, (2, 6, 6))
+    criteria.path_shares(model, (2, 6, 6))
 
     assert torch.equal(torch.get_rng_state(), random) and torch.equal(batch[0], inputs)
     assert [m.training for m in noisy.modules()] == [m.training for m in before.modules()]

@@ -245,7 +245,7 @@ def test_masks_do_not_depend_on_powers_of_two(name: str) -> None:
     model, shape = build(name), (3, 32, 32)
     other = fxpath.rescale(model, shape, choices=(1, 2, 0.25), seed=1)
     assert any(not torch.equal(p, other.get_parameter(n)) for n, p in model.named_parameters())
-    scores = [fxpath.criteria.path_magnitude(m, shape) for m in (model, other)]
+    scores = [fxpath.criteria.path_shares(m, shape) for m in (model, other)]
     names = [n for n, p in model.named_parameters() if p.dim() > 1]
     cuts = [cut({n: s[n] for n in names}, 10**5) for s in scores]
     for n in names:

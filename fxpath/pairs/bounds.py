@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import textwrap
@@ -202,7 +203,9 @@ class Bound(Snapshot, Tabular):
             }
             for name, invariant, value in pairs
         )
-        return Table(self._headline(), COLUMNS, rows)
+        *columns, over = COLUMNS
+        over = dataclasses.replace(over, shown=found is not None)
+        return Table(self._headline(), (*columns, over), rows)
 
     def _table(self, **options: Any) -> Table:
         return self.table(**options)

@@ -37,6 +37,9 @@ class Quantized:
     steps: dict[str, Tensor]
     certificate: PathMetric | Bound
 
+    def __repr__(self) -> str:
+        return f"<Quantized: {len(self.steps)} tensors rounded, {self.certificate!r}>"
+
 
 @plain_mode()
 @torch.no_grad()

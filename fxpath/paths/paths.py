@@ -76,6 +76,11 @@ class PathLifting:
     def __len__(self) -> int:
         return len(self.phi)
 
+    def __repr__(self) -> str:
+        norm = float(self.phi.abs().sum())
+        given = "" if self.activity is None else ", with activations"
+        return f"<PathLifting: {len(self):,} paths, l^1 norm {norm:.6g}{given}>"
+
     @property
     def activations(self) -> Tensor:
         """A(theta, x), float64 ``[paths, inputs + 1]``; the last column is the bias's.

@@ -21,6 +21,7 @@ from fxpath.program.layers import Channels, Layer, find_layers, layers_at, neuro
 from fxpath.program.overlay import overlay
 from fxpath.program.program import PathProgram
 from fxpath.program.rows import LayerRow, layer_row
+from fxpath.program.scores import Scores
 from fxpath.program.spread import Spread
 from fxpath.program.tables import make_report, make_table
 from fxpath.report import plots
@@ -75,7 +76,7 @@ class Analysis(Tabular):
         """Analyses are made by :func:`fxpath.analyze`."""
         self.q = q
         self.inputs = inputs
-        self.scores: dict[str, Tensor] = evaluation.shares
+        self.scores: dict[str, Tensor] = Scores(evaluation.shares, unscored)
         self.path_norm: float = evaluation.path_norm
         self.log10_path_norm: float = evaluation.log10_path_norm
         self.unscored = unscored
@@ -109,12 +110,10 @@ class Analysis(Tabular):
             In the scores' dtype, or in float64 where that has no digits for small entries.
 
         Raises:
-            KeyError: if ``name`` has no score.
+            KeyError: if ``name`` has no score, with the reason, or the names that are close.
             OverflowError: if an entry is too large for the scores' dtype, or too small for float64;
                 ``log10_path_norm`` and the scores are not.
         """
-        if name not in self.scores:
-            raise KeyError(f"{name!r} has no score; scored are {', '.join(self.scores)}")
         shares = self.scores[name]
         try:
             return self._evaluation.absolute(name)

@@ -85,6 +85,9 @@ class PathProgram:
         self.q = q
         self.flat = Flat(self.graph_module, Setting(captured, q), backend)
 
+    def __repr__(self) -> str:
+        return f"<PathProgram: q={self.q:g}, {self.dtype}, input {self.captured.inputs}>"
+
     # -- results ----------------------------------------------------------------------------------
 
     def path_norm(self) -> float:

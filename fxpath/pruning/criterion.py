@@ -17,7 +17,7 @@ Criterion = str | Scores | Callable[..., Scores]
 
 #: Criteria that need nothing but a model.
 _BY_NAME: dict[str, Callable[..., Scores]] = {
-    "path_magnitude": criteria.path_magnitude,
+    "path_magnitude": criteria.path_shares,
     "canonical_magnitude": criteria.canonical_magnitude,
     "magnitude": criteria.magnitude,
 }

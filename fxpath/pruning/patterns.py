@@ -105,6 +105,11 @@ class PatternReport:
     def __bool__(self) -> bool:
         return not any(row.broken for row in self.layers)
 
+    def __repr__(self) -> str:
+        able = [row for row in self.layers if not row.reason]
+        held = sum(not row.broken for row in able)
+        return f"<PatternReport: {self.pattern} in {held} of {len(able)} weights that can have it>"
+
     def __str__(self) -> str:
         lines = [
             [

@@ -84,6 +84,9 @@ class Plan:
     attributes: Mapping[str, Mapping[str, Attribute]] = field(default_factory=dict)
     biases: Mapping[str, Bias] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<Plan: {len(self.tensors)} tensors and {len(self.attributes)} modules change>"
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, ready for JSON."""
         return {

@@ -91,6 +91,10 @@ class ChannelGroups:
     def __getitem__(self, index: int) -> ChannelGroup:
         return self.groups[index]
 
+    def __repr__(self) -> str:
+        rescalable = sum(group.rescalable for group in self.groups)
+        return f"<ChannelGroups: {len(self)} channels, {rescalable} of them rescalable>"
+
 
 def open_groups(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:
     """Groups of a model all of whose weights can take up a factor."""
