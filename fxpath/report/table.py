@@ -118,6 +118,9 @@ class Table:
         about = [f"{c.heading}: {c.about}" for c in self.columns if c.shown and c.about]
         return "; ".join(about)
 
+    def __repr__(self) -> str:
+        return f"<Table: {self.title}, {len(self.rows)} rows>"
+
     def __str__(self) -> str:
         return self._laid_out("simple", [column for column in self.columns if column.shown])
 
