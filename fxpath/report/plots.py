@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def bounds(rows: Sequence[Mapping[str, Any]], title: str, dark: bool) -> list[Ax
         if any(value > 0 for value in values):
             axes[0].set_xscale("log")
         axes[0].set_xlabel("how far outputs can be apart")
-        axes[0].set_title(title, loc="left")
+        axes[0].set_title(textwrap.fill(title, 56), loc="left")
         return _done(axes)
 
 
