@@ -36,7 +36,7 @@ def net() -> nn.Sequential:
 
 
 def scores_of(kind: str) -> torch.Tensor:
-    size = CHUNK * 2 + 17
+    size = CHUNK * 16 + 17
     generator = torch.Generator().manual_seed(0)
     return {
         "normal": torch.randn(size, generator=generator).abs(),

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-#: Entries that are looked at together: few enough for a processor's cache.
-CHUNK = 1 << 18
+#: Entries that are looked at together: in a processor's cache, and too few to share out among
+#: threads, which would wait for each other at each of many small operations; or by a GPU.
+CHUNK, CHUNK_AWAY = 1 << 15, 1 << 24
 
 #: Sixteen bins for each power of two, by the leading bits of a float64.
 SHIFT = 48
@@ -158,7 +159,8 @@ class Spread:
     def _chunks(self) -> Iterator[Tensor]:
         for tensor in self.tensors:
             flat = tensor.detach().reshape(-1)
-            yield from (flat.split(CHUNK) if flat.numel() else ())
+            size = CHUNK if flat.device.type == "cpu" else CHUNK_AWAY
+            yield from (flat.split(size) if flat.numel() else ())
 
     def _of_bin(self, code: int) -> Tensor:
         """The entries of one bin, in float64."""
