@@ -25,7 +25,7 @@ const charts = (() => {
     return String(+value.toPrecision(3));
   }
 
-  const percent = (value) => `${+(100 * value).toPrecision(3)} %`;
+  const percent = (value) => `${+(100 * value).toPrecision(3)}%`;
 
   // From 0 to a round number above the largest value, at steps of 1, 2 or 5 times a power of ten.
   function linear(values, kind, most = 5) {
@@ -53,7 +53,7 @@ const charts = (() => {
     const at = (exponent) => ground + ((1 - ground) * (exponent - low)) / (high - low);
     const ticks = zeros ? [{ at: 0, text: "0" }] : [];
     for (let e = high; e >= low; e -= step) {
-      const text = kind === "part" && e >= -3 ? percent(10 ** e) : power(e);
+      const text = kind !== "part" ? power(e) : e >= -4 ? percent(10 ** e) : `${power(e + 2)}%`;
       ticks.push({ at: at(e), text });
     }
     return { ticks, at: (value) => (value > 0 ? at(Math.log10(value)) : 0) };
@@ -119,16 +119,22 @@ const charts = (() => {
     return { ...made, slot, left: (i) => made.px(i / count), middle: (i) => made.px((i + 0.5) / count) };
   }
 
+  // Numbers over more than two decades need a logarithmic axis to be told apart.
+  function wide(values) {
+    const positive = values.filter((value) => value > 0);
+    return positive.length > 0 && Math.max(...positive) > 100 * Math.min(...positive);
+  }
+
   // One quantity of each layer: bars from 0, or dots where the axis has no 0 to start from.
   function quantity(parent, { heading, kind, values, ...shown }) {
     const chosen = shown.chosen;
-    const log = kind === "log";
+    const log = kind === "number" && wide(values);
     const y = (log ? logarithmic : linear)(values, kind);
     const made = byLayer(parent, {
       title: `${heading} by layer`, height: 250, y, yName: heading,
       about: `${values.length} layers; the table has every value.`,
     }, values.length, shown);
-    const wide = Math.max(1, Math.min(40, made.slot * 0.72));
+    const width = Math.max(1, Math.min(40, made.slot * 0.72));
     values.forEach((value, i) => {
       if (value === null) return;
       const top = made.py(y.at(value));
@@ -137,7 +143,7 @@ const charts = (() => {
         node(made.svg, "circle", { cx: made.middle(i), cy: top, class: shade, r: Math.max(2, Math.min(4.5, made.slot / 2)) });
       else
         node(made.svg, "rect", {
-          x: made.middle(i) - wide / 2, y: top, width: wide, height: Math.max(0, made.py(0) - top), class: shade });
+          x: made.middle(i) - width / 2, y: top, width, height: Math.max(0, made.py(0) - top), class: shade });
     });
   }
 
@@ -182,31 +188,31 @@ const charts = (() => {
     });
     const bar = (from, to, count, shade) => {
       const [left, top] = [made.px(from), made.py(y.at(count))];
+      const width = made.px(to) - left;
       node(made.svg, "rect", {
-        x: left, y: top, class: shade, width: Math.max(1, made.px(to) - left - 1),
+        x: left, y: top, class: shade, width: width > 4 ? width - 1 : width,
         height: made.py(0) - top });
     };
     if (zeros > 0) bar(0, apart * 0.8, zeros, "zeros");
     counts.forEach((count, i) => bar(x(edges[i]), x(edges[i + 1]), count, "data"));
   }
 
-  function curve(parent, { points, log }) {
-    replace(parent);
+  // What is lost at most against what is pruned, with a dot at the chosen point.
+  function curve(parent, { points, log, chosen }) {
     const bounds = points.map(([, bound]) => bound);
     const y = (log ? logarithmic : linear)(bounds, "part");
-    const widest = Math.max(...points.map(([pruned]) => pruned));
-    const x = linear([widest], "part", Math.max(3, Math.min(10, parent.clientWidth / 80)));
-    const made = frame(parent, {
+    const most = Math.max(3, Math.min(10, parent.clientWidth / 80));
+    const x = linear(points.map(([pruned]) => pruned), "part", most);
+    const made = frame(replace(parent), {
       title: "Sparsity against certificate", height: 320, y,
       yName: "path-norm lost, at most", xName: "weights pruned",
-      xTicks: x.ticks, about: "The table below has every value.",
+      xTicks: x.ticks, about: "The slider and the table below have every value.",
     });
     const places = points.map(([pruned, bound]) => [made.px(x.at(pruned)), made.py(y.at(bound))]);
+    const [cx, cy] = places[chosen];
     node(made.svg, "polyline", { points: places.map((place) => place.join(",")).join(" "), class: "line" });
-    places.forEach(([cx, cy], i) => {
-      const dot = node(made.svg, "circle", { cx, cy, r: 3.5, class: "data" });
-      node(dot, "title", {}, `${percent(points[i][0])} pruned: at most ${percent(bounds[i])} lost`);
-    });
+    node(made.svg, "line", { x1: cx, x2: cx, y1: made.py(0), y2: cy, class: "range now" });
+    node(made.svg, "circle", { cx, cy, r: 5, class: "data now" });
   }
 
   // The layer below a place of a chart by layer.
@@ -216,5 +222,5 @@ const charts = (() => {
     return part < 0 || part >= 1 ? null : Math.floor(part * count);
   }
 
-  return { quantity, spread, histogram, curve, layerAt };
+  return { quantity, spread, histogram, curve, layerAt, wide };
 })();

@@ -49,31 +49,33 @@ def walk(parts: Sequence[Module], depth: int = 1) -> Iterator[tuple[int, Module]
         yield from walk(part.parts, depth + 1)
 
 
-def sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def sums(
+    layers: Sequence[Mapping[str, Any]], weights: Sequence[tuple[int, float]]
+) -> dict[str, float]:
     """Numbers of a module from those of its layers.
 
     Args:
-        rows: of its layers: ``share``, ``parameters`` and ``effective``.
+        layers: rows with ``share``, ``parameters`` and ``effective``.
+        weights: of each, how many entries it has and the sum of their scores.
 
     Returns:
         ``parameters``, their number; ``share``, the mean over the layers: the part of them that a
         path crosses on average, paths weighted by their mass; ``effective_part``, the effective
-        number of entries of all layers together, as a part of the parameters.  With w the layers'
-        parts of the mass and H their entropies, the entropy of all is ``sum w (H - log w)``.
+        number of all entries together, as a part of them.  With T the sum of a layer's scores and
+        H the entropy of their parts of T, ``sum -s log s = T (H - log T)`` over its entries, and
+        such sums add up.
     """
-    mass = sum(row["share"] for row in rows)
-    parameters = sum(row["parameters"] for row in rows)
-    crossed = [row for row in rows if row["share"] > 0]
-    weights = [row["share"] / mass for row in crossed]
-    entropy = sum(
-        w * (math.log(row["effective"]) - math.log(w))
-        for w, row in zip(weights, crossed, strict=True)
+    entries, total = sum(n for n, _ in weights), sum(mass for _, mass in weights)
+    entropic = sum(
+        mass * (math.log(row["effective"]) - math.log(mass))
+        for row, (_, mass) in zip(layers, weights, strict=True)
+        if mass > 0
     )
-    effective = math.exp(entropy) if crossed else 0.0
+    effective = math.exp(math.log(total) + entropic / total) if total > 0 else 0.0
     return {
-        "parameters": parameters,
-        "share": mass / len(rows),
-        "effective_part": effective / parameters if parameters else 0.0,
+        "parameters": sum(row["parameters"] for row in layers),
+        "share": sum(row["share"] for row in layers) / len(layers),
+        "effective_part": effective / max(1, entries),
     }
 
 

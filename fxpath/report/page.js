@@ -148,10 +148,24 @@
   }
 
   function pruning() {
-    const axis = find("logarithmic");
-    const positive = curve.map(([, bound]) => bound).filter((bound) => bound > 0);
-    axis.checked = Math.max(...positive) > 100 * Math.min(...positive);
-    axis.addEventListener("change", drawn("curve", (parent) => charts.curve(parent, { points: curve, log: axis.checked })));
+    const [axis, slider] = [find("logarithmic"), find("pruned")];
+    const lines = find("curve-values").tBodies[0].rows;
+    const draw = drawn("curve", (parent) => {
+      charts.curve(parent, { points: curve, log: axis.checked, chosen: Number(slider.value) });
+    });
+
+    function say() {
+      const [pruned, lost] = [...lines[slider.value].cells].map((cell) => cell.textContent);
+      find("lost").textContent = `${pruned}: at most ${lost} of the path-norm lost`;
+      slider.setAttribute("aria-valuetext", find("lost").textContent);
+      draw();
+    }
+
+    axis.checked = charts.wide(curve.map(([, bound]) => bound));
+    slider.value = curve.findLastIndex(([, bound]) => bound <= 0.01);
+    axis.addEventListener("change", draw);
+    slider.addEventListener("input", say);
+    say();
   }
 
   if (rows.length) {

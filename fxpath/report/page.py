@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from fxpath.report.markup import Markup, element
-from fxpath.report.sections import pairs, sections
+from fxpath.report.sections import capped, pairs, sections
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -78,13 +78,18 @@ def _data(report: Mapping[str, Any]) -> Markup:
     data = {
         "columns": report["columns"],
         "rows": [[_plain(row[name]) for name in names] for row in report["rows"]],
-        "histograms": [report["histograms"].get(row["layer"]) for row in report["rows"]],
-        "curve": report["curve"],
+        "histograms": [_drawn(report["histograms"][row["layer"]]) for row in report["rows"]],
+        "curve": capped(report["curve"]),
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
+
+
+def _drawn(histogram: Mapping[str, Any]) -> dict[str, Any]:
+    """A histogram with its edges as fine as a picture can show them."""
+    return {**histogram, "edges": [round(edge, 3) for edge in histogram["edges"]]}
 
 
 def _plain(value: Any) -> Any:

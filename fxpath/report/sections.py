@@ -9,6 +9,7 @@ from typing import Any
 
 from fxpath.report.markup import Markup, element, join
 from fxpath.report.modules import Module, nest, sums, walk
+from fxpath.report.table import shown
 
 #: So many rows of the tree of modules are open at first.
 _OPEN = 60
@@ -16,15 +17,24 @@ _OPEN = 60
 _NAMED = 8
 #: Parts of the path-norm for which the curve is put into words.
 _LOSSES = (0.01, 0.1)
-_SHARE = (
-    "Share of a layer: the part of all path mass that crosses it. Share of a module: the mean over "
-    "its layers, which is the part of them that a path crosses on average, paths weighted by their "
-    "mass. Effective: the number of entries that would carry the mass if all carried the same (exp "
-    "of the entropy of the scores), as a part of the parameters."
+#: What kinds of findings are called.
+_KINDS = {
+    "uncrossed": "Layers that nearly no path mass crosses",
+    "dead_channels": "Dead channels",
+    "concentrated": "Scores on few weights",
+    "emptied": "What pruning empties first",
+    "unscored": "Parameters without a score",
+}
+_MODULES = (
+    "Share: the part of all path mass that crosses a layer; of a module the mean over its layers, "
+    "which is the part of them that a path crosses on average. Spread: over how many of the "
+    "weights the mass is spread (exp of the entropy of their scores), as a part of them; 100% "
+    "where all weights have the same score."
 )
-_CURVE = (
-    "Global pruning by Path-Mag: how much of the path-norm is lost at most when a part of the "
-    "weights is set to zero, by the bound (13) of the paper, which needs the scores alone."
+_PRUNING = (
+    "Global pruning by Path-Mag: what is lost of the path-norm at most, by the bound (13) of the "
+    "paper, which needs nothing but the scores. More than all cannot be lost: larger bounds are "
+    "shown as 100%."
 )
 
 
@@ -49,6 +59,11 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     return [section for section in (make(report) for make in makers) if section is not None]
 
 
+def capped(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """A curve of bounds on a part; a part is 1 at most."""
+    return [(pruned, min(1.0, bound)) for pruned, bound in curve]
+
+
 def pairs(of: Sequence[Sequence[str]], class_: str) -> Markup:
     """Names with what they stand for, as a list."""
     items = [element("div", element("dt", name), element("dd", text)) for name, text in of]
@@ -60,9 +75,9 @@ def _findings(report: Mapping[str, Any]) -> Section:
     items = [
         element(
             "li",
-            element("h3", finding["kind"].replace("_", " ").capitalize()),
+            element("h3", _KINDS.get(finding["kind"], finding["kind"])),
             element("p", finding["text"]),
-            _named(finding["layers"], index),
+            _named([name for name in finding["layers"] if name in index], index),
         )
         for finding in report["findings"]
     ]
@@ -73,9 +88,8 @@ def _findings(report: Mapping[str, Any]) -> Section:
 
 def _named(layers: Sequence[str], index: Mapping[str, int]) -> Markup:
     """Links to layers, the first few of them open."""
-    links = [_link(name, index[name]) if name in index else name for name in layers]
-    first = [element("li", link) for link in links[:_NAMED]]
-    rest = [element("li", link) for link in links[_NAMED:]]
+    items = [element("li", _link(name, index[name])) for name in layers]
+    first, rest = items[:_NAMED], items[_NAMED:]
     if not first:
         return Markup()
     more = element(
@@ -104,7 +118,7 @@ def _modules(report: Mapping[str, Any]) -> Section | None:
         element("span", "module"),
         element("span", "parameters", class_="number"),
         element("span", "share"),
-        element("span", "effective"),
+        element("span", "spread"),
         class_="tree-row tree-head",
         aria_hidden="true",
     )
@@ -115,43 +129,47 @@ def _modules(report: Mapping[str, Any]) -> Section | None:
         class_="controls scripted",
     )
     body = join(
-        element("p", _SHARE, class_="about"),
+        element("p", _MODULES, class_="about"),
         buttons if any(module.parts for module in tree) else "",
-        element("div", heading, _branch(tree, rows, level), class_="tree"),
+        element("div", heading, _branch(tree, report, level), class_="tree"),
     )
     return Section("modules", "Modules", body)
 
 
 def _branch(
-    parts: Sequence[Module], rows: Sequence[Mapping[str, Any]], level: int, depth: int = 1
+    parts: Sequence[Module], report: Mapping[str, Any], level: int, depth: int = 1
 ) -> Markup:
     items = []
     for part in parts:
-        inside = [rows[i] for i in part.layers]
+        inside = [report["rows"][i] for i in part.layers]
+        measures = _measures(inside, report["weights"])
         if part.parts:
             name = element("span", part.name, " ", element("small", f"{len(inside)} layers"))
-            line = element("summary", name, *_measures(inside), class_="tree-row")
-            inner = _branch(part.parts, rows, level, depth + 1)
+            line = element("summary", name, *measures, class_="tree-row")
+            inner = _branch(part.parts, report, level, depth + 1)
             items.append(element("details", line, inner, open=depth < level))
         else:
             operation = element("small", inside[0]["operation"])
             name = element("span", _link(part.name, part.layers[0]), " ", operation)
-            items.append(element("div", name, *_measures(inside), class_="tree-row leaf"))
+            items.append(element("div", name, *measures, class_="tree-row leaf"))
     return element("ul", *(element("li", item) for item in items))
 
 
-def _measures(rows: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
-    found = sums(rows)
+def _measures(
+    rows: Sequence[Mapping[str, Any]], weights: Mapping[str, tuple[int, float]]
+) -> Iterator[Markup]:
+    """Parameters, share and spread of what is in a module."""
+    found = sums(rows, [weights[row["layer"]] for row in rows])
     yield element(
-        "span", _number(found["parameters"], "count"), _aside(" parameters"), class_="number"
+        "span", shown(found["parameters"], "count"), _aside(" parameters"), class_="number"
     )
-    for name, said in (("share", "share"), ("effective_part", "effective")):
+    for name, said in (("share", "share"), ("effective_part", "spread")):
         width = f"{100 * min(1.0, found[name]):.4g}%"
         bar = element("rect", width=width, height="100%", class_=name)
         yield element(
             "span",
             element("svg", bar, class_="bar", aria_hidden="true"),
-            element("span", _aside(f"{said} "), _number(found[name], "part"), class_="number"),
+            element("span", _aside(f"{said} "), shown(found[name], "part"), class_="number"),
             class_="measure",
         )
 
@@ -209,22 +227,14 @@ def _layers(report: Mapping[str, Any]) -> Section | None:
 
 
 def _pruning(report: Mapping[str, Any]) -> Section | None:
-    curve = report["curve"]
+    curve = capped(report["curve"])
     if not curve:
         return None
-    found = []
-    for loss in _LOSSES:
-        within = [pruned for pruned, bound in curve if bound <= loss]
-        if within:
-            found.append(
-                f"At {_number(max(within), 'part')} of the weights the loss is at most {loss:.0%} "
-                "of the path-norm."
-            )
     rows = [
         element(
             "tr",
-            element("th", _number(pruned, "part"), scope="row", class_="number"),
-            element("td", _bound(bound), class_="number"),
+            element("th", shown(pruned, "part"), scope="row", class_="number"),
+            element("td", _lost(bound), class_="number"),
         )
         for pruned, bound in curve
     ]
@@ -232,29 +242,41 @@ def _pruning(report: Mapping[str, Any]) -> Section | None:
         element("th", text, scope="col", class_="number")
         for text in ("weights pruned", "path-norm lost, at most")
     ]
-    values = element("table", element("thead", element("tr", *headings)), element("tbody", *rows))
-    axis = element(
-        "label", element("input", type="checkbox", id="logarithmic"), " Logarithmic axis"
+    head, lines = element("thead", element("tr", *headings)), element("tbody", *rows)
+    values = element("table", head, lines, id="curve-values")
+    log = element("input", type="checkbox", id="logarithmic")
+    slider = element("input", type="range", id="pruned", min=0, max=len(curve) - 1)
+    chart = element(
+        "div",
+        element("label", log, " Logarithmic axis"),
+        element("div", element("div", id="curve", class_="chart")),
+        element("label", "Weights pruned ", slider),
+        element("output", "", id="lost", for_="pruned"),
+        class_="scripted",
     )
-    body = join(
-        element("p", _CURVE, class_="about"),
-        element("p", " ".join(found)) if found else "",
-        _no_script(),
-        element(
-            "div",
-            element("p", axis, class_="controls"),
-            element("div", id="curve", class_="chart"),
-            class_="scripted",
-        ),
-        element(
-            "details", element("summary", "The curve as a table"), _scrolling(values, "The curve")
-        ),
+    folded = element(
+        "details",
+        element("summary", "The curve as a table"),
+        _scrolling(values, "Sparsity against certificate"),
     )
+    about = element("p", _PRUNING, class_="about")
+    body = join(about, element("p", _said(curve)), _no_script(), chart, folded)
     return Section("pruning", "Sparsity against certificate", body)
 
 
-def _bound(bound: float) -> str:
-    return _number(bound, "part") if bound >= 0.001 else f"{100 * bound:.1e} %"
+def _said(curve: Sequence[tuple[float, float]]) -> str:
+    """How much can be pruned for a small loss, never rounded up."""
+    found = [(loss, max(pruned for pruned, bound in curve if bound <= loss)) for loss in _LOSSES]
+    texts = [
+        f"{math.floor(1000 * pruned) / 1000:.1%} of the weights cost at most {loss:.0%}"
+        for loss, pruned in found
+    ]
+    return ", ".join(texts) + " of the path-norm."
+
+
+def _lost(bound: float) -> str:
+    """A part in per cent, with two digits of those that are small."""
+    return f"{bound:.2%}" if bound >= 0.001 or not bound else f"{100 * bound:.1e}%"
 
 
 def _table(report: Mapping[str, Any]) -> Section | None:
@@ -290,7 +312,7 @@ def _table(report: Mapping[str, Any]) -> Section | None:
     meanings = element(
         "details",
         element("summary", "What the columns mean"),
-        pairs([(c["heading"], c["about"]) for c in columns], class_="meanings"),
+        pairs([(c["heading"], c["about"]) for c in columns if c["about"]], class_="meanings"),
     )
     body = join(controls, _scrolling(table, "Table of layers"), meanings)
     return Section("table", "Table", body)
@@ -300,7 +322,7 @@ def _cells(
     row: Mapping[str, Any], columns: Sequence[Mapping[str, str]], index: int
 ) -> Iterator[Markup]:
     for place, column in enumerate(columns):
-        text = _number(row[column["name"]], column["kind"])
+        text = shown(row[column["name"]], column["kind"])
         if place:
             yield element("td", text, class_=_aligned(column["kind"]))
         else:
@@ -341,20 +363,3 @@ def _no_script() -> Markup:
 
 def _aligned(kind: str) -> str | None:
     return None if kind == "text" else "number"
-
-
-def _number(value: Any, kind: str) -> str:
-    """A value of a column as text, at most three digits of what is not counted."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    match kind:
-        case "text":
-            return str(value)
-        case "count":
-            return f"{value:,}"
-        case "part":
-            return f"{100 * value:.1f} %"
-        case "log":
-            return f"{value:.1e}" if value else "0"
-        case _:
-            return f"{value:,.0f}" if 1000 <= value < 1e15 else f"{value:.3g}"
