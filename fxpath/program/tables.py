@@ -40,8 +40,8 @@ COLUMNS = (
     Column("dead_channels", "dead", "count", "output channels that no path crosses", shown=False),
 )
 
-#: Bins of a spread in one bar of a histogram: half a power of two.
-BAR = 8
+#: Bins of a spread in one bar of a histogram: a power of two, so that all bars are equally wide.
+BAR = 16
 
 #: Points of the curve of sparsity against certificate.
 POINTS = 200
@@ -116,6 +116,7 @@ def make_report(
         ],
         "rows": [dict(row) for row in table.rows],
         "histograms": {name: histogram(spread) for name, spread in weights.items()},
+        "weights": {name: [spread.entries, spread.total] for name, spread in weights.items()},
         "curve": curve([weights[name] for name in prunable]),
         "unscored": dict(unscored),
     }

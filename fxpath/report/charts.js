@@ -40,10 +40,12 @@ const charts = (() => {
     return { ticks, at: (value) => value / top };
   }
 
-  // Whole decades; zeros lie on a line of their own below the lowest.
-  function logarithmic(values, kind, most = 6) {
-    const positive = values.filter((value) => value > 0);
-    const zeros = values.some((value) => value === 0);
+  // Whole decades; zeros, and what is below a floor, lie on a line of their own below the lowest.
+  function logarithmic(values, kind, floor = 0) {
+    const most = 6;
+    const seen = (value) => value > 0 && value >= floor;
+    const positive = values.filter(seen);
+    const zeros = values.some((value) => value !== null && !seen(value));
     const lowest = positive.length ? Math.floor(Math.log10(Math.min(...positive)) + 1e-9) : -1;
     const high = Math.max(
       lowest + 1, positive.length ? Math.ceil(Math.log10(Math.max(...positive)) - 1e-9) : 0);
@@ -51,12 +53,12 @@ const charts = (() => {
     const low = high - step * Math.ceil((high - lowest) / step);
     const ground = zeros ? 0.08 : 0;
     const at = (exponent) => ground + ((1 - ground) * (exponent - low)) / (high - low);
-    const ticks = zeros ? [{ at: 0, text: "0" }] : [];
+    const ticks = zeros ? [{ at: 0, text: floor ? "less" : "0" }] : [];
     for (let e = high; e >= low; e -= step) {
       const text = kind !== "part" ? power(e) : e >= -4 ? percent(10 ** e) : `${power(e + 2)}%`;
       ticks.push({ at: at(e), text });
     }
-    return { ticks, at: (value) => (value > 0 ? at(Math.log10(value)) : 0) };
+    return { ticks, at: (value) => (seen(value) ? at(Math.log10(value)) : 0) };
   }
 
   // An empty chart with its axes: where the drawing goes, and how values become pixels.
@@ -152,7 +154,7 @@ const charts = (() => {
     const y = logarithmic([...low, ...middle, ...high].filter((value) => value !== null), "log");
     const made = byLayer(parent, {
       title: "Scores by layer", height: 270, y,
-      yName: "scores: the median, and from 10 % to 90 %",
+      yName: "scores: the median, and from 10% to 90%",
       about: `Quantiles of the scores of ${low.length} layers; the table has every value.`,
     }, low.length, shown);
     low.forEach((value, i) => {
@@ -200,7 +202,8 @@ const charts = (() => {
   // What is lost at most against what is pruned, with a dot at the chosen point.
   function curve(parent, { points, log, chosen }) {
     const bounds = points.map(([, bound]) => bound);
-    const y = (log ? logarithmic : linear)(bounds, "part");
+    // What is lost below a millionth is of no interest, and the first scores are as small as it gets.
+    const y = log ? logarithmic(bounds, "part", 1e-6) : linear(bounds, "part");
     const most = Math.max(3, Math.min(10, parent.clientWidth / 80));
     const x = linear(points.map(([pruned]) => pruned), "part", most);
     const made = frame(replace(parent), {

@@ -260,18 +260,19 @@ def _pruning(report: Mapping[str, Any]) -> Section | None:
         _scrolling(values, "Sparsity against certificate"),
     )
     about = element("p", _PRUNING, class_="about")
-    body = join(about, element("p", _said(curve)), _no_script(), chart, folded)
+    said = element("p", text) if (text := _said(curve)) else ""
+    body = join(about, said, _no_script(), chart, folded)
     return Section("pruning", "Sparsity against certificate", body)
 
 
 def _said(curve: Sequence[tuple[float, float]]) -> str:
     """How much can be pruned for a small loss, never rounded up."""
-    found = [(loss, max(pruned for pruned, bound in curve if bound <= loss)) for loss in _LOSSES]
-    texts = [
-        f"{math.floor(1000 * pruned) / 1000:.1%} of the weights cost at most {loss:.0%}"
-        for loss, pruned in found
-    ]
-    return ", ".join(texts) + " of the path-norm."
+    texts = []
+    for loss in _LOSSES:
+        pruned = max((pruned for pruned, bound in curve if bound <= loss), default=0.0)
+        if thousandths := math.floor(1000 * pruned):
+            texts.append(f"{thousandths / 1000:.1%} of the weights cost at most {loss:.0%}")
+    return ", ".join(texts) + " of the path-norm." if texts else ""
 
 
 def _lost(bound: float) -> str:
