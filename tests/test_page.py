@@ -19,7 +19,12 @@ from fxpath.report.page import page
 from tests.support.reports import made_up
 
 NAMES = ["stem", "blocks.0.conv", "blocks.0.skip.0", "blocks.1.conv", "head.fc"]
-HOSTILE = ["</script><img src=x onerror=hit()>", '" autofocus onfocus="hit()', "<!--<script>", "&lt;"]
+HOSTILE = [
+    "</script><img src=x onerror=hit()>",
+    '" autofocus onfocus="hit()',
+    "<!--<script>",
+    "&lt;",
+]
 VOID = {"meta", "link", "input"}
 
 
@@ -106,9 +111,11 @@ def test_numbers_that_are_not_finite_are_no_numbers_in_the_data() -> None:
 def test_modules_hold_every_layer_once_and_in_order() -> None:
     chance = random.Random(0)
     for _ in range(50):
-        names = list(dict.fromkeys(
-            ".".join(chance.choices("abc", k=chance.randrange(1, 5))) for _ in range(20)
-        ))
+        names = list(
+            dict.fromkeys(
+                ".".join(chance.choices("abc", k=chance.randrange(1, 5))) for _ in range(20)
+            )
+        )
         leaves = [m for _, m in walk(nest(names)) if not m.parts]
         assert sorted(i for m in leaves for i in m.layers) == list(range(len(names)))
         for _, module in walk(nest(names)):
@@ -154,10 +161,17 @@ def test_numbers_of_a_module_are_those_of_its_weights_together() -> None:
 
 
 def test_a_real_report_has_a_page_with_its_numbers() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.PReLU()))
-    report = fxpath.analyze(model).report()
+    inner = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 2))
+    analysis = fxpath.analyze(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), inner))
+    report = analysis.report()
+    outer = analysis.table(depth=1).rows
+    for module, row in zip(nest([r["layer"] for r in report["rows"]]), outer, strict=True):
+        inside = [report["rows"][i] for i in module.layers]
+        found = sums(inside, [report["weights"][r["layer"]] for r in inside])
+        assert found["effective_part"] == pytest.approx(row["effective_part"])
+        assert found["share"] * len(inside) == pytest.approx(row["share"])
     reader = Reader(page(report))
-    cells = [text for tag, a, text in reader.all("td")]
+    cells = [text for _, _, text in reader.all("td")]
     for row in report["rows"]:
         assert f"{row['share']:.1%}" in cells and f"{row['parameters']:,}" in cells
     assert "slope" in cells
@@ -171,7 +185,7 @@ def test_text_stands_out_from_its_ground(theme: str) -> None:
     for ground in ("ground", "card", "stripe", "track"):
         for text in ("text", "soft", "link"):
             assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
-        # Shapes that carry a meaning: WCAG 1.4.11.
+    # Shapes that carry a meaning: WCAG 1.4.11.
     for shape in ("data", "second", "now"):
         assert contrast(colors[shape], colors["card"]) >= 3, shape
 

@@ -26,6 +26,12 @@ NAMES = [
     "head",
 ]
 REPORT = made_up(NAMES, title=f"A network with {HOSTILE}")
+# The last layer is dead: all of its scores are 0.
+REPORT["rows"][-1].update(
+    dict.fromkeys(("share", "effective", "effective_part", "per_parameter", "p50", "p90"), 0.0)
+)
+REPORT["histograms"]["head"] = {"edges": [], "counts": [], "zeros": 99}
+REPORT["weights"]["head"] = [99, 0.0]
 SHARES = [row["share"] for row in REPORT["rows"]]
 
 
@@ -181,9 +187,10 @@ def test_the_keyboard_reaches_everything(opened: Any) -> None:
     assert heading(opened, "parameters").get_attribute("aria-sort") == "descending"
     button.send_keys(Keys.SPACE)
     assert heading(opened, "parameters").get_attribute("aria-sort") == "ascending"
-    assert opened.execute_script(
-        "return getComputedStyle(document.activeElement).outlineStyle"
-    ) == "solid", "the focus is seen"
+    assert (
+        opened.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
+        == "solid"
+    ), "the focus is seen"
     part = opened.find_element("css selector", ".tree details")
     was = part.get_attribute("open")
     part.find_element("tag name", "summary").send_keys(Keys.ENTER)
@@ -194,7 +201,7 @@ def test_the_keyboard_reaches_everything(opened: Any) -> None:
     assert by_id(opened, "layer-name").text == NAMES[2]
     slider = by_id(opened, "pruned")
     slider.send_keys(Keys.HOME, Keys.ARROW_RIGHT)
-    assert by_id(opened, "lost").text.startswith("0.5%: at most ")
+    assert by_id(opened, "lost").text.startswith("0.50%: at most ")
     assert slider.get_attribute("aria-valuetext") == by_id(opened, "lost").text
 
 
@@ -240,6 +247,14 @@ def test_pictures_show_the_numbers(opened: Any) -> None:
     assert opened.find_elements("css selector", "#histogram .zeros") == []
     by_id(opened, "next").click()
     assert len(opened.find_elements("css selector", "#histogram .zeros")) == 1
+    by_id(opened, "choose-layer").send_keys(Keys.END)
+    assert by_id(opened, "layer-name").text == "head"
+    assert len(opened.find_elements("css selector", "#histogram .zeros")) == 1
+    assert bars(opened, "histogram") == []
+    for option in opened.find_elements("css selector", "#choose-quantity option"):
+        option.click()
+        drawn = opened.find_elements("css selector", "#quantity rect.data, #quantity circle.data")
+        assert len(drawn) == len(NAMES), option.text
 
 
 def test_the_curve_has_two_axes(opened: Any) -> None:
@@ -250,8 +265,9 @@ def test_the_curve_has_two_axes(opened: Any) -> None:
     box = by_id(opened, "logarithmic")
     assert box.is_selected(), "over so many powers of ten nothing else shows anything"
     log = heights()
-    steps = [after - before for before, after in zip(log[1:], log[2:175], strict=False)]
+    steps = [after - before for before, after in zip(log[26:], log[27:175], strict=False)]
     assert steps == pytest.approx([steps[0]] * len(steps)), "the data is a power: a straight line"
+    assert steps[0] > 0 and log[0] == log[1] == min(log), "what is below the axis lies on it"
     assert log[-1] == log[180], "more than all cannot be lost"
     box.click()
     linear = heights()

@@ -67,7 +67,8 @@ const charts = (() => {
     const inner = {
       width: width - margin.left - margin.right,
       height: height - margin.top - margin.bottom - below };
-    const svg = node(parent, "svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
+    const viewBox = `0 0 ${width} ${height}`;
+    const svg = node(parent, "svg", { width, height, viewBox, role: "img" });
     const id = parent.id;
     node(svg, "title", { id: `${id}-title` }, title);
     node(svg, "desc", { id: `${id}-about` }, about);
@@ -90,9 +91,11 @@ const charts = (() => {
 
   // Numbers of layers below the axis, round ones, and as many as there is room for.
   function orderTicks(count, width) {
-    const step = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000].find((s) => count / s <= width / 44) ?? 2000;
+    const steps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
+    const step = steps.find((s) => count / s <= width / 44) ?? 2000;
     const ticks = [];
-    for (let n = step; n <= count; n += step) ticks.push({ at: (n - 0.5) / count, text: String(n) });
+    for (let n = step; n <= count; n += step)
+      ticks.push({ at: (n - 0.5) / count, text: String(n) });
     if (step > 1) ticks.unshift({ at: 0.5 / count, text: "1" });
     return ticks;
   }
@@ -118,7 +121,7 @@ const charts = (() => {
       x: made.px(chosen / count), y: made.py(1), class: "chosen",
       width: slot, height: made.inner.height });
     if (slot < 3) mark.setAttribute("width", 3);
-    return { ...made, slot, left: (i) => made.px(i / count), middle: (i) => made.px((i + 0.5) / count) };
+    return { ...made, slot, middle: (i) => made.px((i + 0.5) / count) };
   }
 
   // Numbers over more than two decades need a logarithmic axis to be told apart.
@@ -142,10 +145,13 @@ const charts = (() => {
       const top = made.py(y.at(value));
       const shade = i === chosen ? "data now" : "data";
       if (log)
-        node(made.svg, "circle", { cx: made.middle(i), cy: top, class: shade, r: Math.max(2, Math.min(4.5, made.slot / 2)) });
+        node(made.svg, "circle", {
+          cx: made.middle(i), cy: top, class: shade,
+          r: Math.max(2, Math.min(4.5, made.slot / 2)) });
       else
         node(made.svg, "rect", {
-          x: made.middle(i) - width / 2, y: top, width, height: Math.max(0, made.py(0) - top), class: shade });
+          x: made.middle(i) - width / 2, y: top, class: shade, width,
+          height: Math.max(0, made.py(0) - top) });
     });
   }
 
@@ -181,7 +187,8 @@ const charts = (() => {
     const step = Math.max(1, Math.ceil((high - low) / (room / 60)));
     const xTicks = zeros > 0 ? [{ at: apart * 0.4, text: "0" }] : [];
     if (edges.length)
-      for (let e = Math.ceil(low - 1e-9); e <= high + 1e-9; e += step) xTicks.push({ at: x(e), text: power(e) });
+      for (let e = Math.ceil(low - 1e-9); e <= high + 1e-9; e += step)
+        xTicks.push({ at: x(e), text: power(e) });
     const total = counts.reduce((sum, count) => sum + count, zeros);
     const made = frame(parent, {
       title: `Scores in ${name}`, height: 240, y, xTicks,
@@ -202,7 +209,7 @@ const charts = (() => {
   // What is lost at most against what is pruned, with a dot at the chosen point.
   function curve(parent, { points, log, chosen }) {
     const bounds = points.map(([, bound]) => bound);
-    // What is lost below a millionth is of no interest, and the first scores are as small as it gets.
+    // The smallest scores are next to nothing: below a millionth the axis would show little else.
     const y = log ? logarithmic(bounds, "part", 1e-6) : linear(bounds, "part");
     const most = Math.max(3, Math.min(10, parent.clientWidth / 80));
     const x = linear(points.map(([pruned]) => pruned), "part", most);
@@ -213,7 +220,8 @@ const charts = (() => {
     });
     const places = points.map(([pruned, bound]) => [made.px(x.at(pruned)), made.py(y.at(bound))]);
     const [cx, cy] = places[chosen];
-    node(made.svg, "polyline", { points: places.map((place) => place.join(",")).join(" "), class: "line" });
+    const path = places.map((place) => place.join(",")).join(" ");
+    node(made.svg, "polyline", { points: path, class: "line" });
     node(made.svg, "line", { x1: cx, x2: cx, y1: made.py(0), y2: cy, class: "range now" });
     node(made.svg, "circle", { cx, cy, r: 5, class: "data now" });
   }
@@ -221,7 +229,8 @@ const charts = (() => {
   // The layer below a place of a chart by layer.
   function layerAt(parent, event, count) {
     const box = parent.getBoundingClientRect();
-    const part = (event.clientX - box.left - margin.left) / (box.width - margin.left - margin.right);
+    const room = box.width - margin.left - margin.right;
+    const part = (event.clientX - box.left - margin.left) / room;
     return part < 0 || part >= 1 ? null : Math.floor(part * count);
   }
 

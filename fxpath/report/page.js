@@ -45,13 +45,13 @@
       charts.spread(parent, { low, middle, high, chosen, groups });
     });
     const drawHistogram = drawn("histogram", (parent) => {
-      if (histograms[chosen]) charts.histogram(parent, { name: shown(chosen, 0), ...histograms[chosen] });
-      else parent.replaceChildren("No histogram of this layer.");
+      charts.histogram(parent, { name: shown(chosen, 0), ...histograms[chosen] });
     });
 
     function say(i) {
       const k = place[chooseQuantity.value];
-      find("readout").textContent = `${i + 1}. ${shown(i, 0)}: ${columns[k].heading} ${shown(i, k)}`;
+      const value = `${columns[k].heading} ${shown(i, k)}`;
+      find("readout").textContent = `${i + 1}. ${shown(i, 0)}: ${value}`;
     }
 
     function pairs() {
@@ -72,7 +72,7 @@
       find("next").disabled = i === rows.length - 1;
       find("layer-name").textContent = shown(i, 0);
       find("values").replaceChildren(...pairs());
-      for (const line of document.querySelectorAll("[aria-current]")) line.removeAttribute("aria-current");
+      for (const line of lines) line.removeAttribute("aria-current");
       lines[i].setAttribute("aria-current", "true");
       say(i);
       drawQuantity();
@@ -102,8 +102,8 @@
     const body = find("rows").tBodies[0];
     const lines = [...body.rows];
     const heads = [...find("rows").tHead.rows[0].cells];
-    const texts = lines.map((line, i) => columns
-      .map((column, k) => (column.kind === "text" ? String(rows[i][k]) : "")).join(" ").toLowerCase());
+    const texts = rows.map((row) =>
+      row.filter((_, k) => columns[k].kind === "text").join(" ").toLowerCase());
     const collator = new Intl.Collator("en", { numeric: true });
 
     function tell() {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 from fxpath.report.markup import Markup, element
+from fxpath.report.plain import finite
 from fxpath.report.sections import capped, pairs, sections
 
 
@@ -22,7 +22,7 @@ def page(report: Mapping[str, Any]) -> str:
 
     Args:
         report: ``title``, ``summary``, ``findings``, ``columns``, ``rows``, ``histograms``,
-            ``curve`` and ``unscored``, as ``Analysis.report()`` returns them.
+            ``weights``, ``curve`` and ``unscored``, as ``Analysis.report()`` returns them.
 
     Returns:
         The text of the file, to be written in UTF-8.
@@ -30,7 +30,7 @@ def page(report: Mapping[str, Any]) -> str:
     Example:
         >>> import fxpath, torch
         >>> text = page(fxpath.analyze(torch.nn.Linear(2, 1)).report())
-        >>> text.startswith("<!doctype html>"), "http" in text
+        >>> text.startswith("<!doctype html>"), "src=" in text
         (True, False)
     """
     style = element("style", Markup(_asset("page.css")))
@@ -77,11 +77,11 @@ def _data(report: Mapping[str, Any]) -> Markup:
     names = [column["name"] for column in report["columns"]]
     data = {
         "columns": report["columns"],
-        "rows": [[_plain(row[name]) for name in names] for row in report["rows"]],
+        "rows": [[row[name] for name in names] for row in report["rows"]],
         "histograms": [_drawn(report["histograms"][row["layer"]]) for row in report["rows"]],
         "curve": capped(report["curve"]),
     }
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(finite(data), separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
@@ -90,11 +90,6 @@ def _data(report: Mapping[str, Any]) -> Markup:
 def _drawn(histogram: Mapping[str, Any]) -> dict[str, Any]:
     """A histogram with its edges as fine as a picture can show them."""
     return {**histogram, "edges": [round(edge, 3) for edge in histogram["edges"]]}
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no words for what is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _policy(style: Markup, *scripts: Markup) -> str:

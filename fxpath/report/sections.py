@@ -233,7 +233,7 @@ def _pruning(report: Mapping[str, Any]) -> Section | None:
     rows = [
         element(
             "tr",
-            element("th", shown(pruned, "part"), scope="row", class_="number"),
+            element("th", f"{pruned:.2%}", scope="row", class_="number"),
             element("td", _lost(bound), class_="number"),
         )
         for pruned, bound in curve
@@ -320,7 +320,7 @@ def _table(report: Mapping[str, Any]) -> Section | None:
 
 
 def _cells(
-    row: Mapping[str, Any], columns: Sequence[Mapping[str, str]], index: int
+    row: Mapping[str, Any], columns: Sequence[Mapping[str, Any]], index: int
 ) -> Iterator[Markup]:
     for place, column in enumerate(columns):
         text = shown(row[column["name"]], column["kind"])
