@@ -25,7 +25,7 @@ HOSTILE = [
     "<!--<script>",
     "&lt;",
 ]
-VOID = {"meta", "link", "input"}
+VOID = {"meta", "link", "input", "wbr"}
 
 
 class Reader(HTMLParser):

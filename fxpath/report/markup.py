@@ -38,4 +38,4 @@ def join(*parts: str) -> Markup:
     return Markup("".join(p if isinstance(p, Markup) else escape(p) for p in parts))
 
 
-_VOID = {"meta", "link", "input"}
+_VOID = {"meta", "link", "input", "wbr"}

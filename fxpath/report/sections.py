@@ -101,8 +101,10 @@ def _named(layers: Sequence[str], index: Mapping[str, int]) -> Markup:
 
 
 def _link(text: str, index: int) -> Markup:
-    """A link that chooses a layer and goes to what is said of it."""
-    return element("a", text or "(model)", href="#layer", data_row=index)
+    """A link that chooses a layer and goes to what is said of it; long names break at dots."""
+    first, *rest = (text or "(model)").split(".")
+    broken = [join(element("wbr"), f".{part}") for part in rest]
+    return element("a", first, *broken, href="#layer", data_row=index)
 
 
 def _modules(report: Mapping[str, Any]) -> Section | None:
@@ -192,8 +194,12 @@ def _layers(report: Mapping[str, Any]) -> Section | None:
     choices = element(
         "div",
         element("label", "Layer ", element("select", *names, id="choose-layer")),
-        element("button", "Previous", type="button", id="previous"),
-        element("button", "Next", type="button", id="next"),
+        element(
+            "span",
+            element("button", "Previous", type="button", id="previous"),
+            element("button", "Next", type="button", id="next"),
+            class_="pair",
+        ),
         element("label", "Quantity ", element("select", *quantities, id="choose-quantity")),
         class_="controls",
     )
