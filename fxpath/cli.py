@@ -1,8 +1,7 @@
-"""The command line: `fxpath analyze`, `prune`, `graph`, `check` and `bench`.
+"""What the commands do: `fxpath analyze`, `prune`, `graph`, `check`, `export`, `verify`, `bound`.
 
-A MODEL is the name of a torchvision model (with random weights unless `--weights` or `--checkpoint`
-says otherwise), `package.module:callable`, or a `.pt2` file; `fxpath.capture.loading` has the
-details.
+How they are spelled stands in `fxpath_command`, which answers without this package; what a MODEL is
+in `fxpath.capture.loading`.
 
 What the user can put right is one line on standard error and exit code 2; so is a model that has no
 exact result, but for its table of offending operations.
@@ -11,14 +10,11 @@ exact result, but for its table of offending operations.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
-import os
-import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,72 +27,51 @@ import fxpath
 from fxpath.capture.loading import Model, UsageError, load_model, one_line
 from fxpath.certificate import MEMBER
 from fxpath.exchange import bound, export, verify
-from fxpath.explaining import check_folder, explained, number, origin, without_print_outs
-from fxpath.options import in_options, make_parser, model_options
+from fxpath.explaining import explained, number, origin, without_print_outs
+from fxpath.options import in_options, model_options
 from fxpath.program.sizes import SizeRow
 from fxpath.report.plain import finite
+from fxpath_command import main
+from fxpath_command.terminal import complain
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main", "run"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command that the arguments name.
 
     Args:
-        argv: The arguments; those of the process by default.
+        arguments: What `fxpath_command.parse` made of the command line.
 
     Returns:
-        The exit code: 0; 1 if a bound or a certificate does not hold; 2 if something was wrong with
-        the arguments or with a model; 130 after a Ctrl-C.
-
-    Raises:
-        SystemExit: After `--help`, `--version` and arguments that do not parse, as argparse does.
+        The exit code, as `main` says.
 
     Example:
-        >>> main(["analyze", "--checkpoint", "a.pt", "alexnet", "vgg16"])
+        >>> from fxpath_command.parser import parse
+        >>> run(parse(["check", "no_such_model"]))
         2
     """
-    commands = {"analyze": _analyze, "prune": _prune, "graph": _graph, "check": _check}
-    exchange = {"export": export, "verify": verify, "bound": bound}
-    parser = make_parser({**commands, **exchange, "bench": _bench})
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command is not _bench:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.rest = rest
     logged = logging.root.manager.disable
     if not arguments.traceback:
         # torch logs the traceback of an error before it raises it.
         logging.disable(logging.CRITICAL)
     try:
-        code: int = arguments.command(arguments)
-        sys.stdout.flush()
+        return COMMANDS[arguments.command](arguments)
     except UsageError as error:
-        _complain(str(error))
+        complain(str(error))
         return 2
-    except KeyboardInterrupt:
-        print("fxpath: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # A reader that has seen enough, as in `fxpath graph resnet18 | head`, is no error; the
-        # interpreter must not find a closed stream at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     finally:
         logging.disable(logged)
-    return code
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
     """Prints a table per model and one of all models; a model that fails does not stop the rest."""
-    check_folder("--json", arguments.json)
-    if arguments.checkpoint is not None and len(arguments.model) > 1:
-        raise UsageError("--checkpoint goes with one MODEL; run fxpath once for each")
     rows, results, code = [], [], 0
     for name in arguments.model:
         try:
             row, result = _analyze_one(name, arguments)
         except UsageError as error:
-            _complain(str(error))
+            complain(str(error))
             code = 2
         else:
             rows.append(row)
@@ -131,10 +106,6 @@ def _analyze_one(name: str, arguments: argparse.Namespace) -> tuple[list[str], d
 
 def _prune(arguments: argparse.Namespace) -> int:
     """Prints what pruning does, and writes the weights that it leaves."""
-    if arguments.plan is not None and not arguments.channels:
-        raise UsageError("--plan goes with --channels: it says which channels went")
-    check_folder("--output", arguments.output)
-    check_folder("--plan", arguments.plan)
     verb = fxpath.prune_channels if arguments.channels else fxpath.prune
     with explained(arguments.model, arguments):
         model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
@@ -210,19 +181,6 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0 if report else 2
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    """Runs the benchmark of pruning criteria, where the package is a source checkout."""
-    checkout = Path(fxpath.__file__).resolve().parent.parent
-    if not (checkout / "benchmarks" / "criteria.py").is_file():
-        raise UsageError(
-            "the benchmarks are not installed with the package: clone fxpath's repository and run "
-            "`python -m benchmarks.criteria` there"
-        )
-    sys.path.insert(0, str(checkout))
-    code: int = importlib.import_module("benchmarks.criteria").main(arguments.rest)
-    return code
-
-
 def _count_parameters(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -235,9 +193,12 @@ def _write_json(path: Path, results: list[dict[str, Any]]) -> None:
         raise UsageError(f"--json {path}: {one_line(error)}") from error
 
 
-def _complain(text: str) -> None:
-    print(f"fxpath: error: {text}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "analyze": _analyze,
+    "prune": _prune,
+    "graph": _graph,
+    "check": _check,
+    "export": export,
+    "verify": verify,
+    "bound": bound,
+}

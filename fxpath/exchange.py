@@ -18,7 +18,7 @@ from fxpath.capture.loading import Model, UsageError, load_model, one_line
 from fxpath.capture.loading.certificates import stored_tensors
 from fxpath.capture.loading.checkpoints import SUFFIXES
 from fxpath.certificate import Certificate
-from fxpath.explaining import check_folder, explained, number, without_print_outs
+from fxpath.explaining import explained, number, without_print_outs
 from fxpath.options import model_options
 
 __all__ = ["bound", "export", "verify"]
@@ -26,7 +26,6 @@ __all__ = ["bound", "export", "verify"]
 
 def export(arguments: argparse.Namespace) -> int:
     """Writes a program for other toolchains."""
-    check_folder("--output", arguments.output)
     kind = "aoti" if arguments.aoti else None
     with explained(arguments.model, arguments):
         model = _model(arguments.model, arguments)

@@ -7,23 +7,12 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import fxpath
 from fxpath.capture.loading import UsageError, one_line
 from fxpath.options import in_options
 
-__all__ = ["check_folder", "explained", "number", "origin", "without_print_outs"]
-
-
-def check_folder(option: str, path: Path | None) -> None:
-    """Refuse a file in a folder that is not there, before anything is computed.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UsageError(f"{option} {path}: no such directory")
+__all__ = ["explained", "number", "origin", "without_print_outs"]
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@
 - `states`: which of a file's tensors are a model's, by content.
 """
 
-from fxpath.capture.loading.models import KINDS, Model, load_model
+from fxpath.capture.loading.models import Model, load_model
 from fxpath.capture.loading.states import fit_state_dict
 from fxpath.capture.loading.words import UsageError, one_line
 
-__all__ = ["KINDS", "Model", "UsageError", "fit_state_dict", "load_model", "one_line"]
+__all__ = ["Model", "UsageError", "fit_state_dict", "load_model", "one_line"]

@@ -33,10 +33,9 @@ from fxpath.capture.loading.checkpoints import SUFFIXES, advice, read_checkpoint
 from fxpath.capture.loading.states import fit_state_dict
 from fxpath.capture.loading.words import UsageError, one_line
 from fxpath.private import keep_versions
+from fxpath_command.words import KINDS
 
 Model = nn.Module | ExportedProgram
-
-KINDS = "a MODEL is a torchvision name, package.module:callable or a .pt2 file"
 
 
 def load_model(name: str, weights: str | None = None, checkpoint: Path | None = None) -> Model:

@@ -1,0 +1,65 @@
+"""What a terminal is shown and a file is not: colour, and that something is going on."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+__all__ = ["complain", "styled", "working"]
+
+_STYLES = {"heading": "1", "error": "1;31", "finding": "33"}
+_PATIENCE = 1.0  # seconds without a word
+
+
+def styled(text: str, style: str, stream: TextIO) -> str:
+    """Text in a colour, where a person reads the stream and has not asked for none (NO_COLOR).
+
+    Example:
+        >>> import io
+        >>> styled("resnet18", "heading", io.StringIO())
+        'resnet18'
+    """
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain or not stream.isatty() else f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def complain(text: str) -> None:
+    """One line on standard error about what went wrong."""
+    print(f"fxpath: {styled('error:', 'error', sys.stderr)} {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def working(text: str, quiet: bool = False) -> Iterator[None]:
+    """Shows a person at a terminal what takes longer than a second, and takes it away again."""
+    stream = sys.stderr
+    if quiet or not stream.isatty():
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_turn, args=(text, stream, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _turn(text: str, stream: TextIO, done: threading.Event) -> None:
+    start = time.monotonic()
+    if done.wait(_PATIENCE):
+        return
+    for sign in itertools.cycle("|/-\\"):
+        seconds = time.monotonic() - start
+        stream.write(f"\r\x1b[K{sign} {text}, {seconds:.0f} s")
+        stream.flush()
+        if done.wait(0.1):
+            break
+    stream.write("\r\x1b[K")
+    stream.flush()
