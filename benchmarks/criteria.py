@@ -1,6 +1,6 @@
 """The paper's Table 3: what pruning criteria cost, in multiples of a forward pass.
 
-`python -m benchmarks.criteria`, or `fxpath bench`.  Weights are random.  One program is measured at
+`python -m benchmarks.criteria`.  Weights are random.  One program is measured at
 a time, with a forward pass between any two runs, as each takes the caches from the other; ratios
 are those of the medians of the two.
 """

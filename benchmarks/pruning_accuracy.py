@@ -10,7 +10,8 @@ Every mask is also applied without finetuning, with the batch norms' statistics 
 recalibrated on the training examples.  Recalibration voids exactness: it changes effective weights
 by more than setting some to zero, and the path-metric is then no difference of path-norms (7).
 
-Each finished cell goes to the JSON file at once, and the next run goes on from there.
+Each finished cell goes to the file of `--json` at once, and the next run goes on from there;
+without one, only the tables that are printed are left.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks import pruning_report as report
 from benchmarks.pruning_cells import REWIND, Row, measure, prepare
 from benchmarks.pruning_masks import METHODS
 from benchmarks.tasks import TASKS
-from benchmarks.timing import RESULTS, environment, explained, options, positive
+from benchmarks.timing import environment, explained, options, positive
 from benchmarks.training import OPTIMIZERS
 from fxpath.capture.loading import UsageError
 
@@ -38,12 +39,13 @@ __all__ = ["Results", "main", "titles"]
 AMOUNTS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 QUICK_AMOUNTS = (0.4, 0.9)
 SEEDS, QUICK_SEEDS = 5, 2
+#: The numbers that the README gives.
+KEPT = Path(__file__).parent / "results" / "pruning_accuracy.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = options("pruning_accuracy", __doc__.split("\n")[0], repeats=None)
-    parser.set_defaults(json=None)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS)
     parser.add_argument(
@@ -54,18 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--fresh", action="store_true", help="forget what the JSON file holds")
     parser.add_argument(
-        "--table-only", action="store_true", help="tables and plot of the JSON file, nothing run"
+        "--table-only",
+        action="store_true",
+        help=f"tables and plot of the JSON file ({KEPT.name} by default), nothing run",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG file")
     arguments = parser.parse_args(argv)
-    # One never goes on from the other.
-    default = RESULTS / f"pruning_accuracy{'_quick' if arguments.quick else ''}.json"
-    path: Path = arguments.json or default
+    path: Path | None = arguments.json
     given = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "benchmarks.pruning_accuracy", *given])
     with explained(parser):
         if arguments.table_only:
-            rows = Results.read(path).rows
+            rows = Results.read(path or KEPT).rows
         else:
             amounts = QUICK_AMOUNTS if arguments.quick else AMOUNTS
             results = Results.open(path, _settings(amounts), command, arguments.fresh)
@@ -74,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _sweep(results, arguments.tasks, optimizers, seeds, amounts)
             rows = results.rows
     print(report.tables(rows, titles()))
-    report.plot(rows, titles(), arguments.plot or path.with_suffix(".png"))
+    if arguments.plot is not None:
+        report.plot(rows, titles(), arguments.plot)
     return 0
 
 
@@ -150,13 +153,13 @@ KEY = ("task", "optimizer", "seed", "method")
 
 
 class Results:
-    """The rows so far, kept in a file that is whole at every moment.
+    """The rows so far, kept in a file, if one is named, that is whole at every moment.
 
     Attributes:
         rows: as in the file.
     """
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, content: dict[str, Any]) -> None:
         """By :meth:`open` or :meth:`read`."""
         self._path, self._content = path, content
         self.rows: list[Row] = content["rows"]
@@ -173,11 +176,13 @@ class Results:
         return cls(path, json.loads(path.read_text(encoding="utf-8")))
 
     @classmethod
-    def open(cls, path: Path, settings: Mapping[str, Any], command: str, fresh: bool) -> Results:
+    def open(
+        cls, path: Path | None, settings: Mapping[str, Any], command: str, fresh: bool
+    ) -> Results:
         """Those of a file that is to be gone on with, or of none yet.
 
         Args:
-            path: a JSON file.
+            path: a JSON file; `None` keeps the rows in memory alone.
             settings: rows of other settings do not go into one file.
             command: for the record.
             fresh: whether what is there is forgotten.
@@ -186,7 +191,8 @@ class Results:
             UsageError: if the file has other settings.
         """
         started = {"settings": settings, "cpu_seconds": 0.0, "rows": []}
-        content = cls.read(path)._content if path.is_file() and not fresh else started
+        found = path is not None and path.is_file() and not fresh
+        content = cls.read(path)._content if found else started
         # As JSON has them: a tuple is a list there.
         other = json.loads(json.dumps(settings))
         differing = [key for key in other if content["settings"].get(key) != other[key]]
@@ -198,9 +204,11 @@ class Results:
         return cls(path, {"environment": environment(), "command": command} | content)
 
     def add(self, rows: Sequence[Row], cpu_seconds: float) -> None:
-        """Write more rows: the file is replaced by a finished one, never half written."""
+        """More rows: the file is replaced by a finished one, never half written."""
         self.rows.extend(rows)
         self._content["cpu_seconds"] += cpu_seconds
+        if self._path is None:
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_name(self._path.name + ".part")
         part.write_text(_json(self._content), encoding="utf-8")

@@ -17,7 +17,6 @@ from torch import nn
 
 import fxpath
 from benchmarks.timing import (
-    RESULTS,
     explained,
     interleave,
     load_module,
@@ -42,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sizes", nargs="+", type=positive, default=SIZES, metavar="N", help="in pixels"
     )
-    parser.add_argument(
-        "--plot", type=Path, default=RESULTS / "resolution.png", metavar="FILE", help="a PNG file"
-    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times into a PNG file")
     arguments = parser.parse_args(argv)
     rows = []
     for name in arguments.models:
@@ -57,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += grown(own)
     print(f"\n{table(rows)}\n")
     write_json(arguments.json, rows)
-    plot(rows, arguments.plot)
+    if arguments.plot is not None:
+        plot(rows, arguments.plot)
     return 0
 
 

@@ -201,9 +201,7 @@ def test_the_sweep_goes_on_after_a_kill(
     assert json.loads(tiny.read_text())["rows"] == rows[: 5 + 2]
     cells.prepare.cache_clear()
     assert sweep(tiny) == rows and calls == 5 + 2
-    assert sorted(path.name for path in tiny.parent.iterdir()) == [
-        *("out.json", "out.png", "whole.json", "whole.png")
-    ]
+    assert sorted(path.name for path in tiny.parent.iterdir()) == [*("out.json", "whole.json")]
     # Nothing is left to do.
     assert sweep(tiny) == rows and calls == 7
 
@@ -214,6 +212,11 @@ def test_other_settings_are_another_file(
     for name in set(METHODS) - {"magnitude"}:
         monkeypatch.delitem(masks.METHODS, name)
     before = sweep(tiny)
+    kept = sorted(tiny.parent.iterdir())
+    # Without a file to go on from, every number is found again and none is kept.
+    argv = ["--tasks", "tiny", "--optimizers", "sgd", "--seeds", "1"]
+    assert experiment.main(argv) == 0 and "magnitude, rescaled" in capsys.readouterr().out
+    assert sorted(tiny.parent.iterdir()) == kept
     monkeypatch.setattr(experiment, "AMOUNTS", (0.3,))
     with pytest.raises(SystemExit):
         sweep(tiny)
@@ -285,7 +288,8 @@ def test_tables_are_made_from_the_file_alone(
     monkeypatch.setattr(experiment, "titles", lambda: {"t": "T", **{m: m for m in masks.METHODS}})
     monkeypatch.delattr(experiment, "measure")
     monkeypatch.delattr(experiment, "prepare")
-    assert experiment.main(["--table-only", "--json", str(path)]) == 0
+    plot = tmp_path / "plot.png"
+    assert experiment.main(["--table-only", "--json", str(path), "--plot", str(plot)]) == 0
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     found = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert ["T, sgd: dense 90.5 ± 0.7 %, 2 seeds"] in found
@@ -295,7 +299,7 @@ def test_tables_are_made_from_the_file_alone(
     assert ["path-mag (*)", "99.0 ± 0.0", "70.0 ± 0.0"] in found
     assert ["path-mag (*)", "12.50 ± 0.00", "100.00 ± 0.00"] in found
     assert not any("recalibrated" in cell for line in found for cell in line)
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import fxpath
 from benchmarks import channels, columns, criteria, growth, memory, operators, timing
 from benchmarks.recipe import SumPool2d, recipe
-from fxpath import cli
 from fxpath.capture.loading import UsageError
 from fxpath.program import backends
 from fxpath.program.flat import Flat
@@ -229,8 +228,8 @@ def test_the_table() -> None:
 
 
 def test_criteria_eager(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", "--models", "bench_nets:tiny", "--repeats", "1", "--json", "out.json"]
-    assert cli.main([*argv, "--columns", "eager"]) == 0
+    argv = ["--models", "bench_nets:tiny", "--repeats", "1", "--json", "out.json"]
+    assert criteria.main([*argv, "--columns", "eager"]) == 0
     (row,) = read(Path("out.json"), keys(["eager"]))
     assert row["model"] == "bench_nets:tiny" and row["device"] == "cpu"
     assert row["params"] == 2 * (27 + 1) + 3 * (2 + 1)
@@ -389,22 +388,11 @@ def test_full_adds_the_large_batch(nets: Path, monkeypatch: pytest.MonkeyPatch) 
     assert set(sizes) == {1, 128}
 
 
-def test_bench_without_a_checkout(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(fxpath, "__file__", str(tmp_path / "fxpath" / "__init__.py"))
-    assert cli.main(["bench", "--full"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1
-    assert "python -m benchmarks.criteria" in err
-
-
 def test_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for main in (criteria.main, lambda argv: cli.main(["bench", *argv])):
-        with pytest.raises(SystemExit) as caught:
-            main(["--models", "resnt18"])
-        assert caught.value.code == 2
-        assert "did you mean resnet18" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit) as caught:
+        criteria.main(["--models", "resnt18"])
+    assert caught.value.code == 2
+    assert "did you mean resnet18" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Memory and resolution
@@ -484,6 +472,23 @@ def test_operators(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
         counts.append(sum(row["operators"].values()))
     assert counts[0] > counts[1]
     assert f"in all {counts[1]}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nothing_is_written_unless_it_is_told_where(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def files() -> dict[Path, float]:
+        folders = nets, Path(timing.__file__).parent
+        found = [path for folder in folders for path in folder.rglob("*.*") if path.is_file()]
+        return {path: path.stat().st_mtime for path in found if path.suffix != ".pyc"}
+
+    before = files()
+    assert operators.main(["bench_nets:tiny"]) == 0
+    assert "written to" not in capsys.readouterr().out and files() == before
+    # All of them take the file from the same option.
+    assert timing.options("any", "", repeats=None).parse_args([]).json is None
+    (nets / "out.json").touch()
+    assert files().keys() - before.keys() == {nets / "out.json"}
 
 
 def test_channels(nets: Path) -> None:

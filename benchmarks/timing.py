@@ -25,7 +25,6 @@ from fxpath.capture.loading import UsageError, load_model
 
 __all__ = [
     "CPU",
-    "RESULTS",
     "device",
     "environment",
     "explained",
@@ -37,9 +36,6 @@ __all__ = [
     "synchronize",
     "write_json",
 ]
-
-#: Where JSON files and plots go unless the command line says otherwise.
-RESULTS = Path(__file__).parent / "results"
 
 CPU = torch.device("cpu")
 
@@ -155,8 +151,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write_json(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the environment, and say where."""
+def write_json(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the environment, and say where; nothing where no file was named."""
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(), "rows": list(rows)}
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -175,9 +173,8 @@ def options(name: str, description: str, repeats: int | None) -> argparse.Argume
     parser.add_argument(
         "--json",
         type=Path,
-        default=RESULTS / f"{name}.json",
         metavar="FILE",
-        help=f"where the results go (default: benchmarks/results/{name}.json)",
+        help="write the results there too (default: nowhere)",
     )
     if repeats is not None:
         parser.add_argument(
