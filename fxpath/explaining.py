@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 import fxpath
-from fxpath.capture.loading import UsageError, one_line
+from fxpath.capture.loading import UsageError, drawn, one_line
 from fxpath.options import in_options
 
 __all__ = ["explained", "number", "origin", "without_print_outs"]
@@ -61,7 +61,7 @@ def origin(name: str, arguments: argparse.Namespace) -> str:
         return f"weights of {arguments.checkpoint}"
     if arguments.weights is not None:
         return f"weights {arguments.weights}"
-    return "its own weights" if ":" in name or name.endswith(".pt2") else "random weights, seed 0"
+    return "random weights, seed 0" if drawn(name) else "its own weights"
 
 
 def number(value: float, log10: float) -> str:

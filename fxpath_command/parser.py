@@ -150,7 +150,7 @@ def _common() -> argparse.ArgumentParser:
     common.add_argument(
         "--weights",
         metavar="NAME",
-        help="torchvision's own weights, e.g. DEFAULT (default: random)",
+        help="torchvision's or timm's own weights, e.g. DEFAULT (default: random)",
     )
     common.add_argument(
         "--checkpoint",

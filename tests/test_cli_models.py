@@ -1,0 +1,169 @@
+"""What a MODEL can be besides torchvision's names: timm's, and what a file of Python makes."""
+
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxpath import cli
+from fxpath.capture.loading import UsageError, load_model
+from tests.support.command_line import fails
+
+MADE = """
+import dataclasses
+import helper_beside
+from torch import nn
+
+@dataclasses.dataclass
+class Config:
+    width: int = helper_beside.WIDTH
+
+def make():
+    import late_beside
+    return nn.Linear(Config().width, late_beside.OUT)
+
+class Space:
+    net = nn.Linear(5, 1)
+
+wrong = dict
+"""
+
+
+def same(a: Any, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(m == n and torch.equal(v, w) for (m, v), (n, w) in pairs)
+
+
+# FILE.py:callable
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    folder = tmp_path / "some where"
+    folder.mkdir()
+    (folder / "types.py").write_text(MADE)  # called like a module of Python's own
+    (folder / "helper_beside.py").write_text("WIDTH = 3")
+    (folder / "late_beside.py").write_text("OUT = 2")
+    return folder / "types.py"
+
+
+def test_a_file_of_python(made: Path, nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = list(sys.path)
+    model = load_model(f"{made}:make")
+    assert isinstance(model, nn.Linear) and (model.in_features, model.out_features) == (3, 2)
+    assert sys.path == path and sys.modules["types"] is types
+    torch.manual_seed(0)
+    assert same(model, nn.Linear(3, 2))
+    assert load_model(f"{made}:Space.net").in_features == 5  # type: ignore[union-attr]
+    # As it is now, not as it was.
+    made.with_name("new.py").write_text("from torch import nn\nmake = nn.Identity")
+    assert isinstance(load_model(f"{made.with_name('new.py')}:make"), nn.Identity)
+    made.with_name("new.py").write_text("from torch import nn\nmake = nn.Flatten")
+    assert isinstance(load_model(f"{made.with_name('new.py')}:make"), nn.Flatten)
+    assert cli.main(["analyze", "some_nets.py:mlp"]) == 0
+    assert "some_nets.py:mlp (its own weights)" in capsys.readouterr().out
+
+
+def test_a_file_of_python_that_is_not_right(
+    made: Path, nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = list(sys.path)
+    (nets / "bad.py").write_text("def broken(")
+    for name, advice in (
+        ("none.py:make", "none.py: no such file"),
+        (f"{made}:", "FILE.py:callable"),
+        (f"{made}:absent", "no attribute 'absent'"),
+        (f"{made}:wrong", "returned a dict, not a torch.nn.Module"),
+        ("bad.py:make", "SyntaxError"),
+    ):
+        assert advice in fails(capsys, "analyze", name)
+    assert "use --checkpoint" in fails(capsys, "analyze", f"{made}:make", "--weights", "DEFAULT")
+    assert sys.path == path
+
+
+# timm
+
+
+def test_without_timm_its_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for name in ("timm:resnet18", "hf-hub:timm/resnet18.a1_in1k", "local-dir:here"):
+        assert "pip install 'torch-fxpath[timm]'" in fails(capsys, "analyze", name)
+
+
+def test_timm_by_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    expected = timm.create_model("resnet10t", pretrained=False)
+    for name in ("timm:resnet10t", "timm:resnet10t.c3_in1k"):
+        assert same(load_model(name), expected)
+    torch.save(
+        {"model": (trained := timm.create_model("resnet10t")).state_dict()}, tmp_path / "c.pt"
+    )
+    assert same(load_model("timm:resnet10t", checkpoint=tmp_path / "c.pt"), trained)
+    assert cli.main(["analyze", "timm:resnet10t", "--input-shape", "3,32,32"]) == 0
+    assert "timm:resnet10t (random weights, seed 0)" in capsys.readouterr().out
+    assert "did you mean timm:resnet10t" in fails(capsys, "check", "timm:resnet10")
+    assert "no weights 'x': c3_in1k" in fails(capsys, "check", "timm:resnet10t", "--weights", "x")
+    assert "no weights 'x': c3_in1k" in fails(capsys, "check", "timm:resnet10t.x")
+
+
+def test_pretrained_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    asked: list[object] = []
+
+    def create_model(name: str, pretrained: bool) -> nn.Module:
+        asked.append((name, pretrained, os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")))
+        return nn.Identity()
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    for name, weights in (
+        ("timm:resnet18", "DEFAULT"),
+        ("timm:resnet18.tv_in1k", "DEFAULT"),
+        ("timm:resnet18", "tv_in1k"),
+        ("timm:resnet18", None),
+        ("hf-hub:timm/resnet18.tv_in1k", None),
+    ):
+        load_model(name, weights)
+    assert asked == [
+        ("resnet18", True, "1"),
+        ("resnet18.tv_in1k", True, "1"),
+        ("resnet18.tv_in1k", True, "1"),
+        ("resnet18", False, "1"),
+        ("hf-hub:timm/resnet18.tv_in1k", True, "1"),
+    ]
+    with pytest.raises(UsageError, match="brings its own weights"):
+        load_model("hf-hub:timm/resnet18.tv_in1k", "DEFAULT")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("marker",)
+
+
+def test_a_folder_in_the_form_of_the_hub(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm = pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    net = timm.create_model("resnet10t", num_classes=7)
+    timm.models.save_for_hf(net, tmp_path / "net", safe_serialization=True)
+    (file,) = (tmp_path / "net").glob("*.safetensors")
+    assert same(load_model("local-dir:net"), net)
+    other = timm.create_model("resnet10t", num_classes=7)
+    torch.save(other.state_dict(), "other.pt")
+    assert same(load_model("local-dir:net", checkpoint=Path("other.pt")), other)
+    assert cli.main(["check", "local-dir:net", "--input-shape", "3,32,32"]) == 0
+    capsys.readouterr()
+    file.unlink()
+    assert "cannot get its weights" in fails(capsys, "check", "local-dir:net")
+    torch.save({"state_dict": Bomb()}, "net/pytorch_model.bin")
+    assert "hold more than tensors" in fails(capsys, "check", "local-dir:net")
+    assert not Path("marker").exists()
+    assert "Config file not found" in fails(capsys, "check", "local-dir:nowhere")
