@@ -24,10 +24,10 @@ from tabulate import tabulate
 from torch import nn
 
 import fxpath
-from fxpath.capture.loading import Model, UsageError, load_model, one_line
+from fxpath.capture.loading import Model, UsageError, one_line
 from fxpath.certificate import MEMBER
 from fxpath.exchange import bound, export, verify
-from fxpath.explaining import explained, number, origin, without_print_outs
+from fxpath.explaining import explained, load, number, origin, own_model, without_print_outs
 from fxpath.options import in_options, model_options
 from fxpath.program.sizes import SizeRow
 from fxpath.report.plain import finite
@@ -91,7 +91,7 @@ def _analyze_one(name: str, arguments: argparse.Namespace) -> tuple[list[str], d
     The model and its scores are released on return: the next model may be as large.
     """
     with explained(name, arguments):
-        model = load_model(name, arguments.weights, arguments.checkpoint)
+        model = load(name, arguments, arguments.weights, arguments.checkpoint)
         start = time.perf_counter()
         with without_print_outs(arguments):
             analysis = fxpath.analyze(
@@ -108,7 +108,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     """Prints what pruning does, and writes the weights that it leaves."""
     verb = fxpath.prune_channels if arguments.channels else fxpath.prune
     with explained(arguments.model, arguments):
-        model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
+        model = own_model(arguments)
         if not isinstance(model, nn.Module):
             raise UsageError(f"{arguments.model}: pass a module (package.module:callable) to prune")
         options = model_options(arguments)
@@ -160,7 +160,7 @@ def _sizes_table(rows: Sequence[SizeRow]) -> str:
 def _graph(arguments: argparse.Namespace) -> int:
     """Prints the rewritten graph."""
     with explained(arguments.model, arguments):
-        model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
+        model = own_model(arguments)
         with without_print_outs(arguments):
             program = fxpath.compile(model, backend="eager", **model_options(arguments))
     print(f"# input {program.captured.inputs}")
@@ -174,7 +174,7 @@ def _graph(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     """Prints the support report."""
     with explained(arguments.model, arguments):
-        model = load_model(arguments.model, arguments.weights, arguments.checkpoint)
+        model = own_model(arguments)
         with without_print_outs(arguments):
             report = fxpath.check(model, **model_options(arguments))
     print(in_options(str(report)))

@@ -14,11 +14,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxpath
-from fxpath.capture.loading import Model, UsageError, load_model, one_line
+from fxpath.capture.loading import Model, UsageError, one_line
 from fxpath.capture.loading.certificates import stored_tensors
 from fxpath.capture.loading.checkpoints import SUFFIXES
 from fxpath.certificate import Certificate
-from fxpath.explaining import explained, number, without_print_outs
+from fxpath.explaining import explained, load, number, own_model, without_print_outs
 from fxpath.options import model_options
 
 __all__ = ["bound", "export", "verify"]
@@ -28,7 +28,7 @@ def export(arguments: argparse.Namespace) -> int:
     """Writes a program for other toolchains."""
     kind = "aoti" if arguments.aoti else None
     with explained(arguments.model, arguments):
-        model = _model(arguments.model, arguments)
+        model = own_model(arguments)
         with without_print_outs(arguments):
             program = fxpath.compile(model, backend="eager", **model_options(arguments))
             start = time.perf_counter()
@@ -59,7 +59,7 @@ def verify(arguments: argparse.Namespace) -> int:
     except (ValueError, ImportError) as error:
         raise UsageError(one_line(error)) from error
     with explained(arguments.model, arguments):
-        model = _model(arguments.model, arguments)
+        model = own_model(arguments)
         with without_print_outs(arguments):
             found, checked = _verified(certificate, model, tensors, path)
     rows: list[tuple[str, Any]] = [("path-norm", _norm(certificate))]
@@ -142,13 +142,13 @@ def bound(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--max-relative {arguments.max_relative}: not below 0")
     options = model_options(arguments)
     with explained(arguments.model, arguments):
-        model = _model(arguments.model, arguments)
+        model = own_model(arguments)
     with explained(arguments.other, arguments):
         file = arguments.other.lower().endswith(SUFFIXES)
         other = (
-            load_model(arguments.model, None, Path(arguments.other))
+            load(arguments.model, arguments, checkpoint=Path(arguments.other))
             if file
-            else load_model(arguments.other)
+            else load(arguments.other, arguments)
         )
         with without_print_outs(arguments):
             metric = fxpath.path_metric(model, other, **options)
@@ -166,10 +166,6 @@ def bound(arguments: argparse.Namespace) -> int:
         f"{arguments.max_relative:.3%}: {'within' if within else 'beyond'}"
     )
     return 0 if within else 1
-
-
-def _model(name: str, arguments: argparse.Namespace) -> Model:
-    return load_model(name, arguments.weights, arguments.checkpoint)
 
 
 def _norm(certificate: Certificate) -> str:

@@ -6,13 +6,15 @@ import argparse
 import contextlib
 import io
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import fxpath
-from fxpath.capture.loading import UsageError, drawn, one_line
+from fxpath.capture.loading import Model, UsageError, drawn, load_model, one_line
 from fxpath.options import in_options
 
-__all__ = ["explained", "number", "origin", "without_print_outs"]
+__all__ = ["explained", "load", "number", "origin", "own_model", "without_print_outs"]
 
 
 @contextlib.contextmanager
@@ -53,6 +55,25 @@ def explained(name: str, arguments: argparse.Namespace) -> Iterator[None]:
             raise
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise UsageError(f"{name}: {in_options(one_line(text))}") from error
+
+
+def load(
+    name: str,
+    arguments: argparse.Namespace,
+    weights: str | None = None,
+    checkpoint: Path | None = None,
+) -> Model:
+    """The model that is named; what was changed in its checkpoint is said in one line."""
+
+    def tell(text: str) -> None:
+        print(f"fxpath: {text}", file=sys.stderr)
+
+    return load_model(name, weights, checkpoint, tell)
+
+
+def own_model(arguments: argparse.Namespace) -> Model:
+    """The MODEL of a command that has one, with the weights that the options name."""
+    return load(arguments.model, arguments, arguments.weights, arguments.checkpoint)
 
 
 def origin(name: str, arguments: argparse.Namespace) -> str:

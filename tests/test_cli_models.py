@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from fxpath import cli
 from fxpath.capture.loading import UsageError, load_model
@@ -167,3 +169,56 @@ def test_a_folder_in_the_form_of_the_hub(
     assert "hold more than tensors" in fails(capsys, "check", "local-dir:net")
     assert not Path("marker").exists()
     assert "Config file not found" in fails(capsys, "check", "local-dir:nowhere")
+
+
+# Checkpoints: what was done is said
+
+
+def said(capsys: pytest.CaptureFixture[str], content: object, model: str = "some_nets:mlp") -> str:
+    torch.save(content, "c.pt")
+    assert cli.main(["check", model, "--input-shape", "4", "--checkpoint", "c.pt"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") <= 1
+    return err.removeprefix("fxpath: c.pt: ").rstrip()
+
+
+def test_what_was_done_to_a_checkpoint_is_one_line(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    state = net.state_dict()
+    half = {name: value.half() for name, value in state.items()}
+    for key in ("state_dict", "model", "ema", "teacher"):
+        assert said(capsys, {key: state, "epoch": 3}) == f"took {key}"
+    for prefix in ("module.", "_orig_mod.", "model.", "module._orig_mod."):
+        long = {prefix + name: value for name, value in state.items()}
+        assert said(capsys, long) == f"dropped the prefix {prefix}"
+        told = f"took model; dropped the prefix {prefix}; converted float16 to float32"
+        assert said(capsys, {"model": {prefix + n: v for n, v in half.items()}}) == told
+    assert said(capsys, {"model": state, "ema": half}) == "took model; left ema"
+    inner = {name.replace(".", "._orig_mod."): value for name, value in state.items()}
+    assert said(capsys, inner) == "renamed 4 tensors, the first from 0._orig_mod.weight to 0.weight"
+    assert said(capsys, {n: v.double() for n, v in state.items()}) == "computing in their float64"
+    for layer in (net[0], net[2]):
+        prune.random_unstructured(layer, "weight", 0.5)
+    assert said(capsys, {"model": net.state_dict()}) == (
+        "took model; multiplied in the masks of pruning (2)"
+    )
+    assert said(capsys, state) == ""
+    save_file(half, "c.safetensors")
+    argv = ["bound", "some_nets:mlp", "c.safetensors", "--input-shape", "4"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().err == "fxpath: c.safetensors: converted float16 to float32\n"
+
+
+def test_a_prefix_that_the_model_has_is_added(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (nets / "wrapped.py").write_text(
+        "from some_nets import mlp\nfrom torch import nn\n"
+        "class Wrapped(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.net = mlp()\n"
+        "    def forward(self, x):\n        return self.net(x)\n"
+    )
+    state = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).state_dict()
+    assert said(capsys, state, "wrapped.py:Wrapped") == "added the prefix net."

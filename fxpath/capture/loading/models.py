@@ -15,6 +15,7 @@ A MODEL is one of these:
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,14 +26,23 @@ from fxpath.capture.loading.archives import load_program
 from fxpath.capture.loading.callables import call
 from fxpath.capture.loading.checkpoints import SUFFIXES, advice, read_checkpoint
 from fxpath.capture.loading.libraries import TIMM, from_timm, from_torchvision
-from fxpath.capture.loading.states import fit_state_dict
+from fxpath.capture.loading.states import fit
 from fxpath.capture.loading.words import UsageError
 from fxpath.private import keep_versions
 
 Model = nn.Module | ExportedProgram
 
 
-def load_model(name: str, weights: str | None = None, checkpoint: Path | None = None) -> Model:
+def _silent(text: str) -> None:
+    """Whoever asks for a model and not for what was done to have it."""
+
+
+def load_model(
+    name: str,
+    weights: str | None = None,
+    checkpoint: Path | None = None,
+    tell: Callable[[str], None] = _silent,
+) -> Model:
     """The model that a MODEL argument stands for.
 
     The state of torch's random numbers is afterwards what it was before.
@@ -42,6 +52,7 @@ def load_model(name: str, weights: str | None = None, checkpoint: Path | None = 
         weights: Name of torchvision's or timm's own weights, such as `"DEFAULT"`; downloaded if
             need be.
         checkpoint: A state dict to load: `.safetensors`, or a file of `torch.save`.
+        tell: Is told in one line what was taken of a checkpoint and changed in it, if anything.
 
     Returns:
         The module in the mode in which it was built, or the exported program.
@@ -72,7 +83,7 @@ def load_model(name: str, weights: str | None = None, checkpoint: Path | None = 
         else:
             model = call(name, _seed) if own else from_torchvision(name, weights)
     if checkpoint is not None:
-        _apply_checkpoint(model, name, checkpoint)
+        _apply_checkpoint(model, name, checkpoint, tell)
     return model
 
 
@@ -98,19 +109,26 @@ def _seed() -> None:
     torch.default_generator.manual_seed(0)
 
 
-def _apply_checkpoint(model: nn.Module, name: str, path: Path) -> None:
+def _apply_checkpoint(model: nn.Module, name: str, path: Path, tell: Callable[[str], None]) -> None:
     """Loads the tensors of a checkpoint that must be exactly the model's, by name and shape."""
     content = read_checkpoint(path)
     own, buffers = model.state_dict(), dict(model.named_buffers(remove_duplicate=False))
     # Older versions of a model may have saved buffers that it makes itself today.
     made = buffers.keys() - own.keys()
     try:
-        state = fit_state_dict(content, {**own, **{n: buffers[n] for n in made}}, optional=made)
+        fitted = fit(content, {**own, **{n: buffers[n] for n in made}}, optional=made)
     except ValueError as error:
         raise UsageError(f"--checkpoint {path}: {error} ({name})") from error
-    if {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float64}:
+    state, notes = fitted.tensors, list(fitted.notes)
+    floats = {name: value for name, value in state.items() if value.is_floating_point()}
+    pairs = {(value.dtype, own[name].dtype) for name, value in floats.items() if name in own}
+    if {value.dtype for value in floats.values()} == {torch.float64}:
         # Rounding them to float32 would be another network.
         model.double()
+        notes += ["computing in their float64"] * (pairs != {(torch.float64, torch.float64)})
+    else:
+        words = sorted(f"{a} to {b}".replace("torch.", "") for a, b in pairs if a != b)
+        notes += [f"converted {' and '.join(words)}"] if words else []
     with torch.no_grad():
         for key in made & state.keys():
             buffers[key].copy_(state.pop(key))
@@ -118,3 +136,5 @@ def _apply_checkpoint(model: nn.Module, name: str, path: Path) -> None:
     # Names and shapes are those of this version of the model, whichever the file was saved from.
     keep_versions(loaded, own)
     model.load_state_dict(loaded)
+    if notes:
+        tell(f"{path}: {'; '.join(notes)}")

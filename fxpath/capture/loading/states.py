@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,21 @@ _COUNTER = "num_batches_tracked"
 # weight norm, spectral norm, torch.nn.utils.parametrize
 _PARAMETRIZED = re.compile(r"_(g|v|u|orig)$|(^|\.)parametrizations\.")
 _DEEPEST = 5
+_REST = "all but averages"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The tensors for a model, and what was done to have them.
+
+    Attributes:
+        tensors: as :func:`fit_state_dict` returns them.
+        notes: what was taken, left, renamed and multiplied, in half a line each; empty for a state
+            dict that is the model's as it is.
+    """
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
 def fit_state_dict(
@@ -57,13 +72,25 @@ def fit_state_dict(
         >>> list(fit_state_dict({"epoch": 3, "net": state}, model.state_dict()))
         ['weight', 'bias']
     """
+    return fit(found, model, optional).tensors
+
+
+def fit(found: Any, model: Mapping[str, Tensor], optional: Collection[str] = ()) -> Fitted:
+    """:func:`fit_state_dict`, with what was done in words.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = {"module." + name: value for name, value in model.state_dict().items()}
+        >>> fit({"epoch": 3, "net": state}, model.state_dict()).notes
+        ('took net', 'dropped the prefix module.')
+    """
     own = {name: value for name, value in model.items() if isinstance(value, Tensor)}
     needed = {n for n in own if n not in optional and not n.endswith(_COUNTER)}
     first_names = {_identity(own[name]) for name in needed}
     candidates = list(_candidates(found))
     if not candidates:
         raise ValueError("holds no state dict: tensors by name are missing")
-    fits: list[tuple[str, dict[str, Tensor]]] = []
+    fits: list[tuple[str, Fitted]] = []
     for where, state in candidates:
         # Optimizers keep thousands of small dicts of tensors.
         if len(state) >= len(first_names):
@@ -75,14 +102,22 @@ def fit_state_dict(
         place = f" (in {where})" if where else ""
         raise ValueError(f"does not fit the model{place}: {_fit(closest, own, needed)}")
     # Averages count where there is nothing else.
-    (where, chosen), *others = [fit for fit in fits if not _AVERAGED.search(fit[0])] or fits
+    (where, chosen), *others = [each for each in fits if not _AVERAGED.search(each[0])] or fits
     for place, other in others:
-        if chosen.keys() != other.keys() or not all(_same(chosen[n], other[n]) for n in chosen):
+        if not _alike(chosen.tensors, other.tensors):
             raise ValueError(
                 f"holds two state dicts that fit the model and differ, {where or 'the outermost'} "
                 f"and {place}: save the one that counts alone"
             )
-    return chosen
+    taken = [f"took {where}"] if where else []
+    left = [place for place, _ in fits if _AVERAGED.search(place) and place != where]
+    if left and not where.endswith(_REST) and len(others) + 1 < len(fits):
+        taken.append(f"left {some(left)}")
+    return Fitted(chosen.tensors, (*taken, *chosen.notes))
+
+
+def _alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -101,8 +136,8 @@ def _candidates(
         yield where, tensors
     if averaged and len(averaged) < len(tensors):
         # A module and its moving average, both in the state dict of their parent.
-        start = f"{where} " if where else ""
-        yield f"{start}but averages", {k: v for k, v in tensors.items() if k not in averaged}
+        start = f"{where}, " if where else ""
+        yield start + _REST, {k: v for k, v in tensors.items() if k not in averaged}
         yield f"{start}ema", {k: v for k, v in tensors.items() if k in averaged}
     if depth < _DEEPEST:
         for key, value in found.items():
@@ -121,16 +156,18 @@ def _likeness(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
 
 def _fit(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: Collection[str]
-) -> dict[str, Tensor] | str:
+) -> Fitted | str:
     """The tensors by the model's names, or what is in the way of the closest reading."""
     closest: tuple[int, str] | None = None
-    for reading in (dict, _unmasked, partial(_weight_norm, own=own)):
-        tensors = reading(state)
+    for reading, done in _READINGS:
+        tensors = reading(state, own)
         for names in _renamings(list(tensors), list(own)):
             renamed = {new: tensors[old] for old, new in names.items()}
             fault = _fault(renamed, own, needed)
             if fault is None:
-                return _complete(renamed, own, needed)
+                fewer = len(state) - len(tensors)
+                notes = [*_renamed(names), *([done.format(fewer)] if done else [])]
+                return Fitted(_complete(renamed, own, needed), tuple(notes))
             agreeing = sum(
                 name in own and own[name].shape == value.shape for name, value in renamed.items()
             )
@@ -139,7 +176,20 @@ def _fit(
     return closest[1] if closest is not None else "it is empty"
 
 
-def _unmasked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(names: Mapping[str, str]) -> list[str]:
+    """What became of a checkpoint's names, old -> new, in half a line."""
+    changed = [(old, new) for old, new in names.items() if old != new]
+    if not changed:
+        return []
+    for verb, pairs in (("dropped", changed), ("added", [(new, old) for old, new in changed])):
+        prefixes = {long.removesuffix(short) for long, short in pairs}
+        if len(prefixes) == 1 and all(long.endswith(short) for long, short in pairs):
+            return [f"{verb} the prefix {plain(prefixes.pop())}"]
+    old, new = changed[0]
+    return [f"renamed {len(changed)} tensors, the first from {plain(old)} to {new}"]
+
+
+def _unmasked(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Pruned weights as torch.nn.utils.prune computes them: weight_orig * weight_mask."""
     merged: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -162,6 +212,14 @@ def _weight_norm(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict
         pattern.sub(lambda m: m.expand(named)[:-1] + other[m[2]], name): value
         for name, value in state.items()
     }
+
+
+#: Ways to read the tensors, and what was done where they fit.
+_READINGS: tuple[tuple[Callable[..., dict[str, Tensor]], str], ...] = (
+    (lambda state, own: dict(state), ""),
+    (_unmasked, "multiplied in the masks of pruning ({})"),
+    (_weight_norm, "named weight norm as the model does"),
+)
 
 
 def _renamings(names: list[str], own: list[str]) -> Iterator[dict[str, str]]:
