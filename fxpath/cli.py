@@ -10,14 +10,17 @@ exact result, but for its table of offending operations.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tabulate import tabulate
@@ -27,12 +30,13 @@ import fxpath
 from fxpath.capture.loading import Model, UsageError, one_line
 from fxpath.certificate import MEMBER
 from fxpath.exchange import bound, export, verify
-from fxpath.explaining import explained, load, number, origin, own_model, without_print_outs
+from fxpath.explaining import explained, load, number, origin, own_model, say, without_print_outs
 from fxpath.options import in_options, model_options
 from fxpath.program.sizes import SizeRow
 from fxpath.report.plain import finite
 from fxpath_command import main
-from fxpath_command.terminal import complain
+from fxpath_command.parser import DOCUMENTS
+from fxpath_command.terminal import complain, styled
 
 __all__ = ["COMMANDS", "main", "run"]
 
@@ -67,41 +71,75 @@ def run(arguments: argparse.Namespace) -> int:
 def _analyze(arguments: argparse.Namespace) -> int:
     """Prints a table per model and one of all models; a model that fails does not stop the rest."""
     rows, results, code = [], [], 0
-    for name in arguments.model:
-        try:
-            row, result = _analyze_one(name, arguments)
-        except UsageError as error:
-            complain(str(error))
-            code = 2
-        else:
-            rows.append(row)
-            results.append(result)
-    if len(rows) > 1:
-        headers = ["model", "parameters", f"path-norm (q={arguments.q})", "seconds"]
-        align = ("left", "right", "right", "right")
-        print(tabulate(rows, headers=headers, colalign=align, disable_numparse=True))
+    with _apart(arguments):
+        for position, name in enumerate(arguments.model, 1):
+            count = len(arguments.model)
+            try:
+                place = f"{position} of {count}: " if count > 1 else ""
+                row, result = _analyze_one(name, arguments, place)
+            except UsageError as error:
+                complain(str(error))
+                code = 2
+            else:
+                rows.append(row)
+                results.append(result)
+        if len(rows) > 1:
+            headers = ["model", "parameters", f"path-norm (q={arguments.q})", "seconds"]
+            align = ("left", "right", "right", "right")
+            table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+            _say(arguments, table)
     if arguments.json is not None:
-        _write_json(arguments.json, results)
+        text = json.dumps(finite(results), indent=2, allow_nan=False)
+        _write("json", arguments.json, text + "\n")
     return code
 
 
-def _analyze_one(name: str, arguments: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+def _piped(arguments: argparse.Namespace) -> bool:
+    """Whether standard output is a document."""
+    return any(getattr(arguments, option) == "-" for option in DOCUMENTS)
+
+
+def _say(arguments: argparse.Namespace, text: object) -> None:
+    if not _piped(arguments):
+        say(arguments, text)
+
+
+@contextlib.contextmanager
+def _apart(arguments: argparse.Namespace) -> Iterator[None]:
+    """Keeps what the user's own code prints out of a document on standard output."""
+    with contextlib.ExitStack() as stack:
+        if _piped(arguments):
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+def _analyze_one(
+    name: str, arguments: argparse.Namespace, place: str
+) -> tuple[list[str], dict[str, Any]]:
     """Prints one model's table; returns its row of the table of all models, and plain data.
 
     The model and its scores are released on return: the next model may be as large.
     """
-    with explained(name, arguments):
+    with explained(name, arguments, place):
         model = load(name, arguments, arguments.weights, arguments.checkpoint)
         start = time.perf_counter()
         with without_print_outs(arguments):
             analysis = fxpath.analyze(
-                model, q=arguments.q, compile=arguments.compile, **model_options(arguments)
+                model,
+                q=arguments.q,
+                dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+                compile=arguments.compile,
+                **model_options(arguments),
             )
     seconds = time.perf_counter() - start
-    print(f"{name} ({origin(name, arguments)})\n{analysis}\n", flush=True)
+    _say(arguments, f"{_heading(name, arguments)}\n{analysis}\n")
     norm = number(analysis.path_norm, analysis.log10_path_norm)
     row = [name, f"{_count_parameters(model):,}", norm, f"{seconds:.2f}"]
     return row, {"name": name, **analysis.to_dict()}
+
+
+def _heading(name: str, arguments: argparse.Namespace) -> str:
+    return styled(f"{name} ({origin(name, arguments)})", "heading", sys.stdout)
 
 
 def _prune(arguments: argparse.Namespace) -> int:
@@ -122,7 +160,7 @@ def _prune(arguments: argparse.Namespace) -> int:
                 criterion=arguments.criterion,
                 **options,
             )
-    print(f"{arguments.model} ({origin(arguments.model, arguments)})\n{pruned}\n")
+    say(arguments, f"{_heading(arguments.model, arguments)}\n{pruned}\n")
     try:
         if isinstance(pruned, fxpath.PrunedChannels):
             pruned.save(arguments.output)
@@ -133,7 +171,7 @@ def _prune(arguments: argparse.Namespace) -> int:
             save_file(pruned.state_dict, arguments.output, {"format": "pt", MEMBER: text})
     except (OSError, SafetensorError) as error:
         raise UsageError(f"--output {arguments.output}: {one_line(error)}") from error
-    print(f"written to {arguments.output}")
+    say(arguments, f"written to {arguments.output}")
     return 0
 
 
@@ -163,11 +201,11 @@ def _graph(arguments: argparse.Namespace) -> int:
         model = own_model(arguments)
         with without_print_outs(arguments):
             program = fxpath.compile(model, backend="eager", **model_options(arguments))
-    print(f"# input {program.captured.inputs}")
+    say(arguments, f"# input {program.captured.inputs}")
     if arguments.sizes:
-        print(_sizes_table(program.sizes()))
+        say(arguments, _sizes_table(program.sizes()))
     else:
-        print(program.graph_module.graph)
+        say(arguments, program.graph_module.graph)
     return 0
 
 
@@ -177,7 +215,7 @@ def _check(arguments: argparse.Namespace) -> int:
         model = own_model(arguments)
         with without_print_outs(arguments):
             report = fxpath.check(model, **model_options(arguments))
-    print(in_options(str(report)))
+    say(arguments, in_options(str(report)))
     return 0 if report else 2
 
 
@@ -185,12 +223,15 @@ def _count_parameters(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _write_json(path: Path, results: list[dict[str, Any]]) -> None:
-    text = json.dumps(finite(results), indent=2, allow_nan=False)
+def _write(option: str, file: str, text: str) -> None:
+    """Writes a document to a file, or to standard output for `-`."""
+    if file == "-":
+        sys.stdout.write(text)
+        return
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        Path(file).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--json {path}: {one_line(error)}") from error
+        raise UsageError(f"--{option} {file}: {one_line(error)}") from error
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -18,7 +18,7 @@ from fxpath.capture.loading import Model, UsageError, one_line
 from fxpath.capture.loading.certificates import stored_tensors
 from fxpath.capture.loading.checkpoints import SUFFIXES
 from fxpath.certificate import Certificate
-from fxpath.explaining import explained, load, number, own_model, without_print_outs
+from fxpath.explaining import explained, load, number, own_model, say, without_print_outs
 from fxpath.options import model_options
 
 __all__ = ["bound", "export", "verify"]
@@ -44,7 +44,7 @@ def export(arguments: argparse.Namespace) -> int:
         ("size", f"{arguments.output.stat().st_size:,} bytes"),
         ("seconds", f"{seconds:.1f}"),
     ]
-    print(tabulate(rows, disable_numparse=True))
+    say(arguments, tabulate(rows, disable_numparse=True))
     return 0
 
 
@@ -72,9 +72,9 @@ def verify(arguments: argparse.Namespace) -> int:
         ]
     rows.append(("compared", checked))
     rows.append(("holds", "no" if found else "yes"))
-    print(tabulate(rows, disable_numparse=True))
+    say(arguments, tabulate(rows, disable_numparse=True))
     for line in found:
-        print(f"- {line}")
+        say(arguments, f"- {line}")
     return 1 if found else 0
 
 
@@ -153,17 +153,19 @@ def bound(arguments: argparse.Namespace) -> int:
         with without_print_outs(arguments):
             metric = fxpath.path_metric(model, other, **options)
             apart = fxpath.lipschitz_bound(model, other, radius=arguments.radius, **options)
-    print(metric)
-    print(
+    say(arguments, metric)
+    say(
+        arguments,
         f"\noutputs differ by at most {apart.value:g} in the l^1 norm where ||x||_inf <= "
-        f"{arguments.radius:g} ({apart.inequality})"
+        f"{arguments.radius:g} ({apart.inequality})",
     )
     if arguments.max_relative is None:
         return 0
     within = metric.relative_upper <= arguments.max_relative
-    print(
+    say(
+        arguments,
         f"path-metric {metric.relative_upper:.3%} of the path-norm, accepted "
-        f"{arguments.max_relative:.3%}: {'within' if within else 'beyond'}"
+        f"{arguments.max_relative:.3%}: {'within' if within else 'beyond'}",
     )
     return 0 if within else 1
 

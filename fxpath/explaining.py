@@ -6,15 +6,19 @@ import argparse
 import contextlib
 import io
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export.passes import move_to_device_pass
 
 import fxpath
 from fxpath.capture.loading import Model, UsageError, drawn, load_model, one_line
 from fxpath.options import in_options
+from fxpath_command.terminal import note, working
 
-__all__ = ["explained", "load", "number", "origin", "own_model", "without_print_outs"]
+__all__ = ["explained", "load", "number", "origin", "own_model", "say", "without_print_outs"]
 
 
 @contextlib.contextmanager
@@ -30,8 +34,20 @@ def without_print_outs(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(name: str, arguments: argparse.Namespace) -> Iterator[None]:
-    """Turns what goes wrong with a model into a message, unless `--traceback` asks for more."""
+def explained(name: str, arguments: argparse.Namespace, place: str = "") -> Iterator[None]:
+    """Turns what goes wrong with a model into a message, unless `--traceback` asks for more.
+
+    A person at a terminal sees meanwhile which model, in which place of several, it takes time for.
+    """
+    with (
+        working(f"{place}{arguments.command} {name}", arguments.quiet),
+        _explained(name, arguments),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _explained(name: str, arguments: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except UsageError:
@@ -63,12 +79,26 @@ def load(
     weights: str | None = None,
     checkpoint: Path | None = None,
 ) -> Model:
-    """The model that is named; what was changed in its checkpoint is said in one line."""
+    """The model that is named, on `--device`; what was changed in its checkpoint is said."""
+    model = load_model(name, weights, checkpoint, _silent if arguments.quiet else note)
+    if arguments.device is None:
+        return model
+    try:
+        device = torch.device(arguments.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {arguments.device}: {one_line(error)}") from error
+    return model.to(device) if isinstance(model, nn.Module) else move_to_device_pass(model, device)
 
-    def tell(text: str) -> None:
-        print(f"fxpath: {text}", file=sys.stderr)
 
-    return load_model(name, weights, checkpoint, tell)
+def _silent(text: str) -> None:
+    """A note that nobody asked for."""
+
+
+def say(arguments: argparse.Namespace, text: object) -> None:
+    """Prints a result, unless `--quiet` asks for none."""
+    if not arguments.quiet:
+        print(text, flush=True)
 
 
 def own_model(arguments: argparse.Namespace) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -15,9 +16,14 @@ from fxpath_command import values
 from fxpath_command.terminal import complain
 from fxpath_command.words import FORMS
 
-__all__ = ["make_parser", "parse"]
+__all__ = ["DOCUMENTS", "make_parser", "parse"]
 
 _FORMS = "A MODEL is one of\n" + "\n".join(f"  {form:<29}{told}" for form, told in FORMS.items())
+#: What `analyze` writes besides the table that it prints; FILE may be `-`.
+DOCUMENTS = {
+    "json": "write the results as JSON, a list with an entry for each MODEL; - is standard output, "
+    "on which no table is printed then",
+}
 _COMPLETION = """\
 Completion by the tab key takes the extra `completion` of torch-fxpath, and in the shell
   eval "$(register-python-argcomplete fxpath)"
@@ -97,6 +103,11 @@ def _check(own: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuses options that do not go together."""
     if arguments.command == "analyze" and arguments.checkpoint and len(arguments.model) > 1:
         own.error("--checkpoint goes with one MODEL; run fxpath once for each")
+    if arguments.command == "analyze":
+        files = [(getattr(arguments, option), option) for option in DOCUMENTS]
+        for (file, option), (other, before) in itertools.combinations(files, 2):
+            if file is not None and file == other:
+                own.error(f"--{option} and --{before} both go to {file}: name two files")
     if arguments.command == "prune" and arguments.plan and not arguments.channels:
         own.error("--plan goes with --channels: it says which channels went")
 
@@ -158,12 +169,18 @@ def _common() -> argparse.ArgumentParser:
         metavar="FILE",
         help="weights: .safetensors, its .index.json, or a file of torch.save",
     )
+    common.add_argument(
+        "--device", metavar="NAME", help="where to compute, e.g. cuda (default: where the model is)"
+    )
     common.add_argument("--until", metavar="MODULE", help="stop at the output of this module")
     common.add_argument(
         "--outputs",
         type=values.outputs,
         metavar="0,2",
         help="which outputs count, by position or by key (default: all)",
+    )
+    common.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors: files and exit code count"
     )
     common.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return common
@@ -180,8 +197,12 @@ def _analyze(added: Any, common: argparse.ArgumentParser) -> None:
         help="exponent of the norm (default 1)",
     )
     analyze.add_argument(
-        "--json", type=values.target, metavar="FILE", help="write the results as JSON"
+        "--dtype",
+        choices=("float32", "float64"),
+        help="precision (default: float32, or float64 for a model with such parameters)",
     )
+    for option, told in DOCUMENTS.items():
+        analyze.add_argument(f"--{option}", type=values.document, metavar="FILE", help=told)
     analyze.add_argument("--compile", action="store_true", help="compile the graph with Inductor")
 
 

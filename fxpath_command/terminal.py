@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
-__all__ = ["complain", "styled", "working"]
+__all__ = ["complain", "note", "styled", "working"]
 
 _STYLES = {"heading": "1", "error": "1;31", "finding": "33"}
 _PATIENCE = 1.0  # seconds without a word
+_CLEAR = "\r\x1b[K"
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
@@ -32,6 +33,11 @@ def styled(text: str, style: str, stream: TextIO) -> str:
 def complain(text: str) -> None:
     """One line on standard error about what went wrong."""
     print(f"fxpath: {styled('error:', 'error', sys.stderr)} {text}", file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """One line on standard error about what was done, in the place of what goes on."""
+    print(f"{_CLEAR * sys.stderr.isatty()}fxpath: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -57,9 +63,9 @@ def _turn(text: str, stream: TextIO, done: threading.Event) -> None:
         return
     for sign in itertools.cycle("|/-\\"):
         seconds = time.monotonic() - start
-        stream.write(f"\r\x1b[K{sign} {text}, {seconds:.0f} s")
+        stream.write(f"{_CLEAR}{sign} {text}, {seconds:.0f} s")
         stream.flush()
         if done.wait(0.1):
             break
-    stream.write("\r\x1b[K")
+    stream.write(_CLEAR)
     stream.flush()

@@ -7,7 +7,7 @@ import ast
 import math
 from pathlib import Path
 
-__all__ = ["amount", "count", "exponent", "model", "outputs", "shape", "target"]
+__all__ = ["amount", "count", "document", "exponent", "model", "outputs", "shape", "target"]
 
 
 def shape(text: str) -> tuple[int, ...] | tuple[str, tuple[int, ...]]:
@@ -64,6 +64,13 @@ def target(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: a directory, not a file")
     return path
+
+
+def document(text: str) -> str:
+    """A file to write, or `-` for standard output."""
+    if text != "-":
+        target(text)
+    return text
 
 
 def model(text: str) -> str:
