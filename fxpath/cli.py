@@ -10,33 +10,25 @@ exact result, but for its table of offending operations.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import logging
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import nn
 
 import fxpath
-from fxpath.capture.loading import Model, UsageError, one_line
+from fxpath.analyzing import analyze
+from fxpath.capture.loading import UsageError, one_line
 from fxpath.certificate import MEMBER
 from fxpath.exchange import bound, export, verify
-from fxpath.explaining import explained, load, number, origin, own_model, say, without_print_outs
+from fxpath.explaining import explained, heading, own_model, say, without_print_outs
 from fxpath.options import in_options, model_options
 from fxpath.program.sizes import SizeRow
-from fxpath.report.plain import finite
 from fxpath_command import main
-from fxpath_command.parser import DOCUMENTS
-from fxpath_command.terminal import complain, styled
+from fxpath_command.terminal import complain
 
 __all__ = ["COMMANDS", "main", "run"]
 
@@ -68,80 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
         logging.disable(logged)
 
 
-def _analyze(arguments: argparse.Namespace) -> int:
-    """Prints a table per model and one of all models; a model that fails does not stop the rest."""
-    rows, results, code = [], [], 0
-    with _apart(arguments):
-        for position, name in enumerate(arguments.model, 1):
-            count = len(arguments.model)
-            try:
-                place = f"{position} of {count}: " if count > 1 else ""
-                row, result = _analyze_one(name, arguments, place)
-            except UsageError as error:
-                complain(str(error))
-                code = 2
-            else:
-                rows.append(row)
-                results.append(result)
-        if len(rows) > 1:
-            headers = ["model", "parameters", f"path-norm (q={arguments.q})", "seconds"]
-            align = ("left", "right", "right", "right")
-            table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
-            _say(arguments, table)
-    if arguments.json is not None:
-        text = json.dumps(finite(results), indent=2, allow_nan=False)
-        _write("json", arguments.json, text + "\n")
-    return code
-
-
-def _piped(arguments: argparse.Namespace) -> bool:
-    """Whether standard output is a document."""
-    return any(getattr(arguments, option) == "-" for option in DOCUMENTS)
-
-
-def _say(arguments: argparse.Namespace, text: object) -> None:
-    if not _piped(arguments):
-        say(arguments, text)
-
-
-@contextlib.contextmanager
-def _apart(arguments: argparse.Namespace) -> Iterator[None]:
-    """Keeps what the user's own code prints out of a document on standard output."""
-    with contextlib.ExitStack() as stack:
-        if _piped(arguments):
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        yield
-
-
-def _analyze_one(
-    name: str, arguments: argparse.Namespace, place: str
-) -> tuple[list[str], dict[str, Any]]:
-    """Prints one model's table; returns its row of the table of all models, and plain data.
-
-    The model and its scores are released on return: the next model may be as large.
-    """
-    with explained(name, arguments, place):
-        model = load(name, arguments, arguments.weights, arguments.checkpoint)
-        start = time.perf_counter()
-        with without_print_outs(arguments):
-            analysis = fxpath.analyze(
-                model,
-                q=arguments.q,
-                dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
-                compile=arguments.compile,
-                **model_options(arguments),
-            )
-    seconds = time.perf_counter() - start
-    _say(arguments, f"{_heading(name, arguments)}\n{analysis}\n")
-    norm = number(analysis.path_norm, analysis.log10_path_norm)
-    row = [name, f"{_count_parameters(model):,}", norm, f"{seconds:.2f}"]
-    return row, {"name": name, **analysis.to_dict()}
-
-
-def _heading(name: str, arguments: argparse.Namespace) -> str:
-    return styled(f"{name} ({origin(name, arguments)})", "heading", sys.stdout)
-
-
 def _prune(arguments: argparse.Namespace) -> int:
     """Prints what pruning does, and writes the weights that it leaves."""
     verb = fxpath.prune_channels if arguments.channels else fxpath.prune
@@ -160,7 +78,7 @@ def _prune(arguments: argparse.Namespace) -> int:
                 criterion=arguments.criterion,
                 **options,
             )
-    say(arguments, f"{_heading(arguments.model, arguments)}\n{pruned}\n")
+    say(arguments, f"{heading(arguments.model, arguments)}\n{pruned}\n")
     try:
         if isinstance(pruned, fxpath.PrunedChannels):
             pruned.save(arguments.output)
@@ -219,23 +137,8 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0 if report else 2
 
 
-def _count_parameters(model: Model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _write(option: str, file: str, text: str) -> None:
-    """Writes a document to a file, or to standard output for `-`."""
-    if file == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--{option} {file}: {one_line(error)}") from error
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "analyze": _analyze,
+    "analyze": analyze,
     "prune": _prune,
     "graph": _graph,
     "check": _check,

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from torch.export.passes import move_to_device_pass
 import fxpath
 from fxpath.capture.loading import Model, UsageError, drawn, load_model, one_line
 from fxpath.options import in_options
-from fxpath_command.terminal import note, working
+from fxpath_command.terminal import note, styled, working
 
-__all__ = ["explained", "load", "number", "origin", "own_model", "say", "without_print_outs"]
+__all__ = ["explained", "heading", "load", "number", "own_model", "say", "without_print_outs"]
 
 
 @contextlib.contextmanager
@@ -113,6 +114,11 @@ def origin(name: str, arguments: argparse.Namespace) -> str:
     if arguments.weights is not None:
         return f"weights {arguments.weights}"
     return "random weights, seed 0" if drawn(name) else "its own weights"
+
+
+def heading(name: str, arguments: argparse.Namespace) -> str:
+    """What stands above the table of a model."""
+    return styled(f"{name} ({origin(name, arguments)})", "heading", sys.stdout)
 
 
 def number(value: float, log10: float) -> str:

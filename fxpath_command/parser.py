@@ -21,8 +21,10 @@ __all__ = ["DOCUMENTS", "make_parser", "parse"]
 _FORMS = "A MODEL is one of\n" + "\n".join(f"  {form:<29}{told}" for form, told in FORMS.items())
 #: What `analyze` writes besides the table that it prints; FILE may be `-`.
 DOCUMENTS = {
-    "json": "write the results as JSON, a list with an entry for each MODEL; - is standard output, "
-    "on which no table is printed then",
+    "csv": "write the tables as comma-separated values, all columns and numbers in full",
+    "markdown": "write the tables in Markdown",
+    "html": "write a report to look at in a browser, of one MODEL",
+    "json": "write the results as JSON, a list with an entry for each MODEL",
 }
 _COMPLETION = """\
 Completion by the tab key takes the extra `completion` of torch-fxpath, and in the shell
@@ -77,8 +79,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     own = commands[arguments.command]
     if rest:
-        unknown = next((each for each in rest if each.startswith("-")), rest[0])
-        hint = _close(unknown.partition("=")[0], re.findall(r"--[\w-]+", own.format_help()))
+        unknown = next((each for each in rest if each.startswith("-")), None)
+        if unknown is not None:
+            hint = _close(unknown.partition("=")[0], re.findall(r"--[\w-]+", own.format_help()))
+        else:
+            hint = "name all MODELs together" if arguments.command == "analyze" else ""
         own.error(f"unrecognized arguments: {' '.join(rest)}" + f"; {hint}" * bool(hint))
     _check(own, arguments)
     return arguments
@@ -104,6 +109,8 @@ def _check(own: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.command == "analyze" and arguments.checkpoint and len(arguments.model) > 1:
         own.error("--checkpoint goes with one MODEL; run fxpath once for each")
     if arguments.command == "analyze":
+        if arguments.html is not None and len(arguments.model) > 1:
+            own.error("--html goes with one MODEL; run fxpath once for each")
         files = [(getattr(arguments, option), option) for option in DOCUMENTS]
         for (file, option), (other, before) in itertools.combinations(files, 2):
             if file is not None and file == other:
@@ -201,8 +208,25 @@ def _analyze(added: Any, common: argparse.ArgumentParser) -> None:
         choices=("float32", "float64"),
         help="precision (default: float32, or float64 for a model with such parameters)",
     )
+    analyze.add_argument(
+        "--depth",
+        type=values.count,
+        metavar="N",
+        help="sums by module, down to this depth of dotted names, in tables that are printed or "
+        "written",
+    )
+    analyze.add_argument(
+        "--top",
+        type=values.count,
+        metavar="N",
+        help="print the N layers alone whose parameters carry the least path mass each, the least "
+        "first; files have all",
+    )
+    files = analyze.add_argument_group(
+        "files", "With - for FILE it goes to standard output, in place of the table there."
+    )
     for option, told in DOCUMENTS.items():
-        analyze.add_argument(f"--{option}", type=values.document, metavar="FILE", help=told)
+        files.add_argument(f"--{option}", type=values.document, metavar="FILE", help=told)
     analyze.add_argument("--compile", action="store_true", help="compile the graph with Inductor")
 
 
