@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,13 @@ from fxpath.explaining import explained, load, number, own_model, say, without_p
 from fxpath.options import model_options
 
 __all__ = ["bound", "export", "verify"]
+
+_WHY = (
+    "Why so large? It holds for every input within --radius and every sign pattern of the ReLUs, "
+    "so absolute values add up along all paths, and each layer multiplies them. Pass the radius of "
+    "your inputs, and compare with the same bound for other weights: fxpath.lipschitz_bound has "
+    "other norms, given inputs, and a search for how large differences get in fact."
+)
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -156,9 +164,11 @@ def bound(arguments: argparse.Namespace) -> int:
     say(arguments, metric)
     say(
         arguments,
-        f"\noutputs differ by at most {apart.value:g} in the l^1 norm where ||x||_inf <= "
-        f"{arguments.radius:g} ({apart.inequality})",
+        f"\noutputs differ by at most {apart.value:g} in the l^1 norm, for inputs with entries in "
+        f"[-{arguments.radius:g}, {arguments.radius:g}] ({apart.inequality})",
     )
+    if apart.value > 0:
+        say(arguments, f"\n{textwrap.fill(_WHY, 100)}\n")
     if arguments.max_relative is None:
         return 0
     within = metric.relative_upper <= arguments.max_relative

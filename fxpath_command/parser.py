@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fxpath_command import values
+from fxpath_command.completion import complete, models
 from fxpath_command.terminal import complain
 from fxpath_command.words import FORMS
 
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser, commands = make_parser()
     if "_ARGCOMPLETE" in os.environ:
-        _complete(parser)
+        complete(parser)
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         hint = _close(argv[0], commands) or f"there are {', '.join(commands)}"
         parser.error(f"no command {argv[0]!r}: {hint}")
@@ -93,15 +94,6 @@ def _close(word: str, known: Iterable[str]) -> str:
     """`did you mean ...?`, where something known is near."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {found[0]}?" if found else ""
-
-
-def _complete(parser: argparse.ArgumentParser) -> None:
-    """Answers a shell that asks what could come next, and ends the process."""
-    try:
-        import argcomplete
-    except ImportError:
-        return
-    argcomplete.autocomplete(parser)
 
 
 def _check(own: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -148,7 +140,7 @@ def _command(added: Any, common: argparse.ArgumentParser, name: str, told: str) 
 
 
 def _model(command: Any, **more: Any) -> None:
-    command.add_argument("model", type=values.model, metavar="MODEL", **more)
+    command.add_argument("model", type=values.model, metavar="MODEL", **more).completer = models
 
 
 def _common() -> argparse.ArgumentParser:
@@ -317,7 +309,7 @@ def _bound(added: Any, common: argparse.ArgumentParser) -> None:
         type=values.model,
         metavar="OTHER",
         help="a MODEL of the same architecture, or a file of weights",
-    )
+    ).completer = models
     bound.add_argument(
         "--radius",
         type=float,

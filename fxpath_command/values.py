@@ -7,7 +7,17 @@ import ast
 import math
 from pathlib import Path
 
-__all__ = ["amount", "count", "document", "exponent", "model", "outputs", "shape", "target"]
+__all__ = [
+    "amount",
+    "count",
+    "document",
+    "exponent",
+    "makers",
+    "model",
+    "outputs",
+    "shape",
+    "target",
+]
 
 
 def shape(text: str) -> tuple[int, ...] | tuple[str, tuple[int, ...]]:
@@ -76,13 +86,13 @@ def document(text: str) -> str:
 def model(text: str) -> str:
     """A MODEL as it is, but for a file of Python without a word on what in it makes the model."""
     if text.endswith(".py"):
-        found = _makers(Path(text))
+        found = makers(Path(text))
         like = f", as in {text}:{found[0]}" if found else ""
         raise argparse.ArgumentTypeError(f"{text}: say what makes the model: {text}:callable{like}")
     return text
 
 
-def _makers(path: Path) -> list[str]:
+def makers(path: Path) -> list[str]:
     """What at the top of a file can be called without arguments; it is read and not run."""
     try:
         body = ast.parse(path.read_text(encoding="utf-8")).body

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import fxpath
 from fxpath import analyzing, cli
@@ -130,3 +132,17 @@ def test_the_rows_that_carry_least(nets: Path, capsys: pytest.CaptureFixture[str
 
 def load(nets: Path) -> object:
     return fxpath.capture.loading.load_model(f"{nets / 'deep.py'}:deep")
+
+
+def test_why_a_bound_is_large_is_said_beside_it(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(1)
+    torch.save(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).state_dict(), "b.pt")
+    assert cli.main(["bound", "some_nets:mlp", "b.pt", "--radius", "3"]) == 0
+    out = capsys.readouterr().out
+    bound = fxpath.lipschitz_bound(seeded_mlp(nets), torch.load("b.pt"), radius=3.0)
+    said = f"at most {bound.value:g} in the l^1 norm, for inputs with entries in [-3, 3]"
+    assert said in out and "Why so large?" in out
+    assert cli.main(["bound", "some_nets:mlp", "some_nets:mlp"]) == 0
+    assert "at most 0 in" in (out := capsys.readouterr().out) and "Why so" not in out
