@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = parse(argv)
-        with working("loading torch"):
+        with working("loading torch", arguments.quiet):
             from fxpath.cli import run
         code = run(arguments)
         sys.stdout.flush()

@@ -26,8 +26,13 @@ def styled(text: str, style: str, stream: TextIO) -> str:
         >>> styled("resnet18", "heading", io.StringIO())
         'resnet18'
     """
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain or not stream.isatty() else f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+    plain = os.environ.get("NO_COLOR") or not _moves(stream)
+    return text if plain else f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def _moves(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that knows more than letters."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def complain(text: str) -> None:
@@ -37,14 +42,14 @@ def complain(text: str) -> None:
 
 def note(text: str) -> None:
     """One line on standard error about what was done, in the place of what goes on."""
-    print(f"{_CLEAR * sys.stderr.isatty()}fxpath: {text}", file=sys.stderr)
+    print(f"{_CLEAR * _moves(sys.stderr)}fxpath: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def working(text: str, quiet: bool = False) -> Iterator[None]:
     """Shows a person at a terminal what takes longer than a second, and takes it away again."""
     stream = sys.stderr
-    if quiet or not stream.isatty():
+    if quiet or not _moves(stream):
         yield
         return
     done = threading.Event()

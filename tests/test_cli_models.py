@@ -174,12 +174,13 @@ def test_a_folder_in_the_form_of_the_hub(
 # Checkpoints: what was done is said
 
 
-def said(capsys: pytest.CaptureFixture[str], content: object, model: str = "some_nets:mlp") -> str:
+def said(content: object, model: str = "some_nets:mlp") -> str:
+    """What is told of a checkpoint, but for the name of its file."""
     torch.save(content, "c.pt")
-    assert cli.main(["check", model, "--input-shape", "4", "--checkpoint", "c.pt"]) == 0
-    err = capsys.readouterr().err
-    assert err.count("\n") <= 1
-    return err.removeprefix("fxpath: c.pt: ").rstrip()
+    told: list[str] = []
+    load_model(model, checkpoint=Path("c.pt"), tell=told.append)
+    assert len(told) <= 1 and "\n" not in "".join(told)
+    return "".join(told).removeprefix("c.pt: ")
 
 
 def test_what_was_done_to_a_checkpoint_is_one_line(
@@ -189,31 +190,29 @@ def test_what_was_done_to_a_checkpoint_is_one_line(
     state = net.state_dict()
     half = {name: value.half() for name, value in state.items()}
     for key in ("state_dict", "model", "ema", "teacher"):
-        assert said(capsys, {key: state, "epoch": 3}) == f"took {key}"
+        assert said({key: state, "epoch": 3}) == f"took {key}"
     for prefix in ("module.", "_orig_mod.", "model.", "module._orig_mod."):
         long = {prefix + name: value for name, value in state.items()}
-        assert said(capsys, long) == f"dropped the prefix {prefix}"
+        assert said(long) == f"dropped the prefix {prefix}"
         told = f"took model; dropped the prefix {prefix}; converted float16 to float32"
-        assert said(capsys, {"model": {prefix + n: v for n, v in half.items()}}) == told
-    assert said(capsys, {"model": state, "ema": half}) == "took model; left ema"
+        assert said({"model": {prefix + n: v for n, v in half.items()}}) == told
+    assert said({"model": state, "ema": half}) == "took model; left ema"
     inner = {name.replace(".", "._orig_mod."): value for name, value in state.items()}
-    assert said(capsys, inner) == "renamed 4 tensors, the first from 0._orig_mod.weight to 0.weight"
-    assert said(capsys, {n: v.double() for n, v in state.items()}) == "computing in their float64"
+    assert said(inner) == "renamed 4 tensors, the first from 0._orig_mod.weight to 0.weight"
+    assert said({n: v.double() for n, v in state.items()}) == "computing in their float64"
     for layer in (net[0], net[2]):
         prune.random_unstructured(layer, "weight", 0.5)
-    assert said(capsys, {"model": net.state_dict()}) == (
+    assert said({"model": net.state_dict()}) == (
         "took model; multiplied in the masks of pruning (2)"
     )
-    assert said(capsys, state) == ""
+    assert said(state) == ""
     save_file(half, "c.safetensors")
     argv = ["bound", "some_nets:mlp", "c.safetensors", "--input-shape", "4"]
     assert cli.main(argv) == 0
     assert capsys.readouterr().err == "fxpath: c.safetensors: converted float16 to float32\n"
 
 
-def test_a_prefix_that_the_model_has_is_added(
-    nets: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_prefix_that_the_model_has_is_added(nets: Path) -> None:
     (nets / "wrapped.py").write_text(
         "from some_nets import mlp\nfrom torch import nn\n"
         "class Wrapped(nn.Module):\n"
@@ -221,4 +220,4 @@ def test_a_prefix_that_the_model_has_is_added(
         "    def forward(self, x):\n        return self.net(x)\n"
     )
     state = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).state_dict()
-    assert said(capsys, state, "wrapped.py:Wrapped") == "added the prefix net."
+    assert said(state, "wrapped.py:Wrapped") == "added the prefix net."

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -37,9 +38,10 @@ def shown(*argv: str, code: int = 0) -> str:
 
 def test_colour_is_for_a_terminal(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = f"some_nets:mlp (its own weights)\n{fxpath.analyze(seeded_mlp(nets), (4,))}\n\n"
-    heading, _, rest = shown("analyze", "some_nets:mlp").partition("\n")
-    assert heading == "\x1b[1msome_nets:mlp (its own weights)\x1b[0m"
-    assert f"{heading[4:-4]}\n{rest}" == plain
+    coloured = shown("analyze", "some_nets:mlp")
+    assert coloured.startswith("\x1b[1msome_nets:mlp (its own weights)\x1b[0m\n")
+    assert "\n\x1b[33mOne threshold" in coloured and "\nparams:" in coloured
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
     error = shown("check", "some_nets:number", code=2)
     assert error.startswith("fxpath: \x1b[1;31merror:\x1b[0m some_nets:number")
     for variable, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
