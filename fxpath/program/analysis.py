@@ -72,6 +72,7 @@ class Analysis(Tabular):
         layers: Mapping[Layer, Channels],
         unscored: dict[str, str],
         nodes: Mapping[str, str],
+        model: str,
     ) -> None:
         """Analyses are made by :func:`fxpath.analyze`."""
         self.q = q
@@ -83,6 +84,7 @@ class Analysis(Tabular):
         self._evaluation = evaluation
         self._layers = list(layers)
         self._nodes = dict(nodes)
+        self._model = model
         self.neuron_shares: dict[str, Tensor] = {
             layer.name: neuron_shares(layer, channels, self.scores)
             for layer, channels in layers.items()
@@ -97,7 +99,8 @@ class Analysis(Tabular):
         unscored = find_unscored(program.captured, program.lifted, shares, cut)
         layers, at = find_layers(program.lifted), layers_at(program.lifted)
         nodes = {origin.name: layer.name for origin, (layer, _) in at.items()}
-        return cls(program.q, program.captured.inputs, evaluation, layers, unscored, nodes)
+        model = type(program.captured.source).__name__
+        return cls(program.q, program.captured.inputs, evaluation, layers, unscored, nodes, model)
 
     def path_magnitude(self, name: str) -> Tensor:
         """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.
@@ -175,6 +178,7 @@ class Analysis(Tabular):
     def report(self) -> dict[str, Any]:
         """What :meth:`plot` and :meth:`to_html` draw, as plain data: rows, histograms, a curve."""
         return make_report(
+            f"{self._model}, l^{self.q:g} path-norm {self._summary()[0][1]}",
             self.table(),
             self._summary(),
             self.findings,

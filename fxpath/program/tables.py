@@ -98,6 +98,7 @@ def _row(name: str, group: Sequence[LayerRow], weights: Mapping[str, Spread]) ->
 
 
 def make_report(
+    title: str,
     table: Table,
     summary: Sequence[tuple[str, str]],
     findings: Sequence[Finding],
@@ -107,7 +108,7 @@ def make_report(
 ) -> dict[str, Any]:
     """All that a picture or a page shows, as plain data."""
     return {
-        "title": table.title,
+        "title": title,
         "summary": [list(line) for line in summary],
         "findings": [{"kind": f.kind, "text": f.text, "layers": list(f.layers)} for f in findings],
         "columns": [

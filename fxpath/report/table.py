@@ -190,6 +190,8 @@ def shown(value: Any, kind: Kind, digits: int = 3) -> str:
     Example:
         >>> shown(0.123, "part"), shown(12345, "count"), shown(1.5e-7, "number")
         ('12.3%', '12,345', '1.5e-07')
+        >>> shown(7081.4, "number")
+        '7,081'
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -197,4 +199,6 @@ def shown(value: Any, kind: Kind, digits: int = 3) -> str:
         return f"{value:.1%}"
     if kind == "count":
         return f"{value:,}"
-    return f"{value:.{digits}g}" if kind == "number" else str(value)
+    if kind != "number":
+        return str(value)
+    return f"{value:,.0f}" if digits == 3 and 1e3 <= value < 1e12 else f"{value:.{digits}g}"
