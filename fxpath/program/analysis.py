@@ -287,7 +287,7 @@ class Analysis(Tabular):
         ]
 
 
-def shortened(table: Table, width: int = 20) -> Table:
+def shortened(table: Table, width: int = 22) -> Table:
     """The same table with layer names of at most so many letters, their ends kept."""
     rows = [
         {

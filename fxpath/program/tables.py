@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,7 +65,13 @@ def make_table(
     for row in rows:
         parts = row["name"].split(".")
         groups.setdefault(".".join(parts[:depth]), []).append(row)
-    return Table(title, COLUMNS, tuple(_row(n, g, weights) for n, g in groups.items()))
+    columns = COLUMNS
+    if depth is not None:
+        summed = "sum over the module's layers: 300% where path mass crosses three of them"
+        columns = tuple(
+            dataclasses.replace(c, about=summed) if c.name == "share" else c for c in COLUMNS
+        )
+    return Table(title, columns, tuple(_row(n, g, weights) for n, g in groups.items()))
 
 
 def _row(name: str, group: Sequence[LayerRow], weights: Mapping[str, Spread]) -> dict[str, Any]:
