@@ -54,7 +54,7 @@ class Claim:
         relative: ``upper`` over the path-norm of the reference, rounded up likewise; ``None`` where
             that is 0, or the quotient beyond float64.
         path_norm: ``||Phi(theta)||_1`` of the reference.
-        weights: SHA-256 of the reference's weights, see :func:`fingerprint`.
+        weights: SHA-256 of the reference's weights, see :func:`fxpath.certificate.fingerprint`.
     """
 
     inequality: str
@@ -72,7 +72,7 @@ class Certificate:
     """What is claimed of a set of weights.
 
     Attributes:
-        weights: SHA-256 of the tensors that the network reads, see :func:`fingerprint`.
+        weights: SHA-256 of the tensors that the network reads, see :func:`fxpath.certificate.fingerprint`.
         tensors: the names of those.
         inputs: input name -> shape of one sample, without the batch axis.
         batch_dim: the batch axis of the inputs; ``None`` if there is none.

@@ -105,7 +105,7 @@ class PathMetric(Snapshot, Tabular):
 
     @property
     def exact(self) -> bool:
-        """Whether (7) holds, so that the metric is known: signs agree, and one dominates.
+        """Whether signs agree and one dominates, so that the metric is known by (7).
 
         Never where rounding may hide more than 1e-9 of the metric: ``lower`` and ``upper`` tell
         how much.
@@ -226,7 +226,7 @@ class PathMetric(Snapshot, Tabular):
     @functools.cached_property
     @plain_mode()
     def path_magnitude_sum(self) -> float | None:
-        """Sum of Path-Mag (10) over the entries that became zero: an upper bound by (13).
+        """Sum of Path-Mag (10) over the entries that became zero, an upper bound by (13).
 
         ``None`` unless the other network is the model with some effective parameters set to zero.
         """

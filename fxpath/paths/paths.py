@@ -59,7 +59,7 @@ class PathLifting:
             number of inputs for a path that starts at a bias: its column of A; int64.
         activity: for each path its activation a_p(theta, x), float64; ``None`` without an x.  It is
             0 or 1 for ReLU and max-pooling, also -1 for an absolute value; for a slope a it is 1 or
-            a, divided by the factor max(1, |a|) that Phi holds.
+            a, divided by the factor ``max(1, |a|)`` that Phi holds.
         inputs: number of input entries.
     """
 

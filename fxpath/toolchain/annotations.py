@@ -68,7 +68,7 @@ def annotate(program: ExportedProgram) -> ExportedProgram:
         program: of a model, as ``torch.export.export`` returns it; it is not changed.
 
     Returns:
-        The same program, which shares the tensors: no operation is another one.
+        A program of the same operations, which shares the tensors of the given one.
 
     Raises:
         TypeError: for anything else than a program.

@@ -1,0 +1,129 @@
+"""Tables of the operations that have a rule, and of those that are refused, from the rules.
+
+``{operations} NAME`` lists the rules of the module ``fxpath.rules.NAME``, ``{refusals}`` what is
+refused with the reason.  Nothing is written down here: what the package knows is what is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
+from fxpath.private import OpOverload, schema
+from fxpath.rules import RULES
+from fxpath.rules.refused import EXPLAINED
+
+__all__ = ["refusals", "setup", "supported"]
+
+#: One row of cells; a cell is a text, or words in code.
+Row = tuple[str | list[str], ...]
+
+
+def supported(module: str) -> list[tuple[list[str], str]]:
+    """The rules of one module: the overloads that each is for, and what its docstring says."""
+    found: dict[Any, list[OpOverload]] = {}
+    for overload, rule in RULES.items():
+        if rule.__module__ == f"fxpath.rules.{module}":
+            found.setdefault(rule, []).append(overload)
+    return [
+        ([str(overload) for overload in overloads], (rule.__doc__ or "").partition("\n")[0])
+        for rule, overloads in found.items()
+    ]
+
+
+def refusals() -> list[tuple[list[str], str, str]]:
+    """Operations that are refused for one reason, the reason, and what can be done."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, reason in EXPLAINED.items():
+        if _without_rule(name):
+            found.setdefault(reason, []).append(name)
+    return [(names, *reason) for reason, names in found.items()]
+
+
+def _without_rule(name: str) -> bool:
+    """Whether some form of an operation that returns its result has no rule."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return True
+    every = [getattr(packet, each) for each in packet.overloads()]
+    return any(each not in RULES and not schema(each).is_mutable for each in every)
+
+
+class Operations(Directive):
+    """The rules of one module as a table."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """One row for each rule."""
+        found = supported(self.arguments[0])
+        if not found:
+            raise self.error(f"fxpath.rules.{self.arguments[0]} has no rule")
+        rows: list[Row] = [
+            (_short(overloads), said.replace("``", "")) for overloads, said in found
+        ]
+        if any(said for _, said in found):
+            return [_table(("operation", "what it is"), (60, 40), rows)]
+        return [_table(("operation",), (100,), [row[:1] for row in rows])]
+
+
+class Refusals(Directive):
+    """What is refused, as a table."""
+
+    def run(self) -> list[nodes.Node]:
+        """One row for each reason."""
+        heads = ("operation", "why it is refused", "what to do")
+        return [_table(heads, (40, 30, 30), refusals())]
+
+
+def _short(overloads: Iterable[str]) -> list[str]:
+    """Overloads of one operation in one word, as ``aten.to.{dtype,other}``."""
+    found: dict[str, list[str]] = {}
+    for each in overloads:
+        name, _, overload = each.rpartition(".")
+        found.setdefault(name, []).append(overload)
+    return [
+        f"{name}.{each[0] if len(each) == 1 else '{' + ','.join(each) + '}'}"
+        for name, each in found.items()
+    ]
+
+
+def _table(heads: Sequence[str], widths: Sequence[int], rows: Iterable[Row]) -> nodes.table:
+    group = nodes.tgroup(cols=len(heads))
+    group += [nodes.colspec(colwidth=width) for width in widths]
+    head = nodes.thead()
+    head += _row(heads)
+    body = nodes.tbody()
+    body += [_row(row) for row in rows]
+    group += [head, body]
+    table = nodes.table(classes=["operations"])
+    table += group
+    return table
+
+
+def _row(cells: Sequence[str | list[str]]) -> nodes.row:
+    row = nodes.row()
+    for cell in cells:
+        paragraph = nodes.paragraph()
+        if isinstance(cell, str):
+            paragraph += nodes.Text(cell)
+        else:
+            for i, word in enumerate(cell):
+                if i:
+                    paragraph += nodes.Text(" ")
+                paragraph += nodes.literal(text=word)
+        entry = nodes.entry()
+        entry += paragraph
+        row += entry
+    return row
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Register both directives."""
+    app.add_directive("operations", Operations)
+    app.add_directive("refusals", Refusals)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
