@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: `python -m sphinx -W --keep-going -b html docs build/docs`."""
+"""How `python -m sphinx -W --keep-going -b html docs build/docs` builds the documentation."""
 
 from __future__ import annotations
 
@@ -39,8 +39,12 @@ nitpick_ignore_regex = [
     # Other projects' names: their inventories would have to be fetched.
     (r"py:.*", r"(torch|collections|pathlib|os|typing|networkx|pandas|matplotlib)\..*"),
 ]
-# A type variable, which says that a decorator returns what it is given.
-nitpick_ignore = [("py:class", "fxpath.rules.own.Composition")]
+nitpick_ignore = [
+    # A type variable, which says that a decorator returns what it is given.
+    ("py:class", "fxpath.rules.own.Composition"),
+    # matplotlib's, imported where types are checked alone.
+    ("py:class", "Axes"),
+]
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

@@ -36,8 +36,8 @@ def analyze(
     """Path-norm and Path-Mag scores of a ReLU network, exact or refused.
 
     The l^q path-norm ``||Phi(theta)||_q`` of the path-lifting (Def. A.5) takes one pass through the
-    lifted network; its gradient times ``|theta|`` is Path-Mag (14), the path mass lost when one entry
-    is set to zero (10).  The model is not changed, and runs as in eval mode.
+    lifted network; its gradient times ``|theta|`` is Path-Mag (14), the path mass lost when one
+    entry is set to zero (10).  The model is not changed, and runs as in eval mode.
 
     Args:
         model: a module (in train or eval mode, pruned, parametrized, wrapped for data parallelism,

@@ -72,7 +72,8 @@ class Certificate:
     """What is claimed of a set of weights.
 
     Attributes:
-        weights: SHA-256 of the tensors that the network reads, see :func:`fxpath.certificate.fingerprint`.
+        weights: SHA-256 of the tensors that the network reads, see
+            :func:`fxpath.certificate.fingerprint`.
         tensors: the names of those.
         inputs: input name -> shape of one sample, without the batch axis.
         batch_dim: the batch axis of the inputs; ``None`` if there is none.

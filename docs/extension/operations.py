@@ -63,9 +63,7 @@ class Operations(Directive):
         found = supported(self.arguments[0])
         if not found:
             raise self.error(f"fxpath.rules.{self.arguments[0]} has no rule")
-        rows: list[Row] = [
-            (_short(overloads), said.replace("``", "")) for overloads, said in found
-        ]
+        rows: list[Row] = [(_short(overloads), said.replace("``", "")) for overloads, said in found]
         if any(said for _, said in found):
             return [_table(("operation", "what it is"), (60, 40), rows)]
         return [_table(("operation",), (100,), [row[:1] for row in rows])]

@@ -209,9 +209,7 @@ def lifted() -> str:
 def shares() -> str:
     """Lines as thick as the part of the path-norm that runs through them."""
     body = "".join(_line(edge, "edge share", 1 + 26 * share(edge)) for edge in WEIGHTS)
-    body += "".join(
-        _line(edge, "hidden", label=f"{100 * share(edge):.0f} %") for edge in WEIGHTS
-    )
+    body += "".join(_line(edge, "hidden", label=f"{100 * share(edge):.0f} %") for edge in WEIGHTS)
     about = "Part of the path-norm through each weight: " + ", ".join(
         f"{start} to {end}: {100 * share((start, end)):.0f} %" for start, end in WEIGHTS
     )
@@ -221,10 +219,7 @@ def shares() -> str:
 def bound() -> str:
     """The outputs of two networks along a line, with the band that the path-metric allows."""
     without = {edge: 0.0 if edge == PRUNED else weight for edge, weight in WEIGHTS.items()}
-    apart = sum(
-        abs(a - b)
-        for (_, a), (_, b) in zip(path_list(), path_list(without), strict=True)
-    )
+    apart = sum(abs(a - b) for (_, a), (_, b) in zip(path_list(), path_list(without), strict=True))
     steps = [i / 40 for i in range(-40, 41)]
     lines = [[value(weights, t, 0.8) for t in steps] for weights in (WEIGHTS, without)]
     top, bottom = max(lines[0]) + apart + 0.5, min(lines[0]) - apart - 0.5

@@ -290,9 +290,9 @@ def lipschitz_bound(
         input_shape: as for :func:`analyze`.
         x: a batch of inputs (a list of tensors for several inputs): bounds the difference on these
             inputs instead of a ball, and gives the input shape where nothing else does.  ``|x|``
-            itself is fed then (Lemma B.3), where one sample takes no more than 2^29 multiply-adds; beyond,
-            ``"any_pair_normalized"`` and a ``"theorem_b1"`` that holds after rescaling take the
-            largest entry of ``|x|``.
+            itself is fed then (Lemma B.3), where one sample takes no more than 2^29 multiply-adds;
+            beyond, ``"any_pair_normalized"`` and a ``"theorem_b1"`` that holds after rescaling take
+            the largest entry of ``|x|``.
         radius: bound of ``||x||_inf`` otherwise.
         norm: of the outputs: 1, 2 or ``math.inf``.
         example_inputs: as for :func:`analyze`.

@@ -143,9 +143,9 @@ class Analysis(Tabular):
 
     @cached_property
     def findings(self) -> list[Finding]:
-        """What the numbers say, as data: layers that nearly no path mass crosses, dead channels ...
+        """What the numbers say, as data, such as layers that nearly no path mass crosses.
 
-        See :class:`fxpath.Finding`; nothing is listed where there is nothing to say.
+        See :class:`fxpath.Finding` for the kinds; nothing is listed where there is nothing to say.
         """
         return find(self.layers, self._spreads, self._prunable, self.unscored)
 

@@ -188,7 +188,7 @@ class Pruned(Tabular):
             dark: light lines on a dark ground.
 
         Returns:
-            Two matplotlib axes of one figure: zeros, and losses; the last row is all together.
+            Two matplotlib axes, zeros and losses, of one figure; the last row is all together.
 
         Raises:
             ImportError: if matplotlib is not installed; the extra ``report`` brings it.

@@ -17,7 +17,7 @@ Composition = TypeVar("Composition", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class RegisteredRule:
-    """A rule that is in force until :meth:`~RegisteredRule.remove`, or to the end of a ``with`` block.
+    """A rule in force until :meth:`~RegisteredRule.remove`, or to the end of a ``with`` block.
 
     Attributes:
         operator: the operator that it is for.
