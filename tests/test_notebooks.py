@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,14 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def assert_drawn(notebook: Any, name: str) -> None:
+    """Every cell that draws shows its picture."""
+    drawing = [cell for cell in notebook.cells if cell.source.endswith((".plot();", "plt.show()"))]
+    assert drawing, name
+    for cell in drawing:
+        assert any("image/png" in o.get("data", {}) for o in cell.outputs), f"{name}: {cell.source}"
 
 
 def test_committed_notebooks_are_executed_and_small() -> None:
@@ -27,6 +36,7 @@ def test_committed_notebooks_are_executed_and_small() -> None:
         outputs = [output for cell in cells for output in cell.outputs]
         assert outputs and all(output.output_type != "error" for output in outputs), path.name
         assert all(output.get("name") != "stderr" for output in outputs), path.name
+        assert_drawn(notebook, path.name)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|nbclient).*")
@@ -50,5 +60,4 @@ def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             for index, cell in enumerate(client.nb.cells):
                 # An error in a cell is an exception that shows the cell and its traceback.
                 client.execute_cell(cell, index)
-            answers = [o for c in client.nb.cells if c.cell_type == "code" for o in c.outputs]
-            assert answers, path.name
+            assert_drawn(client.nb, path.name)

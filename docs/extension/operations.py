@@ -23,16 +23,13 @@ __all__ = ["refusals", "setup", "supported"]
 Row = tuple[str | list[str], ...]
 
 
-def supported(module: str) -> list[tuple[list[str], str]]:
-    """The rules of one module: the overloads that each is for, and what its docstring says."""
-    found: dict[Any, list[OpOverload]] = {}
+def supported(module: str) -> list[list[str]]:
+    """The overloads that each rule of one module is for."""
+    found: dict[Any, list[str]] = {}
     for overload, rule in RULES.items():
         if rule.__module__ == f"fxpath.rules.{module}":
-            found.setdefault(rule, []).append(overload)
-    return [
-        ([str(overload) for overload in overloads], (rule.__doc__ or "").partition("\n")[0])
-        for rule, overloads in found.items()
-    ]
+            found.setdefault(rule, []).append(str(overload))
+    return list(found.values())
 
 
 def refusals() -> list[tuple[list[str], str, str]]:
@@ -63,10 +60,7 @@ class Operations(Directive):
         found = supported(self.arguments[0])
         if not found:
             raise self.error(f"fxpath.rules.{self.arguments[0]} has no rule")
-        rows: list[Row] = [(_short(overloads), said.replace("``", "")) for overloads, said in found]
-        if any(said for _, said in found):
-            return [_table(("operation", "what it is"), (60, 40), rows)]
-        return [_table(("operation",), (100,), [row[:1] for row in rows])]
+        return [_table(("ATen overloads of one rule",), (100,), [(_short(each),) for each in found])]
 
 
 class Refusals(Directive):

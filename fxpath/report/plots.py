@@ -113,6 +113,7 @@ def _figure(rows: int, columns: int, dark: bool) -> Iterator[list[Axes]]:
         "font.size": 9,
         "axes.titlesize": 9,
     }
+    matplotlib.get_backend()  # chosen in the context, it would not be interactive after it
     with matplotlib.rc_context(style):
         _, axes = pyplot.subplots(
             *(1, columns),
