@@ -113,7 +113,6 @@ def _figure(rows: int, columns: int, dark: bool) -> Iterator[list[Axes]]:
         "font.size": 9,
         "axes.titlesize": 9,
     }
-    matplotlib.get_backend()  # chosen in the context, it would not be interactive after it
     with matplotlib.rc_context(style):
         _, axes = pyplot.subplots(
             *(1, columns),
@@ -122,7 +121,11 @@ def _figure(rows: int, columns: int, dark: bool) -> Iterator[list[Axes]]:
             figsize=(5.5 * columns, 1.3 + ROW * max(3, rows)),
             layout="constrained",
         )
+        # The first figure of a session chooses a backend, which may be interactive (a notebook's):
+        # that is not to be taken back with the style.
+        interactive = matplotlib.is_interactive()
         yield list(axes[0])
+    matplotlib.interactive(interactive)
 
 
 def _label(axes: Axes, names: Sequence[str]) -> None:
