@@ -6,17 +6,13 @@ import re
 import textwrap
 from pathlib import Path
 from types import FunctionType
-from typing import Any
 
 import pytest
 
 import fxpath
+from tests.support.pages import ROOT, blocks, run
 
-README = Path(__file__).parent.parent / "README.md"
-
-
-def python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+README = ROOT / "README.md"
 
 
 def public_functions() -> list[tuple[str, FunctionType]]:
@@ -43,16 +39,11 @@ def raises(function: FunctionType) -> bool:
 def test_readme_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
     monkeypatch.chdir(tmp_path)
-    blocks = python_blocks()
-    assert blocks
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, example {number + 1}", "exec"), namespace)
+    run(README)
 
 
 def test_readme_starts_with_the_two_commands() -> None:
-    text = README.read_text(encoding="utf-8")
-    first, second = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)[:2]
+    first, second = blocks(README, "sh")[:2]
     assert "fxpath analyze alexnet vgg16 resnet18" in first
     assert second.strip() == ".venv/bin/python -m pytest"
 

@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 import xml.etree.ElementTree
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ import torch
 from torch import nn
 
 import fxpath
-from fxpath.options import make_parser
 from fxpath.rules import RULES
 from fxpath.rules.refused import EXPLAINED
+from fxpath_command.parser import parse
 from tests.support.pages import ROOT, blocks, run
 
 pytest.importorskip("docutils")
@@ -65,7 +64,7 @@ COMMANDS = [
 def test_command_parses(page: str, line: str) -> None:
     program, *arguments = shlex.split(line)
     if program == "fxpath":
-        make_parser(defaultdict(lambda: print)).parse_args(arguments)
+        parse(arguments)
     elif program == "python":
         assert arguments[0] == "-m"
         source = ROOT.joinpath(*arguments[1].split(".")).with_suffix(".py").read_text()
@@ -92,9 +91,7 @@ def test_reference_has_every_public_name_once() -> None:
 
 def test_operations_have_every_rule_once() -> None:
     shown = re.findall(r"^```\{operations\} (\w+)$", TEXTS[DOCS / "operations.md"], re.M)
-    overloads = [
-        each for module in shown for row in operations.supported(module) for each in row
-    ]
+    overloads = [each for module in shown for row in operations.supported(module) for each in row]
     assert sorted(overloads) == sorted(map(str, RULES))
 
 

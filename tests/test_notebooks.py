@@ -39,6 +39,7 @@ def test_committed_notebooks_are_executed_and_small() -> None:
         assert_drawn(notebook, path.name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(zmq|jupyter_client|nbclient).*")
 def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one kernel, as its start costs more than both notebooks; each begins with nothing."""

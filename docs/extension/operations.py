@@ -13,7 +13,7 @@ import torch
 from docutils import nodes
 from docutils.parsers.rst import Directive
 
-from fxpath.private import OpOverload, schema
+from fxpath.private import schema
 from fxpath.rules import RULES
 from fxpath.rules.refused import EXPLAINED
 
@@ -60,7 +60,8 @@ class Operations(Directive):
         found = supported(self.arguments[0])
         if not found:
             raise self.error(f"fxpath.rules.{self.arguments[0]} has no rule")
-        return [_table(("ATen overloads of one rule",), (100,), [(_short(each),) for each in found])]
+        rows: list[Row] = [(_short(each),) for each in found]
+        return [_table(("ATen overloads of one rule",), (100,), rows)]
 
 
 class Refusals(Directive):

@@ -118,9 +118,10 @@ def _neurons(names: Mapping[str, str] = NAMES) -> str:
 
 
 def _svg(width: float, height: float, body: str, about: str) -> str:
+    style = f"max-width:{width:g}px;min-width:{0.7 * width:g}px"
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(about)}" '
-        f'xmlns="http://www.w3.org/2000/svg" style="max-width:{width:g}px;min-width:{0.7 * width:g}px">{body}</svg>'
+        f'xmlns="http://www.w3.org/2000/svg" style="{style}">{body}</svg>'
     )
 
 
