@@ -65,7 +65,7 @@ def make_table(
     for row in rows:
         parts = row["name"].split(".")
         groups.setdefault(".".join(parts[:depth]), []).append(row)
-    columns = COLUMNS
+    columns: tuple[Column, ...] = COLUMNS
     if depth is not None:
         summed = "sum over the module's layers: 300% where path mass crosses three of them"
         columns = tuple(
