@@ -27,10 +27,9 @@ from fxpath.exchange import bound, export, verify
 from fxpath.explaining import explained, heading, own_model, say, without_print_outs
 from fxpath.options import in_options, model_options
 from fxpath.program.sizes import SizeRow
-from fxpath_command import main
 from fxpath_command.terminal import complain
 
-__all__ = ["COMMANDS", "main", "run"]
+__all__ = ["COMMANDS", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:

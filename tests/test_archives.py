@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import fxpath
-from fxpath import cli
 from fxpath.capture.loading import UsageError
 from fxpath.capture.loading.archives import load_program
+from fxpath_command import main
 
 
 class Bomb:
@@ -112,7 +112,7 @@ def test_the_right_number_and_tensors_as_sample_inputs(
     path, inputs = tmp_path / "net.pt2", (torch.rand(1, 3, 16, 16),)
     torch.export.save(torch.export.export(net, inputs), path)
     assert torch.equal(load_program(str(path)).example_inputs[0][0], inputs[0])  # type: ignore[index]
-    assert cli.main(["analyze", str(path), "--json", str(tmp_path / "out.json")]) == 0
+    assert main(["analyze", str(path), "--json", str(tmp_path / "out.json")]) == 0
     (result,) = json.loads((tmp_path / "out.json").read_text())
     assert result["path_norm"] == pytest.approx(fxpath.path_norm(net, (3, 16, 16)), rel=1e-6)
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import fxpath
-from fxpath import cli
 from fxpath.capture.loading import UsageError, fit_state_dict, load_model
+from fxpath_command import main
 from tests.support.checkpoints import FORMS, prefixed, read, refused, same, trained, zeros
 
 SOURCE = """
@@ -216,7 +216,7 @@ def test_a_nan_is_named(nets: Any, capsys: pytest.CaptureFixture[str]) -> None:
     state["4.weight"][0, 0] = float("nan")
     torch.save(state, "c.pth")
     argv = ["analyze", "a_model:make", "--input-shape", "3,4,4", "--checkpoint", "c.pth"]
-    assert cli.main(argv) == 2
+    assert main(argv) == 2
     assert "NaN or infinite entries in 4.weight" in capsys.readouterr().err
 
 
@@ -300,7 +300,7 @@ def test_files_that_are_something_else(nets: Any, capsys: pytest.CaptureFixture[
         torch.export.save(program, file)
 
     def said(*argv: str) -> str:
-        assert cli.main(["analyze", *argv]) == 2
+        assert main(["analyze", *argv]) == 2
         out, err = capsys.readouterr()
         assert not out and err.count("\n") == 1
         return err

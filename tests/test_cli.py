@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 import fxpath
-import fxpath_command
-from fxpath import cli
 from fxpath.capture.loading import load_model
+from fxpath_command import main
 from tests.support.command_line import fails, seeded_mlp
 
 models = pytest.importorskip("torchvision.models")
@@ -28,7 +27,7 @@ models = pytest.importorskip("torchvision.models")
 
 
 def test_one_model(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["analyze", "some_nets:mlp"]) == 0
+    assert main(["analyze", "some_nets:mlp"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert str(fxpath.analyze(seeded_mlp(nets), (4,))) in out
@@ -36,7 +35,7 @@ def test_one_model(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_several_models_make_one_table(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["analyze", "some_nets:mlp", "some_nets:instance", "some_nets:huge"]) == 0
+    assert main(["analyze", "some_nets:mlp", "some_nets:instance", "some_nets:huge"]) == 0
     summary = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     norm = fxpath.path_norm(seeded_mlp(nets), (4,))
     assert [line.split()[0] for line in summary[2:]] == [
@@ -52,9 +51,7 @@ def test_several_models_make_one_table(nets: Path, capsys: pytest.CaptureFixture
 def test_torchvision_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     state = torch.get_rng_state()
-    assert (
-        cli.main(["analyze", "SqueezeNet1_1", "--input-shape", "3,64,64", "--json", str(file)]) == 0
-    )
+    assert main(["analyze", "SqueezeNet1_1", "--input-shape", "3,64,64", "--json", str(file)]) == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert "random weights" in capsys.readouterr().out
     torch.manual_seed(0)
@@ -66,7 +63,7 @@ def test_torchvision_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 
 
 def test_json_is_valid_json_for_a_norm_beyond_float64(nets: Path) -> None:
-    assert cli.main(["analyze", "some_nets:huge", "some_nets:mlp", "--json", "out.json"]) == 0
+    assert main(["analyze", "some_nets:huge", "some_nets:mlp", "--json", "out.json"]) == 0
 
     def refuse(literal: str) -> Any:
         raise AssertionError(f"{literal} is no JSON")
@@ -78,7 +75,7 @@ def test_json_is_valid_json_for_a_norm_beyond_float64(nets: Path) -> None:
 
 def test_until_and_q(nets: Path) -> None:
     argv = ["analyze", "some_nets:with_head", "--until", "2", "-q", "2", "--json", "out.json"]
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     (result,) = json.loads(Path("out.json").read_text())
     expected = fxpath.path_norm(seeded_mlp(nets), (4,), q=2)
     assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
@@ -93,7 +90,7 @@ def test_outputs(nets: Path) -> None:
     both = fxpath.path_norm(net, (4,))
     alone = fxpath.path_norm(net.b, (4,))
     for option, expected in ((["--outputs", "1"], alone), (["--outputs", "0,1"], both), ([], both)):
-        assert cli.main([*argv, *option]) == 0
+        assert main([*argv, *option]) == 0
         (result,) = json.loads(Path("out.json").read_text())
         assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
 
@@ -107,11 +104,11 @@ def test_inputs_by_name_and_without_a_batch_axis(nets: Path) -> None:
     argv = ["analyze", "some_nets:two_inputs", "--json", "out.json"]
     for shapes in (["x=4", "y=3"], ["y=3", "x=4"]):
         options = [part for shape in shapes for part in ("--input-shape", shape)]
-        assert cli.main([*argv, *options]) == 0
+        assert main([*argv, *options]) == 0
         (result,) = json.loads(Path("out.json").read_text())
         assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
     options = ["--input-shape", "x=1,4", "--input-shape", "y=1,3", "--no-batch"]
-    assert cli.main([*argv, *options]) == 0
+    assert main([*argv, *options]) == 0
     (result,) = json.loads(Path("out.json").read_text())
     assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
 
@@ -119,7 +116,7 @@ def test_inputs_by_name_and_without_a_batch_axis(nets: Path) -> None:
 def test_pt2(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = torch.export.export(seeded_mlp(nets).eval(), (torch.zeros(1, 4),))
     torch.export.save(program, "net.pt2")
-    assert cli.main(["analyze", "net.pt2", "--json", "out.json"]) == 0
+    assert main(["analyze", "net.pt2", "--json", "out.json"]) == 0
     (result,) = json.loads(Path("out.json").read_text())
     expected = fxpath.path_norm(seeded_mlp(nets), (4,))
     assert math.isclose(result["path_norm"], expected, rel_tol=1e-6)
@@ -138,7 +135,7 @@ def test_checkpoint(nets: Path, form: str) -> None:
         torch.save(nn.DataParallel(model).state_dict(), form)
     else:
         torch.save(state, form)
-    assert cli.main(["analyze", "some_nets:mlp", "--checkpoint", form, "--json", "out.json"]) == 0
+    assert main(["analyze", "some_nets:mlp", "--checkpoint", form, "--json", "out.json"]) == 0
     (result,) = json.loads(Path("out.json").read_text())
     assert math.isclose(result["path_norm"], fxpath.path_norm(model, (4,)), rel_tol=1e-6)
 
@@ -247,7 +244,7 @@ def test_pretrained_weights_are_only_tensors(
 def test_unsupported_model_prints_the_report(
     nets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["analyze", "some_nets:with_head"]) == 2
+    assert main(["analyze", "some_nets:with_head"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "softmax" in err and "sigmoid" in err and "Traceback" not in err
@@ -257,7 +254,7 @@ def test_one_bad_model_does_not_stop_the_others(
     nets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["analyze", "some_nets:with_head", "some_nets:mlp", "--json", "out.json"]
-    assert cli.main(argv) == 2
+    assert main(argv) == 2
     out, err = capsys.readouterr()
     assert "some_nets:mlp" in out and "with_head" in err
     assert [result["name"] for result in json.loads(Path("out.json").read_text())] == [
@@ -267,22 +264,22 @@ def test_one_bad_model_does_not_stop_the_others(
 
 def test_traceback_on_request(nets: Path) -> None:
     with pytest.raises(OSError, match="no such data set"):
-        cli.main(["analyze", "some_nets:broken", "--traceback"])
+        main(["analyze", "some_nets:broken", "--traceback"])
 
 
 # graph, check, and the process itself
 
 
 def test_graph(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["graph", "some_nets:mlp"]) == 0
+    assert main(["graph", "some_nets:mlp"]) == 0
     out = capsys.readouterr().out
     assert out.count("placeholder") >= 4 and "fxpath.graph.ops" in out and "return" in out
 
 
 def test_check(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", "some_nets:mlp"]) == 0
+    assert main(["check", "some_nets:mlp"]) == 0
     assert "supported" in capsys.readouterr().out
-    assert cli.main(["check", "some_nets:with_head"]) == 2
+    assert main(["check", "some_nets:with_head"]) == 2
     out = capsys.readouterr().out
     assert "softmax" in out and "sigmoid" in out
 
@@ -294,7 +291,7 @@ def test_the_input_shape_is_in_every_print_out(
 ) -> None:
     shape = ["--input-shape", "3,224,224"] if given else []
     for verb in (["check"], ["analyze"], ["graph"], ["graph", "--sizes"]):
-        cli.main([*verb, f"some_nets:{name}", *shape])
+        main([*verb, f"some_nets:{name}", *shape])
         out, err = capsys.readouterr()
         assert "input input 3 x 224 x 224" in out + err
         assert ("(assumed)" in out + err) is not given
@@ -303,7 +300,7 @@ def test_the_input_shape_is_in_every_print_out(
 @pytest.mark.parametrize("name", ["mlp", "with_head", "branching", "two_outputs", "shapeless"])
 def test_check_and_analyze_agree(nets: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     shape = [] if name in ("mlp", "with_head", "shapeless") else ["--input-shape", "4"]
-    codes = [cli.main([verb, f"some_nets:{name}", *shape]) for verb in ("check", "analyze")]
+    codes = [main([verb, f"some_nets:{name}", *shape]) for verb in ("check", "analyze")]
     capsys.readouterr()
     assert codes[0] == codes[1]
 
@@ -316,13 +313,13 @@ def test_ctrl_c(
 
     disabled = logging.root.manager.disable
     monkeypatch.setattr(fxpath, "analyze", interrupted)
-    assert cli.main(["analyze", "some_nets:mlp", "some_nets:instance"]) == 130
+    assert main(["analyze", "some_nets:mlp", "some_nets:instance"]) == 130
     assert capsys.readouterr() == ("", "fxpath: interrupted\n")
     assert logging.root.manager.disable == disabled
     # While the package is imported: the command starts outside of it.
     monkeypatch.setitem(sys.modules, "fxpath.cli", types.ModuleType("fxpath.cli"))
     monkeypatch.setattr(sys.modules["fxpath.cli"], "__getattr__", interrupted, raising=False)
-    assert fxpath_command.main(["check", "resnet18"]) == 130
+    assert main(["check", "resnet18"]) == 130
     assert capsys.readouterr() == ("", "fxpath: interrupted\n")
 
 
@@ -348,7 +345,7 @@ def test_a_signal_during_the_import(tmp_path: Path) -> None:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["--version"])
+        main(["--version"])
     assert re.fullmatch(r"fxpath \S.*\n", capsys.readouterr().out)
 
 

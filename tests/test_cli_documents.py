@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import fxpath
-from fxpath import analyzing, cli
+from fxpath import analyzing
+from fxpath_command import main
 from tests.support.command_line import fails, seeded_mlp
 
 
@@ -24,7 +25,7 @@ def test_files_of_one_model_are_those_of_the_library(
     nets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = ["--csv", "a.csv", "--markdown", "a.md", "--json", "a.json"]
-    assert cli.main(["analyze", "some_nets:mlp", *files]) == 0
+    assert main(["analyze", "some_nets:mlp", *files]) == 0
     out, err = capsys.readouterr()
     found = analysis(nets)
     assert str(found) in out and err == ""
@@ -38,13 +39,13 @@ def test_files_of_one_model_are_those_of_the_library(
 def test_standard_output_is_the_document(
     nets: Path, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
-    assert cli.main(["analyze", "some_nets:mlp", f"--{form}", "-", "--top", "1"]) == 0
+    assert main(["analyze", "some_nets:mlp", f"--{form}", "-", "--top", "1"]) == 0
     assert capsys.readouterr() == (getattr(analysis(nets), f"to_{form}")(), "")
 
 
 def test_several_models_share_a_table(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = ["some_nets:mlp", "some_nets:with_head", "some_nets:instance"]
-    assert cli.main(["analyze", *models, "--csv", "-", "--markdown", "a.md"]) == 2
+    assert main(["analyze", *models, "--csv", "-", "--markdown", "a.md"]) == 2
     out, err = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(out)))
     names = ["some_nets:mlp"] * 2 + ["some_nets:instance"] * 2
@@ -57,7 +58,7 @@ def test_several_models_share_a_table(nets: Path, capsys: pytest.CaptureFixture[
 
 def test_no_result_is_no_table(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["analyze", "some_nets:with_head", "--csv", "a.csv", "--json", "a.json"]
-    assert cli.main(argv) == 2
+    assert main(argv) == 2
     assert not Path("a.csv").exists() and json.loads(Path("a.json").read_text()) == []
 
 
@@ -65,11 +66,11 @@ def test_a_report(
     nets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(analyzing, "page", lambda report: json.dumps(report))
-    assert cli.main(["analyze", "some_nets:mlp", "--html", "a.html"]) == 0
+    assert main(["analyze", "some_nets:mlp", "--html", "a.html"]) == 0
     assert str(analysis(nets)) in capsys.readouterr().out
     report = json.loads(json.dumps(analysis(nets).report()))
     assert json.loads(Path("a.html").read_text()) == report
-    assert cli.main(["analyze", "some_nets:mlp", "--html", "-"]) == 0
+    assert main(["analyze", "some_nets:mlp", "--html", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == report
     two = ["analyze", "some_nets:mlp", "some_nets:mlp"]
     assert "--html goes with one MODEL" in fails(capsys, *two, "--html", "a.html")
@@ -107,11 +108,11 @@ def printed(out: str) -> list[list[str]]:
 def test_sums_by_module(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (nets / "deep.py").write_text(DEEP)
     argv = ["analyze", "deep.py:deep", "--depth", "1"]
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     first, second = printed(capsys.readouterr().out)
     assert first[:4] == ["0", "2", "layers", str(4 * 6 + 6 + 6 * 2 + 2)]
     assert second[:4] == ["2", "2", "layers", str(2 * 9 + 9 + 9 + 1)]
-    assert cli.main([*argv, "--csv", "-"]) == 0
+    assert main([*argv, "--csv", "-"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["layer"], row["parameters"]) for row in rows] == [("0", "44"), ("2", "37")]
     assert "a number from 1 on" in fails(capsys, *argv[:2], "--depth", "0")
@@ -119,7 +120,7 @@ def test_sums_by_module(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_rows_that_carry_least(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (nets / "deep.py").write_text(DEEP)
-    assert cli.main(["analyze", "deep.py:deep", "--top", "3"]) == 0
+    assert main(["analyze", "deep.py:deep", "--top", "3"]) == 0
     out = capsys.readouterr().out
     rows = printed(out)
     assert "per parameter" in out and "shape" not in out.split("\n\n")[1]
@@ -139,10 +140,10 @@ def test_why_a_bound_is_large_is_said_beside_it(
 ) -> None:
     torch.manual_seed(1)
     torch.save(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).state_dict(), "b.pt")
-    assert cli.main(["bound", "some_nets:mlp", "b.pt", "--radius", "3"]) == 0
+    assert main(["bound", "some_nets:mlp", "b.pt", "--radius", "3"]) == 0
     out = capsys.readouterr().out
     bound = fxpath.lipschitz_bound(seeded_mlp(nets), torch.load("b.pt"), radius=3.0)
     said = f"at most {bound.value:g} in the l^1 norm, for inputs with entries in [-3, 3]"
     assert said in out and "Why so large?" in out
-    assert cli.main(["bound", "some_nets:mlp", "some_nets:mlp"]) == 0
+    assert main(["bound", "some_nets:mlp", "some_nets:mlp"]) == 0
     assert "at most 0 in" in (out := capsys.readouterr().out) and "Why so" not in out

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 
-from fxpath import cli
 from fxpath.capture.loading import UsageError, load_model
+from fxpath_command import main
 from tests.support.command_line import fails
 
 MADE = """
@@ -67,7 +67,7 @@ def test_a_file_of_python(made: Path, nets: Path, capsys: pytest.CaptureFixture[
     assert isinstance(load_model(f"{made.with_name('new.py')}:make"), nn.Identity)
     made.with_name("new.py").write_text("from torch import nn\nmake = nn.Flatten")
     assert isinstance(load_model(f"{made.with_name('new.py')}:make"), nn.Flatten)
-    assert cli.main(["analyze", "some_nets.py:mlp"]) == 0
+    assert main(["analyze", "some_nets.py:mlp"]) == 0
     assert "some_nets.py:mlp (its own weights)" in capsys.readouterr().out
 
 
@@ -109,7 +109,7 @@ def test_timm_by_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
         {"model": (trained := timm.create_model("resnet10t")).state_dict()}, tmp_path / "c.pt"
     )
     assert same(load_model("timm:resnet10t", checkpoint=tmp_path / "c.pt"), trained)
-    assert cli.main(["analyze", "timm:resnet10t", "--input-shape", "3,32,32"]) == 0
+    assert main(["analyze", "timm:resnet10t", "--input-shape", "3,32,32"]) == 0
     assert "timm:resnet10t (random weights, seed 0)" in capsys.readouterr().out
     assert "did you mean timm:resnet10t" in fails(capsys, "check", "timm:resnet10")
     assert "no weights 'x': c3_in1k" in fails(capsys, "check", "timm:resnet10t", "--weights", "x")
@@ -161,7 +161,7 @@ def test_a_folder_in_the_form_of_the_hub(
     other = timm.create_model("resnet10t", num_classes=7)
     torch.save(other.state_dict(), "other.pt")
     assert same(load_model("local-dir:net", checkpoint=Path("other.pt")), other)
-    assert cli.main(["check", "local-dir:net", "--input-shape", "3,32,32"]) == 0
+    assert main(["check", "local-dir:net", "--input-shape", "3,32,32"]) == 0
     capsys.readouterr()
     file.unlink()
     assert "cannot get its weights" in fails(capsys, "check", "local-dir:net")
@@ -208,7 +208,7 @@ def test_what_was_done_to_a_checkpoint_is_one_line(
     assert said(state) == ""
     save_file(half, "c.safetensors")
     argv = ["bound", "some_nets:mlp", "c.safetensors", "--input-shape", "4"]
-    assert cli.main(argv) == 0
+    assert main(argv) == 0
     assert capsys.readouterr().err == "fxpath: c.safetensors: converted float16 to float32\n"
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import fxpath
-from fxpath import cli
+from fxpath_command import main
 from tests.support.command_line import fails, seeded_mlp
 
 
@@ -21,7 +21,7 @@ def test_weights_with_zeros_are_written(nets: Path, capsys: pytest.CaptureFixtur
         (["--amount", "3", "--criterion", "magnitude"], {"amount": 3, "criterion": "magnitude"}),
         (["--budget", "0.1"], {"budget": 0.1}),
     ):
-        assert cli.main(["prune", "some_nets:mlp", *options, "-o", "out.safetensors"]) == 0
+        assert main(["prune", "some_nets:mlp", *options, "-o", "out.safetensors"]) == 0
         pruned = fxpath.prune(model, input_shape=(4,), **arguments)
         state = load_file(nets / "out.safetensors")
         assert state.keys() == pruned.state_dict.keys()
@@ -31,7 +31,7 @@ def test_weights_with_zeros_are_written(nets: Path, capsys: pytest.CaptureFixtur
         assert max(map(len, out.splitlines())) <= 100
     model.load_state_dict(state)  # the file is a checkpoint
     command = ["analyze", "some_nets:mlp", "--checkpoint", "out.safetensors"]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     assert str(fxpath.analyze(model, (4,))) in capsys.readouterr().out
 
 
@@ -39,7 +39,7 @@ def test_a_smaller_network_is_written_with_its_plan(
     nets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--channels", "--amount", "1", "-o", "small.safetensors", "--plan", "plan.json"]
-    assert cli.main(["prune", "some_nets:mlp", *options]) == 0
+    assert main(["prune", "some_nets:mlp", *options]) == 0
     model = seeded_mlp(nets)
     expected = fxpath.prune_channels(model, 1, (4,))
     assert str(expected) in capsys.readouterr().out

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import fxpath
-from fxpath import cli
-from fxpath_command import terminal
+from fxpath_command import main, terminal
 from tests.support.command_line import fails, seeded_mlp
 
 
@@ -32,7 +31,7 @@ def shown(*argv: str, code: int = 0) -> str:
     """What a person sees of a command, on standard output and standard error together."""
     screen = Terminal()
     with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
-        assert cli.main(argv) == code
+        assert main(argv) == code
     return screen.getvalue()
 
 
@@ -88,17 +87,17 @@ def test_quiet_leaves_files_and_exit_codes(nets: Path, capsys: pytest.CaptureFix
         ["bound", "some_nets:mlp", "out.safetensors"],
     ]
     for argv in loud:
-        assert cli.main(argv) == 0 and any(capsys.readouterr())
-        assert cli.main([*argv, "--quiet"]) == 0
+        assert main(argv) == 0 and any(capsys.readouterr())
+        assert main([*argv, "--quiet"]) == 0
         assert capsys.readouterr() == ("", ""), argv
     over = ["bound", "some_nets:mlp", "out.safetensors", "--max-relative", "0", "--quiet"]
-    assert cli.main(over) == 1
+    assert main(over) == 1
     assert capsys.readouterr() == ("", "")
     assert "softmax" in failing(capsys, "analyze", "some_nets:with_head", "--quiet")
 
 
 def failing(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert cli.main(argv) == 2
+    assert main(argv) == 2
     return capsys.readouterr().err
 
 
@@ -108,7 +107,7 @@ def test_json_on_standard_output_stands_alone(
     (nets / "chatty.py").write_text(
         "from some_nets import *\ndef make():\n    print('building')\n    return mlp()\n"
     )
-    assert cli.main(["analyze", "chatty.py:make", "some_nets:mlp", "--json", "-"]) == 0
+    assert main(["analyze", "chatty.py:make", "some_nets:mlp", "--json", "-"]) == 0
     out, err = capsys.readouterr()
     first, second = json.loads(out)
     assert (first["name"], second["name"]) == ("chatty.py:make", "some_nets:mlp")
@@ -121,7 +120,7 @@ def test_precision_and_device(nets: Path, capsys: pytest.CaptureFixture[str]) ->
     expected = fxpath.analyze(seeded_mlp(nets), (4,), dtype=torch.float64).path_norm
     found = []
     for dtype in ("float32", "float64"):
-        assert cli.main([*argv, "--dtype", dtype]) == 0
+        assert main([*argv, "--dtype", dtype]) == 0
         found.append(json.loads(capsys.readouterr().out)[0]["path_norm"])
     assert found[1] == expected and found[0] != expected
     assert math.isclose(found[0], expected, rel_tol=1e-6)
@@ -143,6 +142,6 @@ def test_the_model_moves_to_the_device(nets: Path, monkeypatch: pytest.MonkeyPat
     program = torch.export.export(seeded_mlp(nets).eval(), (torch.zeros(1, 4),))
     torch.export.save(program, "net.pt2")
     for name in ("some_nets:mlp", "net.pt2"):
-        cli.main(["check", name])
-        cli.main(["check", name, "--device", "meta"])
+        main(["check", name])
+        main(["check", name, "--device", "meta"])
     assert seen == ["cpu", "meta"] * 2

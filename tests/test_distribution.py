@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fxpath import cli
 from fxpath.capture.loading import UsageError, load_model
+from fxpath_command import main
 
 PROJECT = (Path(__file__).parent.parent / "pyproject.toml").read_text()
 NAME = re.findall(r'^name = "(.+)"$', PROJECT, re.MULTILINE)[0]
@@ -29,7 +29,7 @@ def test_the_version_is_that_of_this_distribution(
     versions = {NAME: "7.8.9"}
     monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["--version"])
+        main(["--version"])
     assert capsys.readouterr().out == "fxpath 7.8.9\n"
 
 

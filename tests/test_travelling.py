@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxpath
-from fxpath import cli
 from fxpath.certificate import above, below
+from fxpath_command import main
 from tests.support.command_line import fails, seeded_mlp
 from tests.support.nets import randomize
 
@@ -248,9 +248,9 @@ def test_weights_alone_carry_none(tmp_path: Path) -> None:
 
 
 def test_pruned_weights_are_verified(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["prune", "some_nets:mlp", "--amount", "0.5", "-o", "out.safetensors"]) == 0
+    assert main(["prune", "some_nets:mlp", "--amount", "0.5", "-o", "out.safetensors"]) == 0
     command = ["verify", "some_nets:mlp", "out.safetensors"]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     assert "holds                         yes" in capsys.readouterr().out
 
     with safe_open(nets / "out.safetensors", "pt") as file:
@@ -258,7 +258,7 @@ def test_pruned_weights_are_verified(nets: Path, capsys: pytest.CaptureFixture[s
     state = load_file(nets / "out.safetensors")
     state["0.weight"][0, 0] += 1
     save_file(state, nets / "out.safetensors", metadata)
-    assert cli.main(command) == 1
+    assert main(command) == 1
     out = capsys.readouterr().out
     assert "holds                         no" in out and "the weights are others" in out
 
@@ -268,17 +268,17 @@ def test_pruned_weights_are_verified(nets: Path, capsys: pytest.CaptureFixture[s
     boast = {**metadata, "fxpath.json": json.dumps(said)}
     pruned = fxpath.prune(seeded_mlp(nets), 0.5, (4,)).state_dict
     save_file(pruned, nets / "out.safetensors", boast)
-    assert cli.main(command) == 1
+    assert main(command) == 1
     assert "certified is at most" in capsys.readouterr().out
     lacking = {n: t for n, t in pruned.items() if n != "2.bias"}  # the model's own would do
     save_file(lacking, nets / "out.safetensors", metadata)
     assert "lacks 2.bias" in fails(capsys, *command)
     # As the reference, another model.
-    assert cli.main(["verify", "some_nets:huge", "out.safetensors"]) == 2
+    assert main(["verify", "some_nets:huge", "out.safetensors"]) == 2
     # In another format they are the same weights, unless this one tells numbers apart.
     wide = {name: tensor.double() for name, tensor in pruned.items()}
     save_file(wide, nets / "out.safetensors", metadata)
-    assert cli.main(command) == 0
+    assert main(command) == 0
     capsys.readouterr()
     wide["0.weight"] *= 1 + 2.0**-40
     save_file(wide, nets / "out.safetensors", metadata)
@@ -287,21 +287,21 @@ def test_pruned_weights_are_verified(nets: Path, capsys: pytest.CaptureFixture[s
 
 def test_masks_are_verified(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fxpath.prune(seeded_mlp(nets), 0.5, (4,)).save(nets / "masks.safetensors")
-    assert cli.main(["verify", "some_nets:mlp", "masks.safetensors"]) == 0
+    assert main(["verify", "some_nets:mlp", "masks.safetensors"]) == 0
     assert "exact" in capsys.readouterr().out
 
 
 def test_a_program_is_exported_and_verified(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["export", "some_nets:mlp", "-o", "net.pt2", "--norm-only"]) == 0
+    assert main(["export", "some_nets:mlp", "-o", "net.pt2", "--norm-only"]) == 0
     out = capsys.readouterr().out
     model = seeded_mlp(nets)
     assert by_hand(model.state_dict()) in out and f"{fxpath.path_norm(model, (4,)):.6g}" in out
     found = torch.export.load(nets / "net.pt2").module()()
     assert found.keys() == {"mantissa", "exponent", "smallest"}
-    assert cli.main(["verify", "some_nets:mlp", "net.pt2"]) == 0
+    assert main(["verify", "some_nets:mlp", "net.pt2"]) == 0
     torch.save(mlp_with(model, 2.0).state_dict(), nets / "other.pt")
     command = ["verify", "some_nets:mlp", "net.pt2", "--checkpoint", "other.pt"]
-    assert cli.main(command) == 1
+    assert main(command) == 1
     assert "the weights are others" in capsys.readouterr().out
 
 
@@ -318,13 +318,13 @@ def test_a_bound_is_a_gate(nets: Path, capsys: pytest.CaptureFixture[str]) -> No
     metric = fxpath.path_metric(model, mlp_with(model, 0.5), (4,))
     bound = fxpath.lipschitz_bound(model, mlp_with(model, 0.5), (4,), radius=3.0)
     command = ["bound", "some_nets:mlp", "other.pt", "--radius", "3"]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     out = capsys.readouterr().out
     assert str(metric) in out and f"{bound.value:g}" in out
-    assert cli.main([*command, "--max-relative", str(metric.relative_upper)]) == 0
+    assert main([*command, "--max-relative", str(metric.relative_upper)]) == 0
     assert "within" in capsys.readouterr().out
     less = math.nextafter(metric.relative_upper, 0.0)
-    assert cli.main([*command, "--max-relative", str(less)]) == 1
+    assert main([*command, "--max-relative", str(less)]) == 1
     assert "beyond" in capsys.readouterr().out
 
 

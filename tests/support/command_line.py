@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxpath import cli
+from fxpath_command import main
 
 NETS = """
 import torch
@@ -95,7 +95,7 @@ def seeded_mlp(nets: Path) -> nn.Module:
 def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line on standard error of a command that must fail."""
     try:
-        code = cli.main(argv)
+        code = main(argv)
     except SystemExit as error:
         code = error.code
     out, err = capsys.readouterr()
