@@ -117,7 +117,7 @@ def test_what_the_code_holds_on_to_stays() -> None:
     assert all(rows[name]["before"] == rows[name]["after"] for name in reasons)
     free = {"literal.a", "chunked.b", "padded.c", "shuffled.b", "reader.b", "helped.b"}
     assert free <= rows.keys() and any(rows[n]["after"] < rows[n]["before"] for n in free)
-    assert "# baked" in result.table()
+    assert "# baked" in str(result)
     check(model, shape, result)
 
 

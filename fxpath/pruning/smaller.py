@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from fxpath.model import named_tensors
 from fxpath.pairs.metric import PathMetric
 from fxpath.pruning.plan import Plan
 from fxpath.pruning.surgery import apply_plan
+from fxpath.report.table import Column, Table, Tabular
+
+#: Columns of every table of a smaller model.
+COLUMNS = (
+    Column("layer", "layer", "text", ""),
+    Column("channels", "channels", "count", "output channels before"),
+    Column("left", "left", "count", "output channels after"),
+)
 
 
 class ChannelRow(TypedDict):
@@ -35,7 +42,7 @@ class KeptRow(TypedDict):
 
 
 @dataclass(frozen=True, eq=False)
-class PrunedChannels:
+class PrunedChannels(Tabular):
     """A smaller model, and what was removed to get there.
 
     Attributes:
@@ -59,10 +66,38 @@ class PrunedChannels:
     parameters: tuple[int, int]
     macs: tuple[int, int]
 
-    def table(self) -> str:
-        """Layers, sizes and reasons as text."""
-        rows = [[row["name"], row["before"], row["after"]] for row in self.layers]
-        lines = [tabulate(rows, headers=["layer", "channels", "left"]), ""]
+    def table(self) -> Table:
+        """A row for each layer, with fixed columns.
+
+        Example:
+            >>> import fxpath
+            >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+            >>> fxpath.prune_channels(model, 0.5).to_pandas()["left"].tolist()
+            [2, 1]
+        """
+        rows = tuple(
+            {"layer": row["name"], "channels": row["before"], "left": row["after"]}
+            for row in self.layers
+        )
+        return Table("output channels", COLUMNS, rows)
+
+    def _table(self, **options: Any) -> Table:
+        return self.table(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Sizes before and after, what stays and why, and the certificate's numbers."""
+        return {
+            "layers": [dict(row) for row in self.layers],
+            "kept": [dict(row) for row in self.kept],
+            "channels": list(self.channels),
+            "parameters": list(self.parameters),
+            "macs": list(self.macs),
+            "certificate": self.certificate.to_dict(),
+            "plan": self.plan.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        lines = [str(self.table()), ""]
         for what, (before, after) in (
             ("parameters", self.parameters),
             ("multiply-adds", self.macs),
@@ -82,9 +117,6 @@ class PrunedChannels:
         for (reason, line), names in reasons.items():
             lines.append(f"- {reason}{f' [{line}]' if line else ''}: {', '.join(names)}")
         return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return self.table()
 
     def __repr__(self) -> str:
         (before, after), (removed, _) = self.parameters, self.channels
