@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -272,7 +273,9 @@ class WithInput(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_executorch(tmp_path: Path) -> None:
+def test_executorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its compiler is a script beside the interpreter, which need not be on the path.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     exir = pytest.importorskip("executorch.exir")
     runtime = pytest.importorskip("executorch.runtime")
     model = randomize(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2)), weights=True)

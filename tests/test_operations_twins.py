@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxpath
+from tests.support.capturing import skip_what_torch_cannot_trace
 from tests.support.nets import randomize
 
 F = functional
@@ -251,4 +252,5 @@ def test_products(name: str) -> None:
 
 @pytest.mark.parametrize("name", NEURONS)
 def test_neurons(name: str) -> None:
+    skip_what_torch_cannot_trace(name)
     _agree(*NEURONS[name], scored=True)
