@@ -24,7 +24,7 @@ class Sample:
 
     def __str__(self) -> str:
         named = [
-            f"{name} {' x '.join(map(str, self.own(shape))) or 'scalar'}"
+            f"{name}: {' x '.join(map(str, self.own(shape))) or 'scalar'}"
             for name, shape in self.shapes.items()
         ]
         notes = ["assumed"] * self.assumed + ["no batch axis"] * (self.batch_dim is None)

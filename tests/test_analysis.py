@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -341,3 +342,85 @@ def test_labels_of_150_layers_do_not_overlap() -> None:
     assert len(boxes) == 150 and all(box.x0 >= 0 for box in boxes)
     assert all(a.y0 >= b.y1 for a, b in zip(boxes, boxes[1:], strict=False))
     pyplot.close("all")
+
+
+class Before(nn.Module):
+    """Adds its bias before it weighs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.weight = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.bias) @ self.weight
+
+
+class After(nn.Module):
+    """Two layers that share a weight, or a bias; the second one's bias is added behind a ReLU."""
+
+    def __init__(self, tied: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        setattr(self.b, tied, getattr(self.a, tied))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.b(torch.relu(self.a(x)))
+        return torch.relu(nn.functional.linear(hidden, self.c.weight)) + self.c.bias
+
+
+@pytest.mark.parametrize("make", [Before, lambda: After("weight"), lambda: After("bias")])
+def test_every_score_is_in_one_row(make: Any) -> None:
+    torch.manual_seed(0)
+    analysis = fxpath.analyze(make(), (3,))
+    scored = sum(score.numel() for score in analysis.scores.values())
+    assert sum(row["parameters"] for row in analysis.layers) == scored
+    names = [row["name"] for row in analysis.layers]
+    assert len(set(names)) == len(names)
+    total = sum(float(score.double().sum()) for score in analysis.scores.values())
+    assert sum(row["share"] for row in analysis.layers) == pytest.approx(total)
+    assert {row["layer"] for row in analysis.table().rows} == set(names)
+
+
+def test_only_channels_of_layers_are_dead_and_nothing_is_promised_of_them() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.shift = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.relu(torch.relu(self.inner(x)) + self.shift))
+
+    torch.manual_seed(0)
+    model = Shifted()
+    assert "dead_channels" not in {f.kind for f in fxpath.analyze(model, (3,)).findings}
+    model = model.double()
+    with torch.no_grad():
+        model.inner.weight[1] = 0
+        model.inner.bias[1] = 0
+        model.inner.weight[2] = 1e-200  # of which float64 has no share
+        model.out.weight[:, 2] = 1e-200
+        model.inner.bias[2] = 0
+    analysis = fxpath.analyze(model, (3,), dtype=torch.float64)
+    assert analysis.layers[0]["dead_channels"] == 1
+
+
+def test_what_is_said_of_pruning_is_said_of_its_exponent_alone() -> None:
+    analysis = fxpath.analyze(net(), (2, 6, 6), q=2)
+    assert "emptied" not in {finding.kind for finding in analysis.findings}
+    assert analysis.report()["curve"] == []
+
+
+def test_names_of_any_letters_leave_every_form_whole(tmp_path: Path) -> None:
+    names = ["a,b", 'q"q', "p|p", "x\ny", "cr\rlf", "\x1b[31m", "$\\frac{$"]
+    rows = tuple({"layer": name, "share": 0.5} for name in names)
+    table = dataclasses.replace(fxpath.analyze(nn.Linear(2, 1)).table(), rows=rows)
+    read = list(csv.DictReader(io.StringIO(table.to_csv(), newline="")))
+    assert [row["layer"] for row in read] == names
+    assert len(table.to_markdown().splitlines()) == 2 + len(names)
+    assert "\x1b" not in table.to_markdown() + str(table) + table.to_html()
+    pytest.importorskip("matplotlib").use("Agg")
+    full = [{**row, "p10": 0.1, "p50": 0.2, "p90": 0.3} for row in rows]
+    axes, _ = plots.analysis({"title": "$\\frac{$", "rows": full}, False)
+    axes.figure.savefig(tmp_path / "names.png")
+    pytest.importorskip("matplotlib.pyplot").close("all")

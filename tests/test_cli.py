@@ -293,7 +293,7 @@ def test_the_input_shape_is_in_every_print_out(
     for verb in (["check"], ["analyze"], ["graph"], ["graph", "--sizes"]):
         main([*verb, f"some_nets:{name}", *shape])
         out, err = capsys.readouterr()
-        assert "input input 3 x 224 x 224" in out + err
+        assert "input: 3 x 224 x 224" in out + err
         assert ("(assumed)" in out + err) is not given
 
 

@@ -246,7 +246,7 @@ def test_shapes_with_the_batch_axis_left_in() -> None:
 def test_the_inputs_are_known() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     inputs = capture(net, Given()).inputs
-    assert inputs.assumed and str(inputs) == "input 3 x 224 x 224 (assumed)"
+    assert inputs.assumed and str(inputs) == "input: 3 x 224 x 224 (assumed)"
     inputs = capture(net, Given((3, 9, 9))).inputs
     assert not inputs.assumed and inputs.shapes == {"input": (1, 3, 9, 9)}
     assert not capture(nn.Linear(3, 2), Given()).inputs.assumed

@@ -89,6 +89,13 @@ class Analysis(Tabular):
             layer.name: neuron_shares(layer, channels, self.scores)
             for layer, channels in layers.items()
         }
+        # Shares that float64 makes zeros of are zeros here only if they are.
+        seen = {**evaluation.shares, **evaluation.raised}
+        self._dead = {
+            layer.name: int((neuron_shares(layer, channels, seen) == 0).sum())
+            for layer, channels in layers.items()
+            if layer.prunable
+        }
 
     @classmethod
     def of(cls, program: PathProgram) -> Analysis:
@@ -136,7 +143,13 @@ class Analysis(Tabular):
     def layers(self) -> list[LayerRow]:
         """One row for each layer, in order of execution."""
         return [
-            layer_row(layer, self._evaluation, self.neuron_shares[name], self._spreads[name])
+            layer_row(
+                layer,
+                self._evaluation,
+                self._spreads[name],
+                channels=len(self.neuron_shares[name]),
+                dead=self._dead.get(name, 0),
+            )
             for layer in self._layers
             for name in [layer.name]
         ]
@@ -147,7 +160,7 @@ class Analysis(Tabular):
 
         See :class:`fxpath.Finding` for the kinds; nothing is listed where there is nothing to say.
         """
-        return find(self.layers, self._spreads, self._prunable, self.unscored)
+        return find(self.layers, self._spreads, self._prunable, self.unscored, self.q)
 
     @property
     def _prunable(self) -> list[str]:
@@ -158,7 +171,7 @@ class Analysis(Tabular):
 
         Args:
             depth: sums by module, down to this depth of dotted names: 1 for the outermost modules.
-                A share then is how many of the module's layers a unit of path mass crosses on
+                The share then is a sum: how many of the module's layers path mass crosses on
                 average; effective weights and quantiles are those of all weights together.
 
         Raises:
@@ -183,7 +196,7 @@ class Analysis(Tabular):
             self._summary(),
             self.findings,
             self._spreads,
-            self._prunable,
+            self._prunable if self.q == 1 else [],
             self.unscored,
         )
 
@@ -250,17 +263,22 @@ class Analysis(Tabular):
         said = [finding.text for finding in self.findings]
         legend = textwrap.wrap(table.legend(), 100)
         paragraphs = [line for text in said for line in textwrap.wrap(text, 100)]
-        head = [self._headline(), f"input {self.inputs}", "", str(shortened(table)), ""]
+        head = [self._headline(), self.input_line(), "", str(shortened(table)), ""]
         return "\n".join([*head, *legend, *([""] if said else []), *paragraphs])
 
     def _repr_html_(self) -> str:
         table = self.table()
         said = "".join(f"<p>{html.escape(finding.text)}</p>" for finding in self.findings)
-        text = html.escape(f"{self._headline()}; input {self.inputs}. {table.legend()}")
+        text = html.escape(f"{self._headline()}; {self.input_line()}. {table.legend()}")
         return f"<p>{text}</p>{table.to_html()}{said}"
 
     def __repr__(self) -> str:
         return f"<Analysis: {self._headline()}, input {self.inputs}>"
+
+    def input_line(self) -> str:
+        """For which input the numbers are, and what to do where that was assumed."""
+        told = "; pass input_shape= for inputs of another size" * self.inputs.assumed
+        return f"input {self.inputs}{told}"
 
     def _headline(self) -> str:
         scored = sum(score.numel() for score in self.scores.values())

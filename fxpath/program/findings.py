@@ -47,6 +47,7 @@ def find(
     weights: Mapping[str, Spread],
     prunable: Sequence[str],
     unscored: Mapping[str, str],
+    q: float,
 ) -> list[Finding]:
     """All findings of an analysis, each only where there is something to say.
 
@@ -55,25 +56,27 @@ def find(
         weights: how the shares of each layer's weights are spread, by layer name.
         prunable: layers whose weights global pruning ranks.
         unscored: parameters without a score, and why.
+        q: exponent of the path-norm; Path-Mag, by which pruning ranks, has 1.
     """
     found = (
-        _uncrossed(rows),
+        _uncrossed(rows, prunable),
         _dead(rows),
-        _concentrated(rows, weights),
-        _emptied({name: weights[name] for name in prunable}),
+        _concentrated(rows, {name: weights[name] for name in prunable}),
+        _emptied({name: weights[name] for name in prunable}) if q == 1 else None,
         Finding("unscored", sentence(summary(unscored)), tuple(unscored)) if unscored else None,
     )
     return [each for each in found if each is not None]
 
 
-def _uncrossed(rows: Sequence[LayerRow]) -> Finding | None:
-    few = sorted((row["share"], row["name"]) for row in rows if row["share"] < LITTLE)
+def _uncrossed(rows: Sequence[LayerRow], prunable: Sequence[str]) -> Finding | None:
+    weighing = [row for row in rows if row["name"] in prunable and row["parameters"]]
+    few = sorted((row["share"], row["name"]) for row in weighing if row["share"] < LITTLE)
     if not few:
         return None
     names = _named([f"{name} ({_percent(share)})" for share, name in few])
     text = (
-        f"Nearly no path mass crosses {_count(len(few), 'layer')} of {len(rows)}: {names}. By "
-        "Path-Mag they are the first to be pruned."
+        f"Nearly no path mass crosses {_count(len(few), 'layer')} of {len(rows)}: {names}. All "
+        "weights of such a layer together carry no more."
     )
     return Finding("uncrossed", text, tuple(n for _, n in few), tuple(s for s, _ in few))
 
@@ -86,8 +89,8 @@ def _dead(rows: Sequence[LayerRow]) -> Finding | None:
     names = _named([f"{row['name']} ({row['dead_channels']} of {row['channels']})" for row in dead])
     count = sum(row["dead_channels"] for row in dead)
     text = (
-        f"No path crosses {_count(count, 'channel')}: {names}. fxpath.remove_dead takes them out, "
-        "and the function stays the same."
+        f"No path runs through {_count(count, 'output channel')} of these layers: {names}. "
+        "fxpath.remove_dead takes out those that can go, and the function stays the same."
     )
     values = tuple(float(row["dead_channels"]) for row in dead)
     return Finding("dead_channels", text, tuple(row["name"] for row in dead), values)
@@ -95,7 +98,7 @@ def _dead(rows: Sequence[LayerRow]) -> Finding | None:
 
 def _concentrated(rows: Sequence[LayerRow], weights: Mapping[str, Spread]) -> Finding | None:
     found = []
-    for row in rows:
+    for row in (row for row in rows if row["name"] in weights):
         spread = weights[row["name"]]
         if spread.entries and row["effective"]:
             part = spread.carrying(MOST) / spread.entries
@@ -128,7 +131,7 @@ def _emptied(weights: Mapping[str, Spread]) -> Finding | None:
     names = ", ".join(f"{name} at {_percent(part)}" for part, name in found)
     text = (
         f"One threshold for all layers would empty these first: {names} of all weights pruned. "
-        "max_layer_sparsity= of fxpath.prune prevents it."
+        "fxpath.prune(..., max_layer_sparsity=0.95) leaves a part of each."
     )
     return Finding(
         "emptied", text, tuple(name for _, name in found), tuple(part for part, _ in found)

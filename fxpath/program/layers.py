@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ class Layer:
     """Weights and biases that one operation of the model reads.
 
     Attributes:
-        name: qualified name of the module, or of the parameter itself where no module is named so.
+        name: qualified name of the module, or of the parameter itself where no module is named so,
+            or where the module is named by an operation before it.
         operation: ATen operation, e.g. ``conv2d``.
         weight: name of its weight coordinates, ``None`` for an operation that only adds a bias.
         bias: name of its bias coordinates, if it has any.
@@ -58,19 +59,23 @@ def neuron_shares(layer: Layer, channels: Channels, shares: Mapping[str, Tensor]
 
 
 def find_layers(module: fx.GraphModule) -> dict[Layer, Channels]:
-    """Layers of a lifted graph in order of execution; a reused one is listed once.
+    """Layers of a lifted graph in order of execution; all coordinates are in one layer each.
+
+    An operation whose weight another one has had before it (a module that is called twice, a tied
+    weight) is a layer only if it has a bias of its own, and of that bias alone.
 
     Returns:
         Layer -> function that sums a weight-shaped tensor over all but its output channels.
     """
-    layers: dict[str, tuple[Layer, Channels]] = {}
-    for layer, weigh in layers_at(module).values():
-        layers.setdefault(layer.name, (layer, _channels(module, weigh) if weigh else _flatten))
-    return dict(layers.values())
+    found = dict.fromkeys(layers_at(module).values())
+    return {layer: _channels(module, weigh) if weigh else _flatten for layer, weigh in found}
 
 
 def layers_at(module: fx.GraphModule) -> dict[fx.Node, tuple[Layer, fx.Node | None]]:
-    """Captured operation -> the layer that it is, and the lifted node that weighs, if one does."""
+    """Captured operation -> the layer that it is, and the lifted node that weighs, if one does.
+
+    Where its weight belongs to an operation before it, and a bias is its own, that bias's layer.
+    """
     weights: dict[fx.Node | None, fx.Node] = {}
     biases: dict[fx.Node | None, fx.Node] = {}
     for node in module.graph.nodes:
@@ -83,24 +88,47 @@ def layers_at(module: fx.GraphModule) -> dict[fx.Node, tuple[Layer, fx.Node | No
             # What adds it may be another operation than the one that weighs.
             biases.setdefault(bias.meta["origin"], coordinate)
     found: dict[fx.Node, tuple[Layer, fx.Node | None]] = {}
+    owners: dict[str, tuple[Layer, fx.Node | None]] = {}
+    names: set[str] = set()
     for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes]):
-        if origin is not None and (origin in weights or origin in biases):
-            weigh = weights.get(origin)
-            found[origin] = _layer(origin, weigh, biases.get(origin)), weigh
+        if origin is None or not (origin in weights or origin in biases):
+            continue
+        weigh, bias = weights.get(origin), biases.get(origin)
+        own = [None if node is None else _name(node) for node in (weigh and _weight(weigh), bias)]
+        fresh = [name for name in own if name is not None and name not in owners]
+        if fresh:
+            weigh = weigh if own[0] in fresh else None
+            layer = _layer(origin, weigh, bias if own[1] in fresh else None, names)
+            names.add(layer.name)
+            owners.update(dict.fromkeys(fresh, (layer, weigh)))
+        found[origin] = owners[fresh[0] if fresh else next(name for name in own if name)]
     return found
 
 
-def _layer(origin: fx.Node, weigh: fx.Node | None, bias: fx.Node | None) -> Layer:
-    weight = None if weigh is None else coordinate_of(arguments(weigh)[1])
+def _name(coordinate: fx.Node) -> str:
+    return str(arguments(coordinate)[1])
+
+
+def _weight(weigh: fx.Node) -> fx.Node:
+    found = coordinate_of(arguments(weigh)[1])
+    assert found is not None
+    return found
+
+
+def _layer(
+    origin: fx.Node, weigh: fx.Node | None, bias: fx.Node | None, taken: Container[str]
+) -> Layer:
+    weight = None if weigh is None else _weight(weigh)
     main = weight or bias
     assert main is not None
-    name: str = arguments(main)[1]
+    name = _name(main)
+    short = name.removesuffix(".weight").removesuffix(".bias")
     operation = schema(target(origin)).name.split("::")[1]
     return Layer(
-        name=name.removesuffix(".weight").removesuffix(".bias"),
+        name=name if short in taken else short,
         operation=operation.removeprefix("_native_").removesuffix("_legit_no_training"),
         weight=None if weight is None else name,
-        bias=None if bias is None else str(arguments(bias)[1]),
+        bias=None if bias is None else _name(bias),
         shape=tuple(main.meta["val"].shape),
         prunable=weigh is not None and weigh.target in (ops.conv, ops.contract),
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from torch import Tensor
-
 from fxpath.program.evaluation import Evaluation
 from fxpath.program.layers import Layer
 from fxpath.program.spread import Spread
@@ -32,7 +30,7 @@ class LayerRow(Crossed):
     ``quantiles`` those of its weights' shares at 10, 50 and 90 percent; ``effective`` the number of
     weights over which its mass is spread, ``exp`` of the entropy of their shares, between 1 and
     their number (0 where no path crosses); ``channels`` the number of its output channels, of which
-    ``dead_channels`` lie on no path.
+    ``dead_channels`` lie on no path through it (counted for convolutions and linear maps).
     """
 
     quantiles: dict[str, float]
@@ -54,19 +52,22 @@ def crossed(layer: Layer, found: Evaluation) -> Crossed:
     )
 
 
-def layer_row(layer: Layer, found: Evaluation, neurons: Tensor, spread: Spread) -> LayerRow:
+def layer_row(
+    layer: Layer, found: Evaluation, spread: Spread, *, channels: int, dead: int
+) -> LayerRow:
     """One row.
 
     Args:
         layer: the layer.
         found: an evaluation with scores and details.
-        neurons: share of each of its output channels.
         spread: of its weights' shares.
+        channels: number of its output channels.
+        dead: number of those that lie on no path.
     """
     return LayerRow(
         **crossed(layer, found),
         quantiles={f"{q:.0%}": spread.quantile(q) for q in QUANTILES},
         effective=spread.effective,
-        channels=neurons.numel(),
-        dead_channels=int((neurons == 0).sum()),
+        channels=channels,
+        dead_channels=dead,
     )

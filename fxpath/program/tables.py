@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,12 @@ COLUMNS = (
     Column("shape", "shape", "text", ""),
     Column("parameters", "params", "count", "weights and biases that have a score"),
     Column("zeros", "zeros", "part", "part of the weights that is zero"),
-    Column("share", "share", "part", "part of all path mass that crosses the layer"),
+    Column(
+        "share",
+        "share",
+        "part",
+        "part of all path mass that crosses the layer, counted at each crossing",
+    ),
     Column(
         "effective",
         "effective weights",
@@ -31,11 +35,11 @@ COLUMNS = (
         "effective_part",
         "spread",
         "part",
-        "part of the weights over which its mass is spread",
+        "over which part of the weights its mass is spread: 100% where all scores are equal",
     ),
     Column("per_parameter", "per parameter", "number", "share divided by parameters", shown=False),
-    Column("p10", "p10", "number", "a tenth of the weights has a share this small", shown=False),
-    Column("p50", "median", "number", "half of the weights has a smaller share of the path mass"),
+    Column("p10", "p10", "number", "a tenth of the weights have a smaller share", shown=False),
+    Column("p50", "median", "number", "half of the weights have a smaller share of the path mass"),
     Column("p90", "p90", "number", "nine tenths of the weights have a smaller share", shown=False),
     Column("channels", "channels", "count", "output channels", shown=False),
     Column("dead_channels", "dead", "count", "output channels that no path crosses", shown=False),
@@ -59,7 +63,7 @@ def make_table(
     Raises:
         ValueError: if ``depth`` is below 1.
     """
-    if depth is not None and depth < 1:
+    if depth is not None and not (isinstance(depth, int) and depth >= 1):
         raise ValueError(f"depth={depth}: pass 1 for the outermost modules, 2 for theirs, ...")
     groups: dict[str, list[LayerRow]] = {}
     for row in rows:
@@ -67,10 +71,9 @@ def make_table(
         groups.setdefault(".".join(parts[:depth]), []).append(row)
     columns: tuple[Column, ...] = COLUMNS
     if depth is not None:
-        summed = "sum over the module's layers: 300% where path mass crosses three of them"
-        columns = tuple(
-            dataclasses.replace(c, about=summed) if c.name == "share" else c for c in COLUMNS
-        )
+        about = "how many of its layers path mass crosses on average"
+        crossed = Column("share", "crossed", "number", about)
+        columns = tuple(crossed if column.name == "share" else column for column in COLUMNS)
     return Table(title, columns, tuple(_row(n, g, weights) for n, g in groups.items()))
 
 
@@ -96,7 +99,8 @@ def _row(name: str, group: Sequence[LayerRow], weights: Mapping[str, Spread]) ->
         "zeros": zeros / max(1, sum(entries)),
         "share": share,
         "effective": effective,
-        "effective_part": effective / max(1, sum(entries)),
+        # Where all are equal, rounding must not make more of them.
+        "effective_part": min(1.0, effective / max(1, sum(entries))),
         "per_parameter": share / max(1, parameters),
         **{f"p{q[:-1]}": value for q, value in quantiles.items()},
         "channels": sum(row["channels"] for row in group),
@@ -142,6 +146,8 @@ def curve(weights: Sequence[Spread]) -> list[list[float]]:
     The loss is the sum of Path-Mag over what is cut, as a part of the path-norm: by (13) the
     path-metric is no larger.
     """
+    if not weights:
+        return []
     every = Spread.union(weights)
     total, last, found = every.total, -1.0, [[0.0, 0.0]]
     for part, mass in every.curve():

@@ -160,7 +160,7 @@ class Pruned(Tabular):
             >>> fxpath.prune(nn.Linear(4, 2), 0.5).to_pandas()["pruned"].tolist()
             [4]
         """
-        if depth is not None and depth < 1:
+        if depth is not None and not (isinstance(depth, int) and depth >= 1):
             raise ValueError(f"depth={depth}: pass 1 for the outermost modules, 2 for theirs, ...")
         groups: dict[str, list[PrunedLayer]] = {}
         for row in self.layers:
@@ -204,7 +204,7 @@ class Pruned(Tabular):
         lost = (
             f"path-metric to the dense model, exact (7): {metric.upper:.6g}, "
             f"{metric.relative:.3%} of the path-norm\n"
-            f"sum of Path-Mag over what is cut, no less (13): {self.path_magnitude_share:.3%}"
+            f"bounded by the sum of Path-Mag of what is cut (13): {self.path_magnitude_share:.3%}"
         )
         shown = dataclasses.replace(table, rows=(*table.rows, total))
         return f"{shown}\n\n{lost}\n\n{textwrap.fill(RUNTIMES, 100)}"

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fxpath.report.table import shown
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -33,7 +35,7 @@ def analysis(report: Mapping[str, Any], dark: bool) -> list[Axes]:
         axes[0].barh(places, [row["share"] for row in rows], color=BLUE, height=0.7)
         axes[0].set_xlim(0, max([1.0, *(row["share"] for row in rows)]) * 1.02)
         axes[0].set_xlabel("share of the path mass that crosses the layer")
-        axes[0].set_title(report["title"], loc="left", fontsize=9)
+        axes[0].set_title(report["title"], loc="left", fontsize=9, parse_math=False)
         positive = [(i, row) for i, row in enumerate(rows) if row["p90"] > 0]
         floor = min((row["p10"] or row["p50"] or row["p90"] for _, row in positive), default=1.0)
         for i, row in positive:
@@ -67,11 +69,11 @@ def pruned(
         axes[0].set_xlabel("part that is zero")
         losses = [*(row["lost"] for row in rows), lost]
         axes[1].barh(range(len(names)), losses, color=colors, height=0.7)
-        axes[1].set_xlabel("part of the path-norm lost: by layer at most (13), in all (7)")
+        axes[1].set_xlabel("part of the path-norm lost: at most by each, exactly by all")
         if any(loss > 0 for loss in losses):
             # A layer of which nothing is lost has no bar.
             axes[1].set_xscale("log")
-        axes[0].set_title(f"{sparsity:.1%} zeros, {lost:.3%} of the path-norm lost", loc="left")
+        axes[0].set_title(f"{sparsity:.1%} zeros, {lost:.1%} of the path-norm lost", loc="left")
         return _done(axes)
 
 
@@ -91,7 +93,7 @@ def bounds(rows: Sequence[Mapping[str, Any]], title: str, dark: bool) -> list[Ax
         if any(value > 0 for value in values):
             axes[0].set_xscale("log")
         axes[0].set_xlabel("how far outputs can be apart")
-        axes[0].set_title(textwrap.fill(title, 56), loc="left")
+        axes[0].set_title(textwrap.fill(title, 56), loc="left", parse_math=False)
         return _done(axes)
 
 
@@ -130,8 +132,9 @@ def _figure(rows: int, columns: int, dark: bool) -> Iterator[list[Axes]]:
 
 def _label(axes: Axes, names: Sequence[str]) -> None:
     """One label for each row, the first one on top."""
-    short = [name if len(name) <= LETTERS else "…" + name[1 - LETTERS :] for name in names]
-    axes.set_yticks(range(len(names)), short, fontsize=POINTS)
+    whole = [shown(name, "text") for name in names]
+    short = [name if len(name) <= LETTERS else "…" + name[1 - LETTERS :] for name in whole]
+    axes.set_yticks(range(len(names)), short, fontsize=POINTS, parse_math=False)
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 

@@ -93,7 +93,14 @@ class Table:
         """
         out = io.StringIO()
         names = [column.name for column in self.columns]
-        writer = csv.DictWriter(out, names, lineterminator="\n")
+        # Left to itself, the writer does not quote a line end that is none of its own.
+        texts = [value for row in self.rows for value in row.values() if isinstance(value, str)]
+        foreign = any("\r" in text for text in texts)
+        writer = csv.DictWriter(
+            *(out, names),
+            lineterminator="\n",
+            quoting=csv.QUOTE_NONNUMERIC if foreign else csv.QUOTE_MINIMAL,
+        )
         writer.writeheader()
         writer.writerows(self.rows)
         return written(out.getvalue(), path)
@@ -200,5 +207,6 @@ def shown(value: Any, kind: Kind, digits: int = 3) -> str:
     if kind == "count":
         return f"{value:,}"
     if kind != "number":
-        return str(value)
+        # A line end or a terminal's code in a name would break what it stands in.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
     return f"{value:,.0f}" if digits == 3 and 1e3 <= value < 1e12 else f"{value:.{digits}g}"
