@@ -130,11 +130,11 @@ def test_only_what_no_path_meets_can_change_freely() -> None:
 def test_shown_below_the_table_and_as_data() -> None:
     model = Everything().eval()
     analysis = fxpath.analyze(model, (1, 4, 4))
-    text = " ".join(str(analysis).split("not scored: ")[1].split())
+    text = " ".join(str(analysis).split("Not scored: ")[1].split())
     assert text.startswith(f"{len(analysis.unscored)} parameters (")
     assert "act.weight: slope;" in text and "shape: unused, as 2 more;" in text
     assert max(map(len, str(analysis).splitlines())) <= 100
-    assert "not scored: " in analysis._repr_html_()
+    assert "Not scored: " in analysis._repr_html_()
     assert json.loads(json.dumps(analysis.to_dict()))["unscored"] == analysis.unscored
     scored = fxpath.analyze(nn.Linear(2, 1))
-    assert scored.unscored == {} and "not scored" not in str(scored) + scored._repr_html_()
+    assert scored.unscored == {} and "Not scored" not in str(scored) + scored._repr_html_()

@@ -110,7 +110,7 @@ def test_rows_that_meet_are_no_batch_and_a_fixed_batch_is_an_error() -> None:
         assert isinstance(model.adjacency, Tensor)
         want = pytest.approx(float(model.adjacency.sum() * hidden.sum()), rel=1e-5)
     captured = capture(model, Given(example_inputs=torch.randn(6, 3)))
-    assert captured.inputs.batch_dim is None and str(captured.inputs) == "x 6 x 3 (no batch axis)"
+    assert captured.inputs.batch_dim is None and str(captured.inputs) == "x: 6 x 3 (no batch axis)"
     assert fxpath.path_norm(model, example_inputs=torch.randn(6, 3)) == want
     assert fxpath.path_norm(model, (6, 3), batch_dim=None) == want
     with pytest.raises(ValueError, match="batch size is written into its code"):
