@@ -2,11 +2,11 @@
 
 - `models`: what a MODEL argument of the command line stands for.
 - `libraries`: models of torchvision and timm by name.
-- `callables`: models that the user's own code makes, which alone runs.
+- `callables`, `beside`: models that the user's own code makes, which alone runs.
 - `archives`, `vetting`: `.pt2` files, read without pickle and without evaluating their strings.
 - `certificates`: what files claim of the weights that they hold.
 - `checkpoints`: files of weights, as training frameworks write them.
-- `states`: which of a file's tensors are a model's, by content.
+- `candidates`, `states`: which of a file's tensors are a model's, by content.
 """
 
 from fxpath.capture.loading.models import Model, drawn, load_model

@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxpath.capture.loading.candidates import Candidate, bare, candidates, is_training
 from fxpath.capture.loading.words import by, plain, some
 
-# Components that torch.compile, FSDP, activation checkpointing and data parallelism add to names.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
-_AVERAGED = re.compile(r"(^|[ _.-])(ema|swa|averaged?|shadow)([_.-]|$)|ema$", re.IGNORECASE)
 _COUNTER = "num_batches_tracked"
 # weight norm, spectral norm, torch.nn.utils.parametrize
 _PARAMETRIZED = re.compile(r"_(g|v|u|orig)$|(^|\.)parametrizations\.")
-_DEEPEST = 5
-_REST = "all but averages"
+_NAMED = "named as state of an optimizer or gradients are"
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ def fit_state_dict(
     Taken are: a state dict as it is; one nested in dicts, under any key; prefixes common to all
     names (`module.`, `model.`, ...); `_orig_mod` and other components of wrappers; pruned weights
     as `weight_orig * weight_mask`.  Where averaged weights (EMA) lie beside plain ones, the plain
-    ones are taken.  Batch counters may be missing, and so may the second name of a tied tensor.
+    ones are taken.  State of an optimizer and gradients, by the keys that they are under, are never
+    taken.  Batch counters may be missing, and so may the second name of a tied tensor.
 
     Args:
         found: a state dict, or containers with one somewhere inside.
@@ -64,7 +62,8 @@ def fit_state_dict(
     Raises:
         ValueError: in one line: names that are missing or unexpected, or of another shape; two
             state dicts that fit and differ; tensors that are complex, quantized, sparse or in 8
-            bits; weights behind a parametrization that the model does not have.
+            bits; weights behind a parametrization that the model does not have; a weight that is
+            there both pruned and with its mask, or a mask of another shape than its weight.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -87,33 +86,56 @@ def fit(found: Any, model: Mapping[str, Tensor], optional: Collection[str] = ())
     own = {name: value for name, value in model.items() if isinstance(value, Tensor)}
     needed = {n for n in own if n not in optional and not n.endswith(_COUNTER)}
     first_names = {_identity(own[name]) for name in needed}
-    candidates = list(_candidates(found))
-    if not candidates:
+    found_sets = list(candidates(found))
+    if not found_sets:
         raise ValueError("holds no state dict: tensors by name are missing")
-    fits: list[tuple[str, Fitted]] = []
-    for where, state in candidates:
+    fits: list[tuple[Candidate, Fitted]] = []
+    for each in found_sets:
         # Optimizers keep thousands of small dicts of tensors.
-        if len(state) >= len(first_names):
-            fitted = _fit(state, own, needed)
+        if len(each.tensors) >= len(first_names):
+            fitted = _fit(each.tensors, own, needed)
             if not isinstance(fitted, str):
-                fits.append((where, fitted))
-    if not fits:
-        where, closest = max(candidates, key=lambda candidate: _likeness(candidate[1], own))
-        place = f" (in {where})" if where else ""
-        raise ValueError(f"does not fit the model{place}: {_fit(closest, own, needed)}")
+                fits.append((each, fitted))
+    weights = [fit for fit in fits if not fit[0].training]
+    if not weights:
+        raise ValueError(_unfit(found_sets, [each for each, _ in fits], own, needed))
     # Averages count where there is nothing else.
-    (where, chosen), *others = [each for each in fits if not _AVERAGED.search(each[0])] or fits
-    for place, other in others:
-        if not _alike(chosen.tensors, other.tensors):
+    (chosen, fitted), *others = [fit for fit in weights if not fit[0].averaged] or weights
+    for other, tensors in others:
+        if not _alike(fitted.tensors, tensors.tensors):
             raise ValueError(
-                f"holds two state dicts that fit the model and differ, {where or 'the outermost'} "
-                f"and {place}: save the one that counts alone"
+                "holds two state dicts that fit the model and differ, "
+                f"{chosen.where or 'the outermost'} and {other.where}: save the one that counts "
+                "alone"
             )
-    taken = [f"took {where}"] if where else []
-    left = [place for place, _ in fits if _AVERAGED.search(place) and place != where]
-    if left and not where.endswith(_REST) and len(others) + 1 < len(fits):
+    taken = [f"took {chosen.where}"] if chosen.where else []
+    left = [
+        each.where
+        for each, _ in weights
+        if each.averaged and (each.part_of is None or each.part_of != chosen.part_of)
+    ]
+    if left and not chosen.averaged:
         taken.append(f"left {some(left)}")
-    return Fitted(chosen.tensors, (*taken, *chosen.notes))
+    return Fitted(fitted.tensors, (*taken, *fitted.notes))
+
+
+def _unfit(
+    found: list[Candidate],
+    training: list[Candidate],
+    own: Mapping[str, Tensor],
+    needed: Collection[str],
+) -> str:
+    """Why nothing of what was found is taken, though some of it may fit and be no weights."""
+    weights = [each for each in found if not each.training]
+    if not weights:
+        places = some(each.where for each in found)
+        return f"holds no weights: what is under {places} is {_NAMED}"
+    closest = max(weights, key=lambda each: _likeness(each.tensors, own))
+    place = f" (in {closest.where})" if closest.where else ""
+    fault = f"does not fit the model{place}: {_fit(closest.tensors, own, needed)}"
+    if training:
+        fault += f"; what is under {some(each.where for each in training)} fits, but is {_NAMED}"
+    return fault
 
 
 def _alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -122,27 +144,6 @@ def _alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-
-
-def _candidates(
-    found: Any, where: str = "", depth: int = 0
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Everything in nested containers that could be a state dict, by its place."""
-    if not isinstance(found, Mapping):
-        return
-    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    averaged = {k for k in tensors if _AVERAGED.search(_bare(k).partition(".")[0])}
-    if tensors:
-        yield where, tensors
-    if averaged and len(averaged) < len(tensors):
-        # A module and its moving average, both in the state dict of their parent.
-        start = f"{where}, " if where else ""
-        yield start + _REST, {k: v for k, v in tensors.items() if k not in averaged}
-        yield f"{start}ema", {k: v for k, v in tensors.items() if k in averaged}
-    if depth < _DEEPEST:
-        for key, value in found.items():
-            inner = f"{where}.{plain(key)}" if where else plain(key)
-            yield from _candidates(value, inner, depth + 1)
 
 
 def _likeness(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
@@ -161,6 +162,8 @@ def _fit(
     closest: tuple[int, str] | None = None
     for reading, done in _READINGS:
         tensors = reading(state, own)
+        if isinstance(tensors, str):
+            return tensors
         for names in _renamings(list(tensors), list(own)):
             renamed = {new: tensors[old] for old, new in names.items()}
             fault = _fault(renamed, own, needed)
@@ -189,15 +192,30 @@ def _renamed(names: Mapping[str, str]) -> list[str]:
     return [f"renamed {len(changed)} tensors, the first from {plain(old)} to {new}"]
 
 
-def _unmasked(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unmasked(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor] | str:
     """Pruned weights as torch.nn.utils.prune computes them: weight_orig * weight_mask."""
-    merged: dict[str, Tensor] = {}
+    merged = dict(state)
     for name, value in state.items():
         stem, _, kind = name.rpartition("_")
-        if kind == "orig" and f"{stem}_mask" in state and not value.is_quantized:
-            merged[stem] = value.detach() * state[f"{stem}_mask"]
-        elif not (kind == "mask" and f"{stem}_orig" in state):
-            merged[name] = value
+        masked = f"{stem}_mask"
+        if kind != "orig" or masked not in state:
+            continue
+        mask = state[masked]
+        if stem in state:
+            return (
+                f"{plain(stem)} is there beside {plain(name)} and {plain(masked)}, of which it is "
+                "the product: save it, or the two"
+            )
+        for each, tensor in ((name, value), (masked, mask)):
+            if (fault := _unusable(tensor)) is not None:
+                return f"{plain(each)} {fault}"
+        if mask.shape != value.shape:
+            return (
+                f"{plain(masked)} is {by(mask.shape)}, and {plain(name)} {by(value.shape)}: a mask "
+                "has the shape of its weight"
+            )
+        del merged[name], merged[masked]
+        merged[stem] = value.detach() * mask.detach().to(value.dtype)
     return merged
 
 
@@ -215,7 +233,7 @@ def _weight_norm(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict
 
 
 #: Ways to read the tensors, and what was done where they fit.
-_READINGS: tuple[tuple[Callable[..., dict[str, Tensor]], str], ...] = (
+_READINGS: tuple[tuple[Callable[..., dict[str, Tensor] | str], str], ...] = (
     (lambda state, own: dict(state), ""),
     (_unmasked, "multiplied in the masks of pruning ({})"),
     (_weight_norm, "named weight norm as the model does"),
@@ -225,24 +243,22 @@ _READINGS: tuple[tuple[Callable[..., dict[str, Tensor]], str], ...] = (
 def _renamings(names: list[str], own: list[str]) -> Iterator[dict[str, str]]:
     """Ways to read a checkpoint's names as a model's: old name -> new name."""
     yield {name: name for name in names}
-    bare, bare_own = {n: _bare(n) for n in names}, {_bare(n): n for n in own}
-    if len(set(bare.values())) < len(names) or len(bare_own) < len(own):
+    short, short_own = {n: bare(n) for n in names}, {bare(n): n for n in own}
+    if len(set(short.values())) < len(names) or len(short_own) < len(own):
         return
-    prefix, prefix_own = _prefix(list(bare.values())), _prefix(list(bare_own), every=True)
+    prefix, prefix_own = _prefix(list(short.values())), _prefix(list(short_own), every=True)
     for dropped in range(len(prefix) + 1):
+        if any(is_training(part) for part in prefix[:dropped]):
+            return
         lead = "".join(f"{part}." for part in prefix[:dropped])
         for added in range(len(prefix_own) + 1):
             start = "".join(f"{part}." for part in prefix_own[:added])
             new = {
                 # A name without the others' prefix is no name of the model, whatever is left of it.
                 old: start + name[len(lead) :] if name.startswith(lead) else f"{name} (no {lead})"
-                for old, name in bare.items()
+                for old, name in short.items()
             }
-            yield {old: bare_own.get(name, name) for old, name in new.items()}
-
-
-def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+            yield {old: short_own.get(name, name) for old, name in new.items()}
 
 
 def _prefix(names: list[str], every: bool = False) -> list[str]:
@@ -315,6 +331,15 @@ def _unreadable(value: Tensor, own: Tensor) -> str | None:
     """Why a tensor cannot stand for one of the model's."""
     if type(value) not in (Tensor, torch.nn.Parameter, type(own)):
         return f"is a {type(value).__name__}, not a plain tensor"
+    if (fault := _unusable(value)) is not None:
+        return fault
+    if value.is_floating_point() != own.is_floating_point():
+        return f"is {value.dtype}, and {own.dtype} in the model"
+    return None
+
+
+def _unusable(value: Tensor) -> str | None:
+    """Why a tensor is none of real numbers, one after the other."""
     if value.is_complex():
         return "is complex: path-norms are of real networks"
     if value.is_quantized:
@@ -325,8 +350,6 @@ def _unreadable(value: Tensor, own: Tensor) -> str | None:
         return "has no values: it was saved from the meta device"
     if value.is_floating_point() and value.dtype.itemsize == 1:
         return f"is {value.dtype} and without its scale: save it in float32"
-    if value.is_floating_point() != own.is_floating_point():
-        return f"is {value.dtype}, and {own.dtype} in the model"
     return None
 
 
