@@ -1,6 +1,8 @@
 """What a MODEL can be besides torchvision's names: timm's, and what a file of Python makes."""
 
+import json
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -130,7 +132,6 @@ def test_pretrained_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
         ("timm:resnet18.tv_in1k", "DEFAULT"),
         ("timm:resnet18", "tv_in1k"),
         ("timm:resnet18", None),
-        ("hf-hub:timm/resnet18.tv_in1k", None),
     ):
         load_model(name, weights)
     assert asked == [
@@ -138,7 +139,6 @@ def test_pretrained_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
         ("resnet18.tv_in1k", True, "1"),
         ("resnet18.tv_in1k", True, "1"),
         ("resnet18", False, "1"),
-        ("hf-hub:timm/resnet18.tv_in1k", True, "1"),
     ]
     with pytest.raises(UsageError, match="brings its own weights"):
         load_model("hf-hub:timm/resnet18.tv_in1k", "DEFAULT")
@@ -149,26 +149,128 @@ class Bomb:
         return os.mkdir, ("marker",)
 
 
+def folder(place: Path, seed: int = 0) -> nn.Module:
+    """A net of three classes whose description lies in a folder; its weights are still to come."""
+    timm = pytest.importorskip("timm")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = timm.create_model("resnet10t", num_classes=3)
+    place.mkdir(parents=True, exist_ok=True)
+    about = {"num_classes": 3, "input_size": [3, 32, 32], "first_conv": "conv1.0"}
+    about["classifier"] = "fc"
+    config = {"architecture": "resnet10t", "num_classes": 3, "pretrained_cfg": about}
+    (place / "config.json").write_text(json.dumps(config))
+    assert isinstance(net, nn.Module)
+    return net
+
+
+def told(name: str) -> tuple[nn.Module, str]:
+    """A model, and what is said of its weights."""
+    lines: list[str] = []
+    model = load_model(name, tell=lines.append)
+    assert isinstance(model, nn.Module) and len(lines) <= 1 and "\n" not in "".join(lines)
+    return model, "".join(lines)
+
+
 def test_a_folder_in_the_form_of_the_hub(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timm = pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
-    net = timm.create_model("resnet10t", num_classes=7)
+    net = folder(tmp_path / "saved")
     timm.models.save_for_hf(net, tmp_path / "net", safe_serialization=True)
-    (file,) = (tmp_path / "net").glob("*.safetensors")
-    assert same(load_model("local-dir:net"), net)
-    other = timm.create_model("resnet10t", num_classes=7)
-    torch.save(other.state_dict(), "other.pt")
+    found, line = told("local-dir:net")
+    assert same(found, net) and line == ""
+    torch.save((other := folder(tmp_path / "saved", 1)).state_dict(), "other.pt")
     assert same(load_model("local-dir:net", checkpoint=Path("other.pt")), other)
-    assert main(["check", "local-dir:net", "--input-shape", "3,32,32"]) == 0
-    capsys.readouterr()
+    (file,) = (tmp_path / "net").glob("*.safetensors")
     file.unlink()
-    assert "cannot get its weights" in fails(capsys, "check", "local-dir:net")
+    said = fails(capsys, "check", "local-dir:net")
+    assert "cannot get its weights (no file of weights in net: model.safetensors" in said
     torch.save({"state_dict": Bomb()}, "net/pytorch_model.bin")
-    assert "hold more than tensors" in fails(capsys, "check", "local-dir:net")
+    said = fails(capsys, "check", "local-dir:net")
+    assert "local-dir:net: pytorch_model.bin: holds a pickled" in said
+    assert "mkdir, and making one may run code" in said
     assert not Path("marker").exists()
     assert "Config file not found" in fails(capsys, "check", "local-dir:nowhere")
+
+
+def test_averages_in_a_folder_do_not_count(tmp_path: Path) -> None:
+    net, file = folder(tmp_path), tmp_path / "pytorch_model.bin"
+    state = net.state_dict()
+    averages = {name: value * 2 for name, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": averages}, file)
+    name = f"local-dir:{tmp_path}"
+    found, line = told(name)
+    assert same(found, net) and line == f"{name}: took state_dict; left state_dict_ema"
+    half = {n: v.half() if v.is_floating_point() else v for n, v in state.items()}
+    torch.save({"model": {f"module.{n}": v for n, v in half.items()}}, file)
+    notes = "took model; dropped the prefix module.; converted float16 to float32"
+    assert told(name)[1] == f"{name}: {notes}"
+
+
+def test_a_head_that_is_missing_in_a_folder_is_not_drawn(tmp_path: Path) -> None:
+    state, file = folder(tmp_path).state_dict(), tmp_path / "pytorch_model.bin"
+    wide = {**state, "fc.weight": torch.ones(7, 512), "fc.bias": torch.ones(7)}
+    headless = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    for content, advice in (
+        (headless, "2 missing: fc.weight, fc.bias"),
+        (wide, "fc.weight (7x512, not 3x512)"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(UsageError, match=re.escape(advice)) as caught:
+            load_model(f"local-dir:{tmp_path}")
+        assert "let a function call timm.create_model" in str(caught.value)
+
+
+def test_several_files_in_a_folder(tmp_path: Path) -> None:
+    net, other = folder(tmp_path), folder(tmp_path, 1)
+    name = f"local-dir:{tmp_path}"
+    for file in ("last.pth", "best.pth"):
+        torch.save(other.state_dict(), tmp_path / file)
+    with pytest.raises(UsageError, match=r"not clear which of best\.pth, last\.pth counts"):
+        load_model(name)
+    torch.save(other.state_dict(), tmp_path / "pytorch_model.bin")
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    found, line = told(name)
+    assert same(found, net)
+    assert line == f"{name}: took model.safetensors; left pytorch_model.bin"
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "last.pth").unlink()
+    assert same(told(name)[0], other)
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    # What the hub's client keeps of a repository that it has downloaded.
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--some--net", "0" * 40
+    here = repository / "snapshots" / commit
+    net = folder(here)
+    for name in ("main", "v2"):
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    with pytest.raises(UsageError, match="cannot get its weights") as caught:
+        load_model("hf-hub:some/net")
+    assert "no file of weights" not in str(caught.value)  # there may be one
+    state = net.state_dict()
+    averages = {name: value * 2 for name, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": averages}, here / "pytorch_model.bin")
+    found, line = told("hf-hub:some/net@v2")
+    notes = "took pytorch_model.bin; took state_dict; left state_dict_ema"
+    assert same(found, net) and line == f"hf-hub:some/net@v2: {notes}"
+    save_file(state, here / "model.safetensors")
+    found, line = told("hf-hub:some/net")
+    assert same(found, net) and line == ""
+
+    def absent(*args: object, **named: object) -> str:
+        raise hub.errors.EntryNotFoundError("404")
+
+    monkeypatch.setattr(hub, "hf_hub_download", absent)
+    with pytest.raises(UsageError, match=r"no file of weights: model\.safetensors"):
+        load_model("hf-hub:some/net")
 
 
 # Checkpoints: what was done is said

@@ -56,27 +56,28 @@ class _InertList(_Inert):
         return []
 
 
-def read_checkpoint(path: Path) -> Any:
+def read_checkpoint(path: Path, said: str) -> Any:
     """The content of a file of weights: tensors in containers.
 
     Args:
         path: `.safetensors`, the `.index.json` of a sharded checkpoint, or a file of torch.save.
+        said: who asks for it, at the head of messages.
 
     Raises:
         UsageError: if there is no such file, if it is damaged, or if it holds objects that only
             their own code could make: a whole module, a TorchScript program.
     """
     if not path.is_file():
-        raise UsageError(f"--checkpoint {path}: no such file")
+        raise UsageError(f"{said}: no such file")
     try:
         if path.name.endswith(".json"):
             return _read_shards(path)
         return _read_file(path)
-    except UsageError:
-        raise
+    except UsageError as error:
+        raise UsageError(f"{said}: {error}") from error
     # Damaged files raise whatever the zip, JSON, pickle or safetensors reader trips over.
     except Exception as error:
-        raise UsageError(f"--checkpoint {path}: {advice(path) or _unreadable(error)}") from error
+        raise UsageError(f"{said}: {advice(path) or _unreadable(error)}") from error
 
 
 def _read_file(path: Path) -> Any:
@@ -137,19 +138,17 @@ def _read_shards(path: Path) -> dict[str, torch.Tensor]:
     listing = json.loads(path.read_text(encoding="utf-8"))
     files = listing.get("weight_map") if isinstance(listing, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise UsageError(f"--checkpoint {path}: not the index of a sharded checkpoint")
+        raise UsageError("not the index of a sharded checkpoint")
     outside = [f for f in files.values() if Path(f).name != f or f.endswith(".json") or "\\" in f]
     if outside:
-        raise UsageError(
-            f"--checkpoint {path}: names files that are not beside it: {some(outside)}"
-        )
+        raise UsageError(f"names files that are not beside it: {some(outside)}")
     absent = [file for file in sorted(set(files.values())) if not (path.parent / file).is_file()]
     if absent:
-        raise UsageError(f"--checkpoint {path}: no such file beside it: {some(absent)}")
+        raise UsageError(f"no such file beside it: {some(absent)}")
     shards = {file: _read_file(path.parent / file) for file in sorted(set(files.values()))}
     lost = [name for name, file in files.items() if name not in shards[file]]
     if lost:
-        raise UsageError(f"--checkpoint {path}: not in the shard that it names: {some(lost)}")
+        raise UsageError(f"not in the shard that it names: {some(lost)}")
     return {name: shards[file][name] for name, file in files.items()}
 
 

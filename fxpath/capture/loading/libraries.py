@@ -1,4 +1,9 @@
-"""Models by the names that torchvision and timm give them; of their weights, tensors are read."""
+"""Models by the names that torchvision and timm give them; of their weights, tensors are read.
+
+timm itself would take averages before plain weights, and leave a head out that does not fit,
+without a word.  So `hf-hub:` and `local-dir:` are built by timm and filled by us: the file of
+weights is read as any checkpoint is, and must be the model's, one to one.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,29 @@ import os
 import pickle
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxpath.capture.loading.words import UsageError
+from fxpath.capture.loading.checkpoints import SUFFIXES
+from fxpath.capture.loading.words import UsageError, some
 from fxpath_command.words import KINDS
 
-#: What a name of timm starts with; those but the first bring their weights.
-TIMM = ("timm:", "hf-hub:", "local-dir:")
+#: What a name of timm starts with that brings its weights.
+BRINGING = ("hf-hub:", "local-dir:")
+#: What a name of timm starts with.
+TIMM = ("timm:", *BRINGING)
+# What weights are called on the hub, those first that are taken where there are several.
+_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.pth",
+    "model.pth",
+)
 
 
 def from_torchvision(name: str, weights: str | None) -> nn.Module:
@@ -51,13 +69,12 @@ def from_torchvision(name: str, weights: str | None) -> nn.Module:
     return models.get_model(name, **options)
 
 
-def from_timm(name: str, weights: str | None, own: bool) -> nn.Module:
-    """A model of timm.
+def from_timm(name: str, weights: str | None) -> nn.Module:
+    """A model of timm, with random weights but for those that are named.
 
     Args:
         name: `timm:NAME`, or `hf-hub:NAME` and `local-dir:PATH` as timm spells them.
         weights: for `timm:NAME` a tag of pretrained weights, or `DEFAULT`.
-        own: whether `hf-hub:` and `local-dir:` load the weights that they bring.
     """
     try:
         import timm
@@ -65,13 +82,11 @@ def from_timm(name: str, weights: str | None, own: bool) -> nn.Module:
         raise UsageError(
             f"{name}: timm is not installed: pip install 'torch-fxpath[timm]'"
         ) from error
-    if not name.startswith("timm:"):
+    if name.startswith(BRINGING):
         if weights is not None:
             raise UsageError(f"{name} brings its own weights: leave --weights out")
-        source, _, place = name.partition(":")
-        remedy = "check the name and the network" if source == "hf-hub" else "check the folder"
-        with _loaded(name, place, remedy):
-            return timm.create_model(name, pretrained=own)
+        with _brought(name):
+            return timm.create_model(name, pretrained=False)
     bare = name.removeprefix("timm:")
     architecture, _, tag = bare.partition(".")
     if not timm.is_model(architecture):
@@ -87,6 +102,58 @@ def from_timm(name: str, weights: str | None, own: bool) -> nn.Module:
         return timm.create_model(full, pretrained=weights is not None)
 
 
+def brought_weights(name: str) -> tuple[Path, str]:
+    """The file of weights that `hf-hub:NAME` or `local-dir:PATH` brings.
+
+    Returns:
+        The file, and what is to be said of its choice; empty where there was none.
+
+    Raises:
+        UsageError: If there is none, or if it is not clear which one counts.
+    """
+    source, _, place = name.partition(":")
+    with _brought(name):
+        return _from_hub(place) if source == "hf-hub" else _in_folder(name, Path(place))
+
+
+def _in_folder(name: str, folder: Path) -> tuple[Path, str]:
+    there = sorted(file.name for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+    known = [file for file in _FILES if file in there]
+    if not there:
+        raise FileNotFoundError(f"no file of weights in {folder}: {some(_FILES)}")
+    if not known and len(there) > 1:
+        raise UsageError(
+            f"{name}: it is not clear which of {some(there)} counts: say --checkpoint FILE, or "
+            f"name it {_FILES[0]} if it is one"
+        )
+    first, *rest = known or there
+    return folder / first, f"took {first}; left {some(rest)}" if rest else ""
+
+
+def _from_hub(place: str) -> tuple[Path, str]:
+    # timm needs it, too.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    name, _, revision = place.partition("@")
+    unreached: Exception | None = None
+    # Several files, by an index, are not followed: no model of timm is so large.
+    for file in (known for known in _FILES if not known.endswith(".json")):
+        try:
+            found = hf_hub_download(name, file, revision=revision or None)
+            return Path(found), "" if file == _FILES[0] else f"took {file}"
+        except EntryNotFoundError as error:
+            # Not in the cache, and the hub could not be asked: it may be there.
+            unreached = error if isinstance(error, LocalEntryNotFoundError) else unreached
+    raise unreached or FileNotFoundError(f"no file of weights: {some(_FILES)}")
+
+
+def _brought(name: str) -> contextlib.AbstractContextManager[None]:
+    source, _, place = name.partition(":")
+    remedy = "check the name and the network" if source == "hf-hub" else "check the folder"
+    return _loaded(name, place, remedy)
+
+
 def _like(name: str, known: Iterable[str], prefix: str = "") -> str:
     close = [prefix + found for found in difflib.get_close_matches(name, list(known))]
     return f"did you mean {', '.join(close)}?" if close else "nothing by a similar name;"
@@ -98,6 +165,8 @@ def _loaded(name: str, where: str, remedy: str) -> Iterator[None]:
     try:
         with _announced(), _weights_only():
             yield
+    except UsageError:
+        raise
     except Exception as error:
         if _pickled(error):
             raise UsageError(

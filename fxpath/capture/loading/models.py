@@ -6,7 +6,7 @@ A MODEL is one of these:
   checkpoint are named: those of `torch.manual_seed(0); torchvision.models.get_model(name,
   weights=None)`.
 - `hf-hub:NAME` or `local-dir:PATH`, as timm spells them, with their weights unless a checkpoint is
-  named.
+  named; the file with these is read as a checkpoint is: averages beside plain weights are left.
 - `package.module:callable`, imported with the current directory on the path, or `FILE.py:callable`;
   the callable is called without arguments and returns a module (a module itself will do).
 - a `.pt2` file written by `torch.export.save`.
@@ -25,12 +25,22 @@ from torch.export import ExportedProgram
 from fxpath.capture.loading.archives import load_program
 from fxpath.capture.loading.callables import call
 from fxpath.capture.loading.checkpoints import SUFFIXES, advice, read_checkpoint
-from fxpath.capture.loading.libraries import TIMM, from_timm, from_torchvision
+from fxpath.capture.loading.libraries import (
+    BRINGING,
+    TIMM,
+    brought_weights,
+    from_timm,
+    from_torchvision,
+)
 from fxpath.capture.loading.states import fit
 from fxpath.capture.loading.words import UsageError
 from fxpath.private import keep_versions
 
 Model = nn.Module | ExportedProgram
+
+
+# timm has a converter for some models, which may also leave tensors out.
+_CONVERTED = "(if timm converts it, let a function call timm.create_model: FILE.py:callable)"
 
 
 def _silent(text: str) -> None:
@@ -79,11 +89,19 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         _seed()
         if name.startswith(TIMM):
-            model = from_timm(name, weights, own=checkpoint is None)
+            model = from_timm(name, weights)
         else:
             model = call(name, _seed) if own else from_torchvision(name, weights)
     if checkpoint is not None:
-        _apply_checkpoint(model, name, checkpoint, tell)
+        notes = _apply_checkpoint(model, checkpoint, f"--checkpoint {checkpoint}", f"({name})")
+    elif name.startswith(BRINGING):
+        file, choice = brought_weights(name)
+        notes = [choice] if choice else []
+        notes += _apply_checkpoint(model, file, f"{name}: {file.name}", _CONVERTED)
+    else:
+        notes = []
+    if notes:
+        tell(f"{checkpoint or name}: {'; '.join(notes)}")
     return model
 
 
@@ -109,16 +127,26 @@ def _seed() -> None:
     torch.default_generator.manual_seed(0)
 
 
-def _apply_checkpoint(model: nn.Module, name: str, path: Path, tell: Callable[[str], None]) -> None:
-    """Loads the tensors of a checkpoint that must be exactly the model's, by name and shape."""
-    content = read_checkpoint(path)
+def _apply_checkpoint(model: nn.Module, path: Path, said: str, more: str) -> list[str]:
+    """Loads the tensors of a checkpoint that must be exactly the model's, by name and shape.
+
+    Args:
+        model: What they are loaded into.
+        path: The file.
+        said: Where the file comes from, at the head of messages.
+        more: What else there is to say if they are not the model's.
+
+    Returns:
+        What was taken and changed.
+    """
+    content = read_checkpoint(path, said)
     own, buffers = model.state_dict(), dict(model.named_buffers(remove_duplicate=False))
     # Older versions of a model may have saved buffers that it makes itself today.
     made = buffers.keys() - own.keys()
     try:
         fitted = fit(content, {**own, **{n: buffers[n] for n in made}}, optional=made)
     except ValueError as error:
-        raise UsageError(f"--checkpoint {path}: {error} ({name})") from error
+        raise UsageError(f"{said}: {error} {more}") from error
     state, notes = fitted.tensors, list(fitted.notes)
     floats = {name: value for name, value in state.items() if value.is_floating_point()}
     pairs = {(value.dtype, own[name].dtype) for name, value in floats.items() if name in own}
@@ -136,5 +164,4 @@ def _apply_checkpoint(model: nn.Module, name: str, path: Path, tell: Callable[[s
     # Names and shapes are those of this version of the model, whichever the file was saved from.
     keep_versions(loaded, own)
     model.load_state_dict(loaded)
-    if notes:
-        tell(f"{path}: {'; '.join(notes)}")
+    return notes
