@@ -103,12 +103,23 @@ def _check(own: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.command == "analyze":
         if arguments.html is not None and len(arguments.model) > 1:
             own.error("--html goes with one MODEL; run fxpath once for each")
-        files = [(getattr(arguments, option), option) for option in DOCUMENTS]
-        for (file, option), (other, before) in itertools.combinations(files, 2):
-            if file is not None and file == other:
-                own.error(f"--{option} and --{before} both go to {file}: name two files")
-    if arguments.command == "prune" and arguments.plan and not arguments.channels:
-        own.error("--plan goes with --channels: it says which channels went")
+        _check_apart(own, arguments, list(DOCUMENTS))
+    if arguments.command == "prune":
+        if arguments.plan and not arguments.channels:
+            own.error("--plan goes with --channels: it says which channels went")
+        _check_apart(own, arguments, ["output", "plan"])
+
+
+def _check_apart(
+    own: argparse.ArgumentParser, arguments: argparse.Namespace, options: Iterable[str]
+) -> None:
+    """Refuses two documents in one file, however it is named."""
+    files = [(getattr(arguments, option), option) for option in options]
+    asked = [(str(file), option) for file, option in files if file is not None]
+    for (file, option), (other, before) in itertools.combinations(asked, 2):
+        if values.same_file(file, other):
+            names = file if file == other else f"{file}, which is {other}"
+            own.error(f"--{option} and --{before} both go to {names}: name two files")
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 from pathlib import Path
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "makers",
     "model",
     "outputs",
+    "same_file",
     "shape",
     "target",
 ]
@@ -81,6 +83,20 @@ def document(text: str) -> str:
     if text != "-":
         target(text)
     return text
+
+
+def same_file(a: str, b: str) -> bool:
+    """Whether two documents go to one place: by whatever path, through links of both kinds.
+
+    Example:
+        >>> same_file("a.csv", "./a.csv"), same_file("-", "./-")
+        (True, False)
+    """
+    if "-" in (a, b):
+        return a == b
+    if os.path.realpath(a) == os.path.realpath(b):
+        return True
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def model(text: str) -> str:

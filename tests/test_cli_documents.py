@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,22 @@ def test_two_documents_need_two_files(capsys: pytest.CaptureFixture[str], nets: 
         argv = ["analyze", "some_nets:mlp", "--csv", file, "--json", file]
         assert f"--csv and --json both go to {file}" in fails(capsys, *argv)
     assert "name all MODELs together" in fails(capsys, "analyze", "a", "--json", "b.json", "c")
+
+
+def test_one_file_has_many_names(capsys: pytest.CaptureFixture[str], nets: Path) -> None:
+    Path("a.csv").write_text("before")
+    Path("soft.csv").symlink_to("a.csv")
+    os.link("a.csv", "hard.csv")
+    for other in ("./a.csv", str(Path("a.csv").absolute()), "soft.csv", "hard.csv"):
+        argv = ["analyze", "some_nets:mlp", "--csv", "a.csv", "--json", other]
+        assert "--csv and --json both go to a.csv, which is" in fails(capsys, *argv)
+    argv = ["analyze", "some_nets:mlp", "--markdown", "new.md", "--html", "./new.md"]
+    assert "--markdown and --html both go to new.md" in fails(capsys, *argv)
+    assert Path("a.csv").read_text() == "before" and not Path("new.md").exists()
+    assert main(["analyze", "some_nets:mlp", "--csv", "a.csv", "--json", "b.json"]) == 0
+    capsys.readouterr()
+    argv = ["prune", "some_nets:mlp", "--channels", "--amount", "1", "-o", "w", "--plan", "./w"]
+    assert "--output and --plan both go to w" in fails(capsys, *argv)
 
 
 # Which rows
