@@ -17,8 +17,8 @@ from tabulate import tabulate
 
 import fxpath
 from fxpath.capture.loading import UsageError, one_line
-from fxpath.explaining import explained, heading, load, number, say, without_print_outs
-from fxpath.options import model_options
+from fxpath.explaining import explained, heading, load, number, origin, say, without_print_outs
+from fxpath.options import in_options, model_options
 from fxpath.program.analysis import Analysis, shortened
 from fxpath.report.page import page
 from fxpath.report.plain import json_text
@@ -95,14 +95,19 @@ def _analyze(name: str, arguments: argparse.Namespace, place: str) -> _Result:
         [name, f"{parameters:,}", norm, f"{seconds:.2f}"],
         {"name": name, **analysis.to_dict()},
         table,
-        None if arguments.html is None else page(analysis.report()),
+        None if arguments.html is None else page(_titled(analysis.report(), name, arguments)),
     )
+
+
+def _titled(report: dict[str, Any], name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A report that says of which model and which weights it is."""
+    return {**report, "title": f"{name}: {report['title']} ({origin(name, arguments)})"}
 
 
 def _text(analysis: Analysis, table: Table, top: int | None) -> str:
     """What `print(analysis)` shows, with these rows and with its findings in colour."""
     table = shortened(table if top is None else _least(table, top))
-    lines = [table.title, f"input {analysis.inputs}", "", str(table), ""]
+    lines = [table.title, in_options(analysis.input_line()), "", str(table), ""]
     lines += textwrap.wrap(table.legend(), 100)
     said = [line for finding in analysis.findings for line in textwrap.wrap(finding.text, 100)]
     return "\n".join(

@@ -19,7 +19,15 @@ from fxpath.capture.loading import Model, UsageError, one_line
 from fxpath.capture.loading.certificates import stored_tensors
 from fxpath.capture.loading.checkpoints import SUFFIXES
 from fxpath.certificate import Certificate
-from fxpath.explaining import explained, load, number, own_model, say, without_print_outs
+from fxpath.explaining import (
+    explained,
+    heading,
+    load,
+    number,
+    own_model,
+    say,
+    without_print_outs,
+)
 from fxpath.options import model_options
 
 __all__ = ["bound", "export", "verify"]
@@ -144,6 +152,21 @@ def _with_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     return copied
 
 
+def _other(arguments: argparse.Namespace) -> Model:
+    """OTHER: a MODEL, or MODEL with the weights of a file; a file that is there is one."""
+    path = Path(arguments.other)
+    model = arguments.other.lower().endswith((".pt2", ".py"))
+    if model or not (path.is_file() or arguments.other.lower().endswith(SUFFIXES)):
+        return load(arguments.other, arguments)
+    if not path.is_file():
+        raise UsageError(f"OTHER {path}: no such file")
+    try:
+        return load(arguments.model, arguments, checkpoint=path)
+    except UsageError as error:
+        # It is read as `--checkpoint` is, which is another file here.
+        raise UsageError(str(error).replace("--checkpoint ", "OTHER ", 1)) from error
+
+
 def bound(arguments: argparse.Namespace) -> int:
     """Prints path-metric and Lipschitz bound between two sets of weights."""
     if arguments.max_relative is not None and not arguments.max_relative >= 0:
@@ -152,16 +175,11 @@ def bound(arguments: argparse.Namespace) -> int:
     with explained(arguments.model, arguments):
         model = own_model(arguments)
     with explained(arguments.other, arguments):
-        file = arguments.other.lower().endswith(SUFFIXES)
-        other = (
-            load(arguments.model, arguments, checkpoint=Path(arguments.other))
-            if file
-            else load(arguments.other, arguments)
-        )
+        other = _other(arguments)
         with without_print_outs(arguments):
             metric = fxpath.path_metric(model, other, **options)
             apart = fxpath.lipschitz_bound(model, other, radius=arguments.radius, **options)
-    say(arguments, metric)
+    say(arguments, f"{heading(arguments.model, arguments)} and {arguments.other}\n{metric}")
     say(
         arguments,
         f"\noutputs differ by at most {apart.value:g} in the l^1 norm, for inputs with entries in "
