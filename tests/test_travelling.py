@@ -321,6 +321,11 @@ def test_a_bound_is_a_gate(nets: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(command) == 0
     out = capsys.readouterr().out
     assert str(metric) in out and f"{bound.value:g}" in out
+    assert out.startswith("some_nets:mlp (its own weights) and other.pt\n")
+    # A file that is there counts, whatever it is called.
+    (again := nets / "epoch.pth.tar").write_bytes((nets / "other.pt").read_bytes())
+    assert main(["bound", "some_nets:mlp", str(again), "--radius", "3"]) == 0
+    assert str(metric) in capsys.readouterr().out
     assert main([*command, "--max-relative", str(metric.relative_upper)]) == 0
     assert "within" in capsys.readouterr().out
     less = math.nextafter(metric.relative_upper, 0.0)
@@ -334,7 +339,7 @@ def test_a_bound_is_a_gate(nets: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["export", "some_nets:mlp", "-o", "net.bin"], "kind='exported' as FILE.pt2"),
         (["export", "some_nets:mlp", "-o", "nowhere/net.pt2"], "no such directory"),
         (["verify", "some_nets:mlp", "nowhere.pt2"], "no such file"),
-        (["bound", "some_nets:mlp", "nowhere.pt"], "no such file"),
+        (["bound", "some_nets:mlp", "nowhere.pt"], "OTHER nowhere.pt: no such file"),
         (["bound", "some_nets:mlp", "some_nets:mlp", "--max-relative", "-1"], "not below 0"),
     ],
 )
