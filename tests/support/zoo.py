@@ -7,12 +7,17 @@ that strides and pooling windows meet borders, and large enough for inner convol
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchvision.models import resnet, segmentation, vgg
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.segmentation import deeplabv3, fcn
 
 from tests.support.nets import randomize
 
@@ -77,8 +82,49 @@ INPUTS: dict[str, tuple[int, ...]] = {
 }
 
 
+def _vgg_bn() -> nn.Module:
+    """VGG11-BN, an eighth as wide, and 64 neurons where 4096 are behind the flattening."""
+    widths = [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"]
+    model = torchvision.models.VGG(vgg.make_layers(widths, batch_norm=True), 10)
+    model.classifier = nn.Sequential(
+        *(nn.Linear(64 * 7 * 7, 64), nn.ReLU(), nn.Dropout()),
+        *(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 10)),
+    )
+    return model
+
+
+def _dilated() -> nn.Module:
+    """A ResNet as the networks for segmentation have it: dilations for the last two strides."""
+    blocks, dilated = [1, 1, 2, 2], [False, True, True]
+    whole = torchvision.models.ResNet(
+        resnet.Bottleneck, blocks, replace_stride_with_dilation=dilated
+    )
+    return IntermediateLayerGetter(whole, {"layer4": "out"})
+
+
+#: Torchvision's networks with a block of each kind, and ten classes: rules and passes see the same
+#: operations, in the same order, as in the whole networks, only less often.
+FEWER: dict[str, Callable[[], nn.Module]] = {
+    # Two blocks that keep the number of channels, and three that change it.
+    "resnet": lambda: torchvision.models.ResNet(resnet.BasicBlock, [2, 1, 1, 1], 10),
+    "resnext": lambda: torchvision.models.ResNet(
+        resnet.Bottleneck, [2, 1, 1, 1], 10, groups=8, width_per_group=4
+    ),
+    "densenet": lambda: torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=10),
+    "mobilenet": lambda: torchvision.models.MobileNetV2(
+        10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 1]]
+    ),
+    "shufflenet": lambda: torchvision.models.ShuffleNetV2(
+        [2, 1, 1], [24, 48, 96, 192, 256], num_classes=10
+    ),
+    "vgg_bn": _vgg_bn,
+    "fcn": lambda: segmentation.FCN(_dilated(), fcn.FCNHead(2048, 10)),
+    "deeplabv3": lambda: segmentation.DeepLabV3(_dilated(), deeplabv3.DeepLabHead(2048, 10)),
+}
+
+
 def build(name: str, seed: int = 0) -> nn.Module:
-    """Make a torchvision model without network access, with random BatchNorms and biases.
+    """Make a model of torchvision, or of `FEWER`, with random BatchNorms and biases.
 
     The global random number generator is left as it was.
     """
@@ -90,7 +136,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        model = torchvision.models.get_model(name, **options)
+        make = FEWER.get(name) or partial(torchvision.models.get_model, name, **options)
+        model = make()
     return randomize(model, seed)
 
 
@@ -127,6 +174,7 @@ class _WithoutMemory(TorchFunctionMode):
         return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
 
 
+@cache
 def module_types(name: str) -> set[type[nn.Module]]:
     """The classes of which a torchvision model is built."""
     with _WithoutMemory():
