@@ -43,13 +43,15 @@ def normalized(kind: str) -> tuple[nn.Sequential, tuple[int, ...]]:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_batch_norm_may_undo_any_scale(kind: str, compiled: bool) -> None:
     norms = []
-    for exponent in (0, 60, 83, 100):
+    # Compiling takes a hundred times as long, and is the same for what is between.
+    exponents = (0, 100) if compiled else (0, 60, 83, 100)
+    for exponent in exponents:
         model, shape = normalized(kind)
         with torch.no_grad():
             model[0].weight.mul_(2.0**exponent)
             model[1].weight.mul_(2.0**-exponent)
         norms.append(check_against_double(model, shape, compiled))
-    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)
+    assert norms == pytest.approx([norms[0]] * len(exponents), rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [1.0, 1e30, 1e38])
