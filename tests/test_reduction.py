@@ -104,18 +104,17 @@ def test_generated_networks_in_every_basis(
     model = Dag(dims, seed, depth, head).eval()
     program = build(model, Given((2, *model.extent)), q=q, dtype=torch.float64, reduced=False)
     expected = run(program, program.lifted)
-    for choose in (cheapest, values_only, sums_only, at_random(seed), at_random(seed + 1)):
+    for choose in (cheapest, values_only, sums_only, at_random(seed)):
         reduced = reduce(program.lifted, Setting(program.captured, q), choose)
         assert_same(run(program, reduced), expected)
         assert_same(run(program, lower(reduced, Setting(program.captured))), expected)
     assert_same(run(program, lower(program.lifted, Setting(program.captured))), expected)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "shufflenet_v2_x0_5", "fcn_resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "densenet", "shufflenet_v2_x0_5", "fcn"])
 def test_real_networks(name: str) -> None:
     model = zoo.build(name)
-    shape = zoo.INPUTS[name]
-    program = build(model, Given(shape), dtype=torch.float64, reduced=False)
+    program = build(model, Given(zoo.MEDIUM), dtype=torch.float64, reduced=False)
     expected = run(program, program.lifted)
     reduced = reduce(program.lifted, Setting(program.captured))
     assert_same(run(program, reduced), expected)
