@@ -20,6 +20,7 @@ from tests.oracles.networks import Net
 from tests.support.changes import CHANGES, changed, inputs_of, lenet, rescale
 from tests.support.generated import MAX_PATHS, bounded, nets
 from tests.support.nets import randomize
+from tests.support.zoo import build
 
 INVARIANT = ("m_normalized", "theorem_f2", "lemma_3_3")
 
@@ -234,8 +235,8 @@ def test_changes_near_rounding_stay_below_the_bound_through_m() -> None:
     assert metric.lower <= true * (1 + 1e-2) and metric.upper >= true * (1 - 1e-2)
 
 
-def test_resnet18_after_rounding() -> None:
-    model = randomize(torchvision.models.resnet18(num_classes=4)).eval()
+def test_a_resnet_after_rounding() -> None:
+    model = build("resnet").eval()
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():

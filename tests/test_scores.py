@@ -15,6 +15,7 @@ from torch import nn
 import fxpath
 from tests.support.checks import assert_equal_analyses, relative_derivative
 from tests.support.nets import SMALL, Tied, mlp, randomize, resnet18, small_net, small_vgg11_bn
+from tests.support.zoo import build
 
 
 def test_comparison_of_analyses_notices_differences() -> None:
@@ -64,16 +65,16 @@ def assert_formula_11(model: nn.Module, shape: tuple[int, ...], names: list[str]
         assert abs(lost - magnitude) <= tolerance, (name, index, lost, magnitude)
 
 
-def test_formula_11_on_resnet18() -> None:
+def test_formula_11_on_a_resnet() -> None:
     names = ["conv1.weight", "bn1.bias", "layer2.0.downsample.0.weight", "fc.weight"]
-    names += ["layer4.1.bn2.bias", "layer1.0.conv2.weight"]
-    assert_formula_11(resnet18().double(), (3, 32, 32), names)
+    names += ["layer4.0.bn2.bias", "layer1.1.conv2.weight"]
+    assert_formula_11(build("resnet").eval().double(), (3, 32, 32), names)
 
 
-def test_formula_11_on_vgg11_bn() -> None:
+def test_formula_11_on_a_vgg_with_batch_norm() -> None:
     names = ["features.0.weight", "features.5.bias", "features.26.bias", "features.25.weight"]
     names += ["classifier.0.bias", "classifier.3.weight"]
-    assert_formula_11(small_vgg11_bn().double(), (3, 32, 32), names)
+    assert_formula_11(build("vgg_bn").eval().double(), (3, 32, 32), names)
 
 
 def test_formula_11_is_checked() -> None:
