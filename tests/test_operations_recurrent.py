@@ -80,8 +80,8 @@ def test_rnn_is_its_unrolled_network(name: str, start: bool) -> None:
         for key in names:  # W_hh h_0 is one weight for each state: named apart, after h_0
             torch.testing.assert_close(found.scores.get(key), wanted.scores.get(key))
         assert {key.partition(":")[0] for key in found.scores} <= names.keys()
-        two = [fxpath.path_norm(model, SHAPE, q=2, reduce=False) for model in pair]
-        assert two[0] == pytest.approx(two[1], rel=1e-12)
+    two = [fxpath.path_norm(model, SHAPE, q=2, reduce=False) for model in pair]
+    assert two[0] == pytest.approx(two[1], rel=1e-12)
 
 
 class Cells(nn.Module):
