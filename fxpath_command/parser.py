@@ -245,7 +245,7 @@ def _prune(added: Any, common: argparse.ArgumentParser) -> None:
     )
     how_much.add_argument(
         "--budget",
-        type=float,
+        type=values.number,
         metavar="0.01",
         help="the largest part of the path-norm that may be lost, by the exact path-metric",
     )
@@ -323,14 +323,14 @@ def _bound(added: Any, common: argparse.ArgumentParser) -> None:
     ).completer = models
     bound.add_argument(
         "--radius",
-        type=float,
+        type=values.number,
         default=1.0,
         metavar="R",
         help="the outputs are compared where no entry of the input is beyond it (default 1)",
     )
     bound.add_argument(
         "--max-relative",
-        type=float,
+        type=values.number,
         metavar="0.01",
         help="the largest path-metric that is accepted, as a part of the path-norm of MODEL",
     )

@@ -15,6 +15,7 @@ __all__ = [
     "exponent",
     "makers",
     "model",
+    "number",
     "outputs",
     "same_file",
     "shape",
@@ -51,6 +52,16 @@ def exponent(text: str) -> float:
     if not 0 <= q < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: a number that is not negative, as in 2")
     return int(q) if q.is_integer() else q
+
+
+def number(text: str) -> float:
+    """Any number, in digits: what it may be is the command's to say."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: a number, as in 0.01 for one per cent"
+        ) from None
 
 
 def amount(text: str) -> float | int:

@@ -70,6 +70,7 @@ def test_slips_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     assert "; did you mean --max-relative?" in fails(
         capsys, "bound", "a", "b", "--max-relatives=1", "c"
     )
+    assert "'1%': a number, as in 0.01" in fails(capsys, "bound", "a", "b", "--max-relative", "1%")
 
 
 def test_a_file_of_python_names_what_makes_a_model(

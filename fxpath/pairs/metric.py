@@ -301,15 +301,18 @@ class PathMetric(Snapshot, Tabular):
             ("path-norm", self.path_norm),
             ("path-norm of the other", self.other_path_norm),
             ("signs agree", self.signs_agree),
-            ("one dominates", self.dominated),
+            ("one dominates the other on all paths", self.dominated),
         ]
         if self.value is not None:
             rows.append(("path-metric, exact (7)", self.value))
             rows.append(("relative to the path-norm", self._over_norm(self.value)))
         else:
-            rows += [("path-metric, at least (6)", self.lower), ("at most", self.upper)]
+            rows += [
+                ("path-metric, at least (6)", self.lower),
+                ("path-metric, at most", self.upper),
+            ]
             rows.append(("relative to the path-norm, at least", self.relative_lower))
-            rows.append(("at most", self.relative_upper))
+            rows.append(("relative to the path-norm, at most", self.relative_upper))
         return tabulate([[name, str(v) if isinstance(v, bool) else v] for name, v in rows])
 
 

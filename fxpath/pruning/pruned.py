@@ -40,7 +40,7 @@ COLUMNS = (
     Column("pruned", "pruned", "count", "entries that the mask cuts"),
     Column("zeros", "zeros", "part", "part of its entries that is zero"),
     Column("lost", "lost at most", "part", "Path-Mag of what is cut, as a part of the path-norm"),
-    Column("note", "", "text", "why it was left alone, or that nothing is left of it"),
+    Column("note", "note", "text", "why it was left alone, or that nothing is left of it"),
 )
 
 
@@ -166,7 +166,10 @@ class Pruned(Tabular):
         for row in self.layers:
             groups.setdefault(".".join(row.name.split(".")[:depth]), []).append(row)
         rows = tuple(_summed(name, group) for name, group in groups.items())
-        return Table(f"{self.sparsity:.1%} zeros", COLUMNS, rows)
+        # A column with nothing in it is no news.
+        said = {name: any(row[name] for row in rows) for name in ("requested", "note")}
+        columns = (dataclasses.replace(c, shown=said.get(c.name, c.shown)) for c in COLUMNS)
+        return Table(f"{self.sparsity:.1%} zeros", tuple(columns), rows)
 
     def _table(self, **options: Any) -> Table:
         return self.table(**options)
