@@ -190,7 +190,7 @@ def test_an_attribute_that_is_not_there(tmp_path: Path) -> None:
     source = (
         "from torch import nn\nfrom torch.nn import Linear\nWIDTH = 3\n"
         "class Wide(nn.Module):\n    small = nn.Identity()\n"
-        "def mlp(): ...\ndef _own(): ...\nnet = nn.Identity()\n"
+        "def mlp(): ...\ndef _own(width): ...\nnet = nn.Identity()\n"
     )
     (tmp_path / "some_file.py").write_text(source)
     file = tmp_path / "some_file.py"
@@ -201,6 +201,7 @@ def test_an_attribute_that_is_not_there(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert said(f"{file}:nope") == f"{file}:nope: no attribute 'nope': there is Wide, mlp, net"
+    assert "called without arguments (missing a required argument" in said(f"{file}:_own")
     assert said(f"{file}:mlpp").endswith("no attribute 'mlpp': did you mean mlp?")
     assert said(f"{file}:Wide.smal").endswith("no attribute 'smal': did you mean small?")
     assert said(f"{file}:WIDTH.x").endswith("no attribute 'x'")

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -48,10 +49,23 @@ def call(name: str, seed: Callable[[], None]) -> nn.Module:
                 raise UsageError(f"{name}: no attribute {part!r}{_instead(found, part)}")
             found = getattr(found, part)
         seed()
-        model = found if isinstance(found, nn.Module) else found()
+        model = found if isinstance(found, nn.Module) else _called(found, name)
     if not isinstance(model, nn.Module):
         raise TypeError(f"returned a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _called(make: Any, name: str) -> Any:
+    """What a callable returns; one that takes arguments is refused in words."""
+    # Some callables of C have no signature: they are asked by being called.
+    with contextlib.suppress(ValueError):
+        asked = inspect.signature(make)
+        try:
+            asked.bind()
+        except TypeError as error:
+            said = f"{name}: it is called without arguments ({error}): name a function that is"
+            raise UsageError(said) from error
+    return make()
 
 
 def _instead(found: Any, name: str) -> str:
