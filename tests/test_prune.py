@@ -66,7 +66,8 @@ def test_every_criterion_has_a_name_scores_and_a_function(criterion: str) -> Non
     model = net()
     named = fxpath.prune(model, 0.4, SHAPE, criterion=criterion)
     shape = () if criterion == "magnitude" else (SHAPE,)
-    function = getattr(fxpath.criteria, criterion)
+    shares = criterion == "path_magnitude"
+    function = fxpath.criteria.path_shares if shares else getattr(fxpath.criteria, criterion)
     given_ = fxpath.prune(model, 0.4, SHAPE, criterion=function(model, *shape))
     called = fxpath.prune(model, 0.4, SHAPE, criterion=lambda m: function(m, *shape))
     assert cut_entries(named) == cut_entries(given_) == cut_entries(called)
