@@ -252,7 +252,7 @@ def test_exported_programs_run() -> None:
     assert columns.deviation(found, columns.expected(model, shape)) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiling_is_timed(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(nets))
     capture, compilation = timing.fresh_process("benchmarks.compile_time", "bench_nets:tiny")
@@ -398,7 +398,7 @@ def test_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
 # Memory and resolution
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (nets / "bench_nets.py").write_text(
         "from torch import nn\ndef large():\n    return nn.Linear(3000, 1000)\n"

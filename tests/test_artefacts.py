@@ -239,7 +239,7 @@ def test_sums_by_positions_do_not_depend_on_threads(tmp_path: Path) -> None:
 
 
 @quiet
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_network_in_onnx_runtime(tmp_path: Path) -> None:
     """A ResNet with one block for each width."""
     pytest.importorskip("onnxscript")
