@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch.fx
 from tabulate import tabulate
 
+from fxpath.report.plain import ending
 from fxpath.sample import Sample
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -87,8 +88,8 @@ class SupportReport:
         rows = [
             [
                 p.node,
-                _ending(p.module_path or "(model)", 32),
-                _ending(p.source_line.rsplit("/", 1)[-1], 34, keep_start=True),
+                ending(p.module_path or "(model)", 32),
+                ending(p.source_line.rsplit("/", 1)[-1], 34, keep_start=True),
             ]
             for p in self.problems
         ]
@@ -109,13 +110,6 @@ class SupportReport:
             found["inputs"] = {name: list(shape) for name, shape in self.inputs.shapes.items()}
             found["input_shape_assumed"] = self.inputs.assumed
         return found
-
-
-def _ending(text: str, width: int, keep_start: bool = False) -> str:
-    """Cut a text to ``width``, at its end if ``keep_start``, else at its start."""
-    if len(text) <= width:
-        return text
-    return text[: width - 1] + "…" if keep_start else "…" + text[1 - width :]
 
 
 class UnsupportedModelError(ValueError):

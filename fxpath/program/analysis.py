@@ -26,7 +26,7 @@ from fxpath.program.spread import Spread
 from fxpath.program.tables import make_report, make_table
 from fxpath.report import plots
 from fxpath.report.page import page
-from fxpath.report.plain import written
+from fxpath.report.plain import ending, written
 from fxpath.report.table import Table, Tabular
 from fxpath.sample import Sample
 
@@ -307,13 +307,5 @@ class Analysis(Tabular):
 
 def shortened(table: Table, width: int = 22) -> Table:
     """The same table with layer names of at most so many letters, their ends kept."""
-    rows = [
-        {
-            **row,
-            "layer": row["layer"]
-            if len(row["layer"]) <= width
-            else "…" + row["layer"][1 - width :],
-        }
-        for row in table.rows
-    ]
+    rows = [{**row, "layer": ending(row["layer"], width)} for row in table.rows]
     return dataclasses.replace(table, rows=tuple(rows))

@@ -9,6 +9,7 @@ from typing import Any
 from fxpath.program.findings import Finding
 from fxpath.program.rows import QUANTILES, LayerRow
 from fxpath.program.spread import Spread
+from fxpath.report.plain import by_module
 from fxpath.report.table import Column, Table
 
 #: Columns of every table of an analysis.
@@ -63,12 +64,7 @@ def make_table(
     Raises:
         ValueError: if ``depth`` is below 1.
     """
-    if depth is not None and not (isinstance(depth, int) and depth >= 1):
-        raise ValueError(f"depth={depth}: pass 1 for the outermost modules, 2 for theirs, ...")
-    groups: dict[str, list[LayerRow]] = {}
-    for row in rows:
-        parts = row["name"].split(".")
-        groups.setdefault(".".join(parts[:depth]), []).append(row)
+    groups = by_module(rows, lambda row: row["name"], depth)
     columns: tuple[Column, ...] = COLUMNS
     if depth is not None:
         about = "how many of its layers path mass crosses on average"

@@ -19,6 +19,7 @@ from fxpath.pairs.certify import certify
 from fxpath.pairs.metric import PathMetric
 from fxpath.pruning.masks import deep_copy, refresh, write_masks
 from fxpath.report import plots
+from fxpath.report.plain import by_module
 from fxpath.report.table import Column, Table, Tabular
 
 if TYPE_CHECKING:
@@ -160,11 +161,7 @@ class Pruned(Tabular):
             >>> fxpath.prune(nn.Linear(4, 2), 0.5).to_pandas()["pruned"].tolist()
             [4]
         """
-        if depth is not None and not (isinstance(depth, int) and depth >= 1):
-            raise ValueError(f"depth={depth}: pass 1 for the outermost modules, 2 for theirs, ...")
-        groups: dict[str, list[PrunedLayer]] = {}
-        for row in self.layers:
-            groups.setdefault(".".join(row.name.split(".")[:depth]), []).append(row)
+        groups = by_module(self.layers, lambda row: row.name, depth)
         rows = tuple(_summed(name, group) for name, group in groups.items())
         # A column with nothing in it is no news.
         said = {name: any(row[name] for row in rows) for name in ("requested", "note")}

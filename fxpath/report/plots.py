@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fxpath.report.plain import ending
 from fxpath.report.table import shown
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _figure(rows: int, columns: int, dark: bool) -> Iterator[list[Axes]]:
 def _label(axes: Axes, names: Sequence[str]) -> None:
     """One label for each row, the first one on top."""
     whole = [shown(name, "text") for name in names]
-    short = [name if len(name) <= LETTERS else "…" + name[1 - LETTERS :] for name in whole]
+    short = [ending(name, LETTERS) for name in whole]
     axes.set_yticks(range(len(names)), short, fontsize=POINTS, parse_math=False)
     axes.set_ylim(len(names) - 0.4, -0.6)
 

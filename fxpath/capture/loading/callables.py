@@ -57,6 +57,9 @@ def call(name: str, seed: Callable[[], None]) -> nn.Module:
 
 def _called(make: Any, name: str) -> Any:
     """What a callable returns; one that takes arguments is refused in words."""
+    if not callable(make):
+        kind = type(make).__name__
+        raise UsageError(f"{name}: {kind} is not callable: name a module, or what makes one")
     # Some callables of C have no signature: they are asked by being called.
     with contextlib.suppress(ValueError):
         asked = inspect.signature(make)
