@@ -35,6 +35,7 @@ from fxpath.pruning.smaller import PrunedChannels, load_pruned
 from fxpath.pruning.surgery import apply_plan
 from fxpath.report.table import Column, Table
 from fxpath.rules.own import RegisteredRule, register_rule
+from fxpath.symmetry.conditioning import path_conditioning
 from fxpath.symmetry.groups import ChannelGroup, ChannelGroups, Member
 from fxpath.symmetry.rescaling import channel_groups, normalize, rescale
 from fxpath.toolchain.annotations import annotate
@@ -84,6 +85,7 @@ __all__ = [
     "load_pruned",
     "normalize",
     "passes",
+    "path_conditioning",
     "path_lifting",
     "path_magnitude",
     "path_metric",

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fxpath
 from fxpath.criteria import canonical_magnitude, relative_to_layer
-from fxpath.symmetry import least_norm
+from fxpath.symmetry import masses
 from fxpath.symmetry.balancing import Masses, balance
 from tests.support.canonical import assert_equal, minimized, mlp, norm_of, taken
 from tests.support.nets import randomize
@@ -188,7 +188,7 @@ def test_small_sizes_are_kept_in_float64() -> None:
 def test_matrices_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, shape = taken("residual")
     scores = canonical_magnitude(model, shape)
-    monkeypatch.setattr(least_norm, "CHUNK", 7)
+    monkeypatch.setattr(masses, "CHUNK", 7)
     assert_equal(canonical_magnitude(model, shape), scores, rtol=1e-12)
 
 
@@ -208,7 +208,7 @@ def test_balance_is_as_exact_as_it_says() -> None:
 
 def test_what_is_refused() -> None:
     model = mlp(2, 3, 2)
-    with pytest.raises(ValueError, match="method='l2': known are 'l1', 'least_norm'"):
+    with pytest.raises(ValueError, match="method='l2': known are 'incoming', 'least_norm', 'path_c"):
         fxpath.normalize(model, method="l2")
     with pytest.raises(TypeError, match="ExportedProgram"):
         fxpath.normalize(

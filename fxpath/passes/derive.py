@@ -57,8 +57,8 @@ def derive(
     return _Derivation(module, tape, ending).run()
 
 
-#: A leaf: what is lifted, and how.
-Leaf = tuple[fx.Node, Callable[[Tensor, torch.dtype, float], Tensor]]
+#: A leaf: the node that reads it, what is lifted, and how.
+Leaf = tuple[fx.Node, fx.Node, Callable[[Tensor, torch.dtype, float], Tensor]]
 
 
 def leaves(module: fx.GraphModule) -> list[Leaf]:
@@ -66,10 +66,10 @@ def leaves(module: fx.GraphModule) -> list[Leaf]:
     found: list[Leaf] = []
     for node in module.graph.nodes:
         if node.target is ops.slope and isinstance(node.args[1], fx.Node):
-            found.append((node.args[1], products.steepness))
+            found.append((node, node.args[1], products.steepness))
         elif node.target in LEAVES:
-            found.append((arguments(node)[0], products.lift))
-    return [(raw, lift) for raw, lift in found if raw.op != "get_attr"]
+            found.append((node, arguments(node)[0], products.lift))
+    return [leaf for leaf in found if leaf[1].op != "get_attr"]
 
 
 class _Derivation:

@@ -46,7 +46,7 @@ def lower(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     Returns:
         A graph module with the same placeholders, in the vocabulary of ``fxpath.graph.ops``.
     """
-    return _Lowering(module).run()
+    return _Lowering(module).run(setting.effective)
 
 
 class _Lowering(Writer):
@@ -54,7 +54,7 @@ class _Lowering(Writer):
         super().__init__()
         self.copy(module)
 
-    def run(self) -> fx.GraphModule:
+    def run(self, effective: bool) -> fx.GraphModule:
         for node in self.graph.nodes:
             seen = seen_through(node)
             if seen is not node:
@@ -68,7 +68,7 @@ class _Lowering(Writer):
                     step(node)
             drop_dead(self.graph)
         for node in list(self.graph.nodes):
-            if node.target is ops.folded_weight:
+            if node.target is ops.folded_weight and not effective:
                 self._scale_outputs(node)
         return self.finish()
 

@@ -18,10 +18,13 @@ class Setting:
     Attributes:
         captured: the model as captured: names of tensors, and what they hold.
         q: exponent of the path-norm.
+        effective: whether gradients are by effective parameters: a batch norm that is folded into
+            a weight stays a part of it, where a factor behind it would be faster.
     """
 
     captured: Captured
     q: float = 1.0
+    effective: bool = False
 
     @property
     def device(self) -> torch.device:

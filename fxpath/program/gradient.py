@@ -47,7 +47,7 @@ def log_of(
         gradients: by each leaf of the graph.
     """
     found = leaves(flat.module)
-    values = dict(evaluated(flat.module, live, [raw for raw, _ in found], attached=True))
-    lifted = [lift(values[raw], dtype, flat.setting.q) for raw, lift in found]
+    values = dict(evaluated(flat.module, live, [raw for _, raw, _ in found], attached=True))
+    lifted = [lift(values[raw], dtype, flat.setting.q) for _, raw, lift in found]
     result: Tensor = _Log.apply(log, gradients, *lifted)
     return result

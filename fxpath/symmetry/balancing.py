@@ -52,6 +52,24 @@ class Masses:
         return self.into.shape[1] == 1
 
 
+def times(masses: Sequence[Masses], parts: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Numbers for all edges, as one matrix, times a vector over groups; ``parts`` are as `log`."""
+    y = torch.zeros_like(x)
+    for m, part in zip(masses, parts, strict=True):
+        read = x[m.into]
+        y.index_add_(0, m.out[:, 0], (part * read)[:, 0] if m.listed else part @ read[0])
+    return y
+
+
+def transposed(masses: Sequence[Masses], parts: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The transpose of the same."""
+    y = torch.zeros_like(x)
+    for m, part in zip(masses, parts, strict=True):
+        read = x[m.out[:, 0]]
+        y.index_add_(0, m.into.reshape(-1), part[:, 0] * read if m.listed else read @ part)
+    return y
+
+
 @dataclass(frozen=True)
 class Balance:
     """Factors of groups.
@@ -213,19 +231,11 @@ class _State:
 
     def times(self, x: Tensor) -> Tensor:
         """The parts, as one matrix, times a vector over groups."""
-        y = torch.zeros_like(x)
-        for m, part in zip(self.masses, self.parts, strict=True):
-            read = x[m.into]
-            y.index_add_(0, m.out[:, 0], (part * read)[:, 0] if m.listed else part @ read[0])
-        return y
+        return times(self.masses, self.parts, x)
 
     def transposed(self, x: Tensor) -> Tensor:
         """The transpose of the same."""
-        y = torch.zeros_like(x)
-        for m, part in zip(self.masses, self.parts, strict=True):
-            read = x[m.out[:, 0]]
-            y.index_add_(0, m.into.reshape(-1), part[:, 0] * read if m.listed else read @ part)
-        return y
+        return transposed(self.masses, self.parts, x)
 
     def newton(self) -> Tensor:
         """A step of Newton in the ratios.

@@ -92,8 +92,13 @@ class ChannelGroups:
         return self.groups[index]
 
     def __repr__(self) -> str:
-        rescalable = sum(group.rescalable for group in self.groups)
+        rescalable = int(self.rescalable.sum())
         return f"<ChannelGroups: {len(self)} channels, {rescalable} of them rescalable>"
+
+    @property
+    def rescalable(self) -> Tensor:
+        """Which groups are: bool, ``[groups]``."""
+        return torch.tensor([group.rescalable for group in self.groups], dtype=torch.bool)
 
 
 def open_groups(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:

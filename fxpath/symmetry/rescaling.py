@@ -15,6 +15,8 @@ from fxpath.model import Captured, Given, Model, Shapes, check_finite, named_ten
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.passes import take_in
+from fxpath.symmetry.carriers import Numbers, through_norms
+from fxpath.symmetry.conditioning import conditioning_factors
 from fxpath.symmetry.groups import ChannelGroups, find_groups, open_groups
 from fxpath.symmetry.least_norm import least_norm_factors
 
@@ -115,7 +117,7 @@ def rescale(
     captured, lifted = take_in(model, given)
     found = open_groups(captured, lifted)
     values = torch.ones(len(found), dtype=torch.float64)
-    rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
+    rescalable = found.rescalable
     if factors is None:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(len(choices), (len(found),), generator=generator)
@@ -129,7 +131,7 @@ def rescale(
     if not bool(((values > 0) & values.isfinite()).all()):
         raise ValueError("every factor must be a positive number")
     _warn_of_unread(model, captured, found, values, given)
-    return _rescaled(model, found, values)
+    return _rescaled(model, found._numbers, values)
 
 
 @plain_mode()
@@ -138,7 +140,7 @@ def normalize(
     model: nn.Module,
     input_shape: Shapes = None,
     *,
-    method: str = "l1",
+    method: str = "incoming",
     example_inputs: Inputs = None,
     example_kwargs: Mapping[str, Any] | None = None,
     batch_dim: int | None = 0,
@@ -147,7 +149,7 @@ def normalize(
 ) -> nn.Module:
     """A model of the same function at one chosen rescaling of its hidden neurons.
 
-    ``method="l1"``: incoming l^1 norms of at most 1.  The incoming norm of a neuron v is that of
+    ``method="incoming"``: incoming l^1 norms of at most 1.  That of a neuron v is, as in
     Algorithm 1 in Gonon et al. (2024), sum over its antecedents u of ``|theta^{u->v}| h_u``, plus
     ``|b_v|``, where h is the same number of u, and 1 for inputs: the l^1 norm of the path-lifting
     that ends at v.  Algorithm 1 divides by h_v and leaves 1 at each neuron; a model of the same
@@ -166,14 +168,26 @@ def normalize(
     have the same sum as those that leave it, to 1e-10.  Channels that no input or bias reaches, or
     that reach no output, could be made as small as one likes, so that no minimum is attained: they
     stay as they are, or take the factor nearest to 1 with which none of their weights grows.
+    (ENorm of Stock et al., "Equi-normalization of neural networks", 2019, descends to the same
+    balance channel by channel.)
 
-    The result is the same for all rescalings of one model (by the least norm, within rounding and
-    but for channels that no path visits).
+    ``method="path_conditioning"``: the least :func:`fxpath.path_conditioning`, the divergence of
+    the path kernel's diagonal from a multiple of the identity, which Lebeurrier, Vayer and
+    Gribonval propose before training (2026).  The problem is convex, and solved until the sums of
+    the kernel into and out of every group are balanced to 1e-10.  A batch norm in training divides
+    by the statistics of the batch, so that what is multiplied into the weights in front of it is
+    lost: here the factor of a channel goes into the scale and bias of the batch norm instead, and
+    the function in training stays as well.  Channels whose scale a batch norm reads that is not
+    folded into the map before it (in front of a ReLU, as in DenseNet) keep theirs.
+
+    The result of the first two is the same for all rescalings of one model (by the least norm,
+    within rounding and but for channels that no path visits); that of the third in its effective
+    parameters, with batch norms folded in, up to channels that keep their scale.
 
     Args:
         model: a module, in either mode; it is not changed.  The function is that of eval mode.
         input_shape: as for :func:`fxpath.analyze`.
-        method: ``"l1"`` or ``"least_norm"``.
+        method: ``"incoming"``, ``"least_norm"`` or ``"path_conditioning"``.
         example_inputs: as for :func:`fxpath.analyze`.
         example_kwargs: as for :func:`fxpath.analyze`.
         batch_dim: as for :func:`fxpath.analyze`.
@@ -192,7 +206,7 @@ def normalize(
             computed (pruned, parametrized), by name; for a result that the number format of a
             parameter does not hold, by name.
         TypeError: for an exported program.
-        FloatingPointError: if some h_v, or the least norm, is beyond float64.
+        FloatingPointError: if some h_v, the least norm or the path kernel is beyond float64.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -210,13 +224,18 @@ def normalize(
     captured, lifted = take_in(model, given)
     check_finite({captured.tensors[key]: tensor for key, tensor in captured.live().items()})
     found = open_groups(captured, lifted)
-    values = METHODS[method](captured, lifted, found)
+    numbers, free = found._numbers, found.rescalable
+    if method == "path_conditioning":
+        numbers, free = through_norms(captured, lifted, found)
+    values = METHODS[method](captured, lifted, found, free)
     _warn_of_unread(model, captured, found, values, given)
-    return _rescaled(model, found, values)
+    return _rescaled(model, numbers, values)
 
 
-def _unit_norm_factors(captured: Captured, lifted: fx.GraphModule, found: ChannelGroups) -> Tensor:
-    """Factors with which the largest h_v of each rescalable group is 1, ``[groups]``."""
+def _unit_norm_factors(
+    captured: Captured, lifted: fx.GraphModule, found: ChannelGroups, free: Tensor
+) -> Tensor:
+    """Factors with which the largest h_v of each group that is free is 1, ``[groups]``."""
     live = captured.live()
     largest = torch.zeros(len(found) + 1, dtype=torch.float64)
     _Norms(lifted, found._activations, largest).run(
@@ -229,14 +248,14 @@ def _unit_norm_factors(captured: Captured, lifted: fx.GraphModule, found: Channe
     largest = largest[:-1]
     if not bool(largest.isfinite().all()):
         raise FloatingPointError("a path-norm inside the network does not fit into float64")
-    rescalable = torch.tensor([group.rescalable for group in found.groups], dtype=torch.bool)
-    return torch.where((largest > 0) & rescalable, 1 / largest, 1.0)
+    return torch.where((largest > 0) & free, 1 / largest, 1.0)
 
 
 #: Method of :func:`normalize` -> the factors of all channel groups.
-METHODS: dict[str, Callable[[Captured, fx.GraphModule, ChannelGroups], Tensor]] = {
-    "l1": _unit_norm_factors,
+METHODS: dict[str, Callable[[Captured, fx.GraphModule, ChannelGroups, Tensor], Tensor]] = {
+    "incoming": _unit_norm_factors,
     "least_norm": least_norm_factors,
+    "path_conditioning": conditioning_factors,
 }
 
 
@@ -305,12 +324,12 @@ def _unread(module: nn.Module, path: str, read: set[int]) -> list[str]:
     return found
 
 
-def _rescaled(model: nn.Module, found: ChannelGroups, values: Tensor) -> nn.Module:
+def _rescaled(model: nn.Module, numbers: Numbers, values: Tensor) -> nn.Module:
     table = torch.cat([values, values.new_ones(1)])
     copied = copy.deepcopy(model)
     tensors = named_tensors(copied)
     overflowed = []
-    for name, (out, into) in found._numbers.items():
+    for name, (out, into) in numbers.items():
         tensor = tensors[name]
         # The quotient first: where both sides have one factor, no digit changes.
         ratio = table[-1:] if out is None else table[out]
