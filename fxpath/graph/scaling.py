@@ -42,6 +42,7 @@ def settle(
     measured: Sequence[bool],
     factor: Tensor | None = None,
     watch: bool = True,
+    zeros: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """The sum of scaled values, at a common exponent.
 
@@ -51,6 +52,8 @@ def settle(
         measured: whether to look for the largest entry; one that is known to be near 1 need not.
         factor: multiplied with the first value, along axis 1, if given.
         watch: whether to look for the smallest entry.
+        zeros: whether a tensor of zeros keeps its exponent, as one of ones would.  Gradients by
+            what made it zero are right then; without, nothing is scaled down for its sake.
 
     Returns:
         The sum, its exponent; the powers of two that the values were multiplied by, and their
@@ -61,7 +64,7 @@ def settle(
     entries = [v.max() for v, known in every if known and v.numel()]
     largest = _largest(entries) if entries else None
     tops = [
-        _top(v, e, m, factor if i == 0 else None)
+        _top(v, e, m, zeros, factor if i == 0 else None)
         for i, (v, e, m) in enumerate(zip(values, scales, measured, strict=True))
     ]
     common, shifts = _common(tops, scales, measured)
@@ -138,9 +141,10 @@ def join(
     measured: Sequence[bool],
     dim: int,
     watch: bool = True,
+    zeros: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """Scaled values side by side along an axis; see :func:`settle`."""
-    tops = [_top(*each) for each in zip(values, scales, measured, strict=True)]
+    tops = [_top(*each, zeros) for each in zip(values, scales, measured, strict=True)]
     common, shifts = _common(tops, scales, measured)
     powers = [torch.exp2(shift) for shift in shifts]
     joined = torch.cat([v * p for v, p in zip(values, powers, strict=True)], dim)
@@ -161,12 +165,15 @@ def join_back(
 
 
 def sum_up(
-    values: Sequence[Tensor], scales: Sequence[Tensor | None]
+    values: Sequence[Tensor], scales: Sequence[Tensor | None], zeros: bool = False
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The sum of all entries in float64: mantissa, exponent, and what each value is shifted by."""
+    """The sum of all entries in float64: mantissa, exponent, and what each value is shifted by.
+
+    ``zeros`` is as in :func:`settle`.
+    """
     sums = [value.sum(dtype=torch.float64) for value in values]
     exponents = [None if scale is None else scale.double() for scale in scales]
-    tops = [_plus(s.log2().floor(), e) for s, e in zip(sums, exponents, strict=True)]
+    tops = [_plus(_exponent(s, zeros), e) for s, e in zip(sums, exponents, strict=True)]
     common, shifts = _common(tops, exponents, [True] * len(sums))
     terms = [s * torch.exp2(shift) for s, shift in zip(sums, shifts, strict=True)]
     return functools.reduce(torch.add, terms), common, shifts
@@ -244,9 +251,13 @@ def _times(
 
 
 def _top(
-    value: Tensor, scale: Tensor | None, measured: bool, factor: Tensor | None = None
+    value: Tensor,
+    scale: Tensor | None,
+    measured: bool,
+    zeros: bool,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Exponent of the largest entry, minus infinity for zeros."""
+    """Exponent of the largest entry, minus infinity for zeros if they do not keep theirs."""
     if not value.numel():
         return value.new_full((), -math.inf)
     if not measured:
@@ -254,7 +265,12 @@ def _top(
     if factor is not None:
         # Before any scaling: a large entry often meets a small factor.
         value = value.amax([d for d in range(value.dim()) if d != 1]) * factor
-    return _plus(value.max().log2().floor(), scale)
+    return _plus(_exponent(value.max(), zeros), scale)
+
+
+def _exponent(largest: Tensor, zeros: bool) -> Tensor:
+    exponent = largest.log2().floor()
+    return torch.where(largest == 0, 0.0, exponent) if zeros else exponent
 
 
 def _plus(exponent: Tensor, scale: Tensor | None) -> Tensor:

@@ -53,7 +53,7 @@ def derive(
         raised: shares and gradients are multiplied by ``2 ** raised``: those that would be below
             the number format are within it, and those of other entries beyond.
     """
-    tape = Tape(dtype, setting.device, setting.q, ending == "norm", raised)
+    tape = Tape(dtype, setting.device, setting.q, ending == "norm", raised, setting.effective)
     return _Derivation(module, tape, ending).run()
 
 
@@ -180,7 +180,8 @@ class _Derivation:
     def _total(self, outputs: list[Value]) -> dict[str, Any]:
         """The sum over all output neurons, and the way back."""
         tape = self.tape
-        made = tape.emit(scaling.sum_up, [x.node for x in outputs], [x.scale for x in outputs])
+        nodes, scales = [x.node for x in outputs], [x.scale for x in outputs]
+        made = tape.emit(scaling.sum_up, nodes, scales, tape.zeros)
         mantissa, exponent, shifts = (tape.item(made, i) for i in range(3))
         found: dict[str, Any] = {
             "mantissa": mantissa,

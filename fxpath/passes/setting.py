@@ -18,8 +18,9 @@ class Setting:
     Attributes:
         captured: the model as captured: names of tensors, and what they hold.
         q: exponent of the path-norm.
-        effective: whether gradients are by effective parameters: a batch norm that is folded into
-            a weight stays a part of it, where a factor behind it would be faster.
+        effective: whether gradients by effective parameters are asked for, those that are 0
+            included: a batch norm that is folded into a weight stays a part of it, where a factor
+            behind it would be faster.
     """
 
     captured: Captured

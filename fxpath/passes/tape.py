@@ -87,6 +87,7 @@ class Tape:
             whether that takes a tensor, or an :class:`Outer` as well.
         watch: whether the first witness of range is asked for, see :mod:`fxpath.graph.scaling`.
         smallest: what makes it up.
+        zeros: whether tensors of zeros keep their exponents.
         masses: lists of what makes up the second one.
     """
 
@@ -97,10 +98,11 @@ class Tape:
         q: float,
         watch: bool,
         raised: int = 0,
+        zeros: bool = False,
     ) -> None:
         self.graph, self.root = fx.Graph(), torch.nn.Module()
         self.dtype, self.device, self.q = dtype, device, q
-        self.watch, self.raised = watch, raised
+        self.watch, self.raised, self.zeros = watch, raised, zeros
         self.backs: list[tuple[Value, Callable[[Any], None], bool]] = []
         self.smallest: list[fx.Node] = []
         self.masses: list[Any] = []
@@ -167,7 +169,8 @@ class Tape:
         """The sum of some values at a common scale."""
         nodes, scales = [v.node for v in values], [v.scale for v in values]
         factors = None if factor is None else factor.node
-        made = self.emit(scaling.settle, nodes, scales, list(measured), factors, self.watch)
+        asked = self.watch, self.zeros
+        made = self.emit(scaling.settle, nodes, scales, list(measured), factors, *asked)
         powers, shifts = self.item(made, 2), self.item(made, 3) if self.raised else None
         terms = [*values] if factor is None else [*values, factor]
         wanted = [v.wanted for v in terms]
@@ -184,7 +187,7 @@ class Tape:
         """Values side by side."""
         nodes, scales = [v.node for v in values], [v.scale for v in values]
         measured = [self.grown(v.bits) for v in values]
-        made = self.emit(scaling.join, nodes, scales, measured, dim, self.watch)
+        made = self.emit(scaling.join, nodes, scales, measured, dim, self.watch, self.zeros)
         powers, shifts = self.item(made, 2), self.item(made, 3) if self.raised else None
 
         def back(grad: fx.Node) -> None:
