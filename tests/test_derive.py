@@ -80,6 +80,16 @@ def test_agrees_with_autograd(
                 close(grad * asked, expected * asked, dtype)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_behind_zeros(name: str) -> None:
+    """By effective parameters all of them are right, those of a layer of zeros included."""
+    module, tensors = drawn(name, 2)
+    _, gradients, _, _ = plain(module, tensors, 2)
+    derived = derive(module, setting(2, effective=True), torch.float64, "gradients")
+    for grad, expected in zip(called(derived, tensors)["gradients"], gradients, strict=True):
+        close(grad, expected)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "dead"])
 def test_agrees_with_finite_differences(name: str) -> None:
     """Of the logarithm of the norm, along one direction for each tensor that is read."""

@@ -78,9 +78,9 @@ class Sketch(Writer):
         return self.finish()
 
 
-def setting(q: float = 1.0) -> Any:
+def setting(q: float = 1.0, effective: bool = False) -> Any:
     """Whose network it is, as far as the last passes ask."""
-    return types.SimpleNamespace(q=q, device=torch.device("cpu"))
+    return types.SimpleNamespace(q=q, device=torch.device("cpu"), effective=effective)
 
 
 # -- the slow reading ------------------------------------------------------------------------------
