@@ -29,9 +29,9 @@ from typing import Any
 from benchmarks import pruning_report as report
 from benchmarks.pruning_cells import REWIND, Row, measure, prepare
 from benchmarks.pruning_masks import METHODS
+from benchmarks.stacked import OPTIMIZERS
 from benchmarks.tasks import TASKS
 from benchmarks.timing import environment, explained, options, positive
-from benchmarks.training import OPTIMIZERS
 from fxpath.capture.loading import UsageError
 
 __all__ = ["Results", "main", "titles"]

@@ -12,8 +12,8 @@ from torch import nn
 
 import fxpath
 from benchmarks.pruning_masks import Masks, Method, Pruner
+from benchmarks.stacked import Recipe, Tensors, accuracies, recalibrate, stack, train
 from benchmarks.tasks import TASKS, Data
-from benchmarks.training import Recipe, Tensors, accuracies, recalibrate, stack, train
 
 __all__ = ["REWIND", "Row", "Trained", "measure", "prepare"]
 

@@ -31,7 +31,7 @@ class Task:
         title: for tables and plots.
         data: returns the same examples at every call.
         network: constructor, with random weights.
-        rates: name of an optimizer in ``benchmarks.training`` -> its largest learning rate.
+        rates: name of an optimizer in ``benchmarks.stacked`` -> its largest learning rate.
         epochs: of the dense training.
         normalized: whether there is batch normalization to recalibrate.
     """

@@ -17,9 +17,9 @@ from benchmarks import pruning_accuracy as experiment
 from benchmarks import pruning_cells as cells
 from benchmarks import pruning_masks as masks
 from benchmarks import pruning_report as report
-from benchmarks import training
+from benchmarks import stacked
+from benchmarks.stacked import Recipe
 from benchmarks.tasks import TASKS, Data, Task
-from benchmarks.training import Recipe
 
 # Networks trained together
 
@@ -43,8 +43,8 @@ def inputs_of(network: nn.Module, count: int) -> Tensor:
 
 @pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
 def test_a_stack_computes_what_its_networks_do(networks: list[nn.Module], mode: bool) -> None:
-    inputs, state = inputs_of(networks[0], 7), training.stack(networks)
-    outputs = training.run(networks[0], state, training._innermost(inputs), training=mode)
+    inputs, state = inputs_of(networks[0], 7), stacked.stack(networks)
+    outputs = stacked.run(networks[0], state, stacked._innermost(inputs), training=mode)
     for number, network in enumerate(networks):
         torch.testing.assert_close(outputs[number], network.train(mode)(inputs))
         for name, buffer in network.named_buffers():
@@ -52,17 +52,17 @@ def test_a_stack_computes_what_its_networks_do(networks: list[nn.Module], mode: 
                 torch.testing.assert_close(state[name][number], buffer)
 
 
-@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", stacked.OPTIMIZERS)
 def test_a_stack_is_trained_as_its_networks_are(
     networks: list[nn.Module], optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "BATCH", 8)
+    monkeypatch.setattr(stacked, "BATCH", 8)
     inputs, recipe = inputs_of(networks[0], 20), Recipe(optimizer, 0.01, 3, seed=5)
     classes = torch.arange(20) % 10
-    state = training.stack(networks)
+    state = stacked.stack(networks)
     masks = {n: torch.rand_like(v) < 0.5 for n, v in state.items() if v.dim() > 2}
-    training.train(networks[0], state, inputs, classes, recipe, [1, 2], masks)
-    kind, options = training.OPTIMIZERS[optimizer]
+    stacked.train(networks[0], state, inputs, classes, recipe, [1, 2], masks)
+    kind, options = stacked.OPTIMIZERS[optimizer]
     for number, network in enumerate(networks):
         pruned = {name: mask[number] for name, mask in masks.items()}
         alone = kind(network.parameters(), lr=0.01, **options)
@@ -85,16 +85,16 @@ def test_a_stack_is_trained_as_its_networks_are(
 
 
 def test_recalibration_takes_the_statistics_of_all_examples(networks: list[nn.Module]) -> None:
-    inputs, state = inputs_of(networks[0], 30), training.stack(networks)
+    inputs, state = inputs_of(networks[0], 30), stacked.stack(networks)
     before = {name: value.clone() for name, value in state.items()}
-    adapted = training.recalibrate(networks[0], state, inputs)
+    adapted = stacked.recalibrate(networks[0], state, inputs)
     assert all(torch.equal(state[name], value) for name, value in before.items())
     for number, network in enumerate(networks):
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = None
         network.train()(inputs)
-        outputs = training.run(network, adapted, training._innermost(inputs[:4]), training=False)
+        outputs = stacked.run(network, adapted, stacked._innermost(inputs[:4]), training=False)
         # A norm's average over one call, from its count of calls on.
         torch.testing.assert_close(outputs[number], network.eval()(inputs[:4]))
 
@@ -102,7 +102,7 @@ def test_recalibration_takes_the_statistics_of_all_examples(networks: list[nn.Mo
 def test_no_stacked_form_is_an_error() -> None:
     network = nn.Sequential(nn.Tanh())
     with pytest.raises(TypeError, match=r"0\.: Tanh has no stacked form"):
-        training.run(network, {}, torch.zeros(1, 1, 1, 1, 1), training=False)
+        stacked.run(network, {}, torch.zeros(1, 1, 1, 1, 1), training=False)
 
 
 # Data

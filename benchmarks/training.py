@@ -1,269 +1,211 @@
-"""Many small networks of one architecture trained at once, for `benchmarks.pruning_accuracy`.
+"""The logarithm of the path-norm in a training loss: what it costs, and what it does.
 
-One small network alone leaves a processor idle most of the time.  Here the tensors of several
-networks are stacked, along a new first axis, and every layer is one batched operation: of the
-widths used here, three to four times as fast as one network after the other.  All see the same
-batches in the same order, so that they differ by their masks alone.
-
-Activations are ``[networks, channels, height, width, batch]``: with the batch innermost, all that
-a convolution has to copy is contiguous.
+`python -m benchmarks.training` prints two tables.  *Digits*: a small ResNet with batch norms on the
+digits of scikit-learn, with and without ``log_path_norm`` in the loss, over several seeds.  *Step*:
+one step of larger networks with and without it, taking turns; peak memory in a process for each.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
-from torch.func import stack_module_state
 from torch.nn import functional as F
 
-from benchmarks.tasks import Residual
+import fxpath
+from benchmarks.memory import peak_bytes
+from benchmarks.tasks import TASKS
+from benchmarks.timing import (
+    explained,
+    fresh_process,
+    interleave,
+    load_module,
+    options,
+    positive,
+    write_json,
+)
+from fxpath.capture.shapes import infer_input_shape
 
-__all__ = ["OPTIMIZERS", "Recipe", "accuracies", "recalibrate", "run", "stack", "train"]
+__all__ = ["digits", "main", "step_of", "steps"]
 
-Tensors = dict[str, Tensor]
-Masks = Mapping[str, Tensor]
+#: How the penalty is computed: not at all, or by the backend of that name.
+WAYS = ("plain", "eager", "inductor")
 
-#: Name on the command line -> optimizer without its learning rate.
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}),
-    "adamw": (torch.optim.AdamW, {"weight_decay": 0.05}),
-}
 BATCH = 50
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How networks are trained.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = options("training", __doc__.split("\n")[0], repeats=5)
+    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of the digits")
+    parser.add_argument("--epochs", type=positive, default=10, metavar="N", help="of the digits")
+    parser.add_argument(
+        "--weight", type=float, default=1e-2, metavar="W", help="of the penalty in the loss"
+    )
+    parser.add_argument(
+        "--models", nargs="*", default=["resnet18"], metavar="MODEL", help="whose step is timed"
+    )
+    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="of that step")
+    parser.add_argument(
+        "--here", choices=WAYS, help="do one step of one MODEL, and print how many bytes it took"
+    )
+    arguments = parser.parse_args(argv)
+    with explained(parser):
+        if arguments.here:
+            print(_bytes(arguments.models[0], arguments.here, arguments.batch))
+            return 0
+        rows = digits(arguments.seeds, arguments.epochs, arguments.weight)
+        print(f"{_digits_table(rows)}\n", flush=True)
+        timed = [steps(name, arguments.batch, arguments.repeats) for name in arguments.models]
+    print(f"{_steps_table(timed)}\n")
+    write_json(arguments.json, [*rows, *timed])
+    return 0
 
-    Attributes:
-        optimizer: among ``OPTIMIZERS``.
-        rate: the first and largest learning rate; it falls to 0 along a half cosine.
-        epochs: until then.
-        seed: of the order of the examples.
-    """
 
-    optimizer: str
-    rate: float
-    epochs: int
-    seed: int
+# -- digits ----------------------------------------------------------------------------------------
 
 
-def stack(networks: Sequence[nn.Module]) -> Tensors:
-    """Parameters and buffers by name, each with a new first axis: networks."""
-    parameters, buffers = stack_module_state(list(networks))
-    return {name: value.detach().clone() for name, value in (parameters | buffers).items()}
+def digits(seeds: int, epochs: int, weight: float) -> list[dict[str, Any]]:
+    """Accuracy, path-norm and penalty after training, for each seed without and with the term."""
+    rows = []
+    for seed in range(seeds):
+        for factor in (0.0, weight):
+            torch.manual_seed(seed)
+            model = TASKS["digits"].network()
+            accuracy = _trained(model, epochs, factor, seed)
+            norm = fxpath.analyze(model, (1, 8, 8)).log10_path_norm
+            rescaled = fxpath.rescale(model, (1, 8, 8), choices=(0.3, 1, 5), seed=seed)
+            penalties = [
+                float(fxpath.compile(each, (1, 8, 8), backend="eager").log_path_norm().detach())
+                for each in (model, rescaled)
+            ]
+            row = {"seed": seed, "weight": factor, "accuracy": accuracy, "log10_path_norm": norm}
+            row |= {"penalty": penalties[0], "penalty_rescaled": penalties[1]}
+            row |= {"decay": _squares(model), "decay_rescaled": _squares(rescaled)}
+            rows.append(row)
+    return rows
 
 
-def train(
-    network: nn.Module,
-    state: Tensors,
-    inputs: Tensor,
-    classes: Tensor,
-    recipe: Recipe,
-    epochs: Iterable[int],
-    masks: Masks | None = None,
-) -> None:
-    """Train all networks of a stack, in place.
-
-    Args:
-        network: one of them, for its architecture.
-        state: of :func:`stack`; it is changed.
-        inputs: ``[count, channels, *size]``.
-        classes: ``[count]``.
-        recipe: of the whole training.
-        epochs: those of the recipe that are done here, from 0: after a rewind only the later ones.
-        masks: name -> ``[networks, *shape]``, True = kept; other entries are zero and stay so.
-    """
-    kind, options = OPTIMIZERS[recipe.optimizer]
-    trained = {n: p.requires_grad_() for n, p in state.items() if _is_parameter(network, n)}
-    optimizer = kind([{"params": list(trained.values())}], lr=recipe.rate, **options)
-    fixed = [(trained[name], mask) for name, mask in (masks or {}).items()]
-    _erase(fixed)
-    count = next(iter(trained.values())).shape[0]
-    steps = -(-len(inputs) // BATCH)
-    images = _innermost(inputs)
-    for epoch in epochs:
-        generator = torch.Generator().manual_seed(1000 * recipe.seed + epoch)
-        order = torch.randperm(len(inputs), generator=generator)
-        for step, batch in enumerate(order.split(BATCH)):
-            done = (epoch + step / steps) / recipe.epochs
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate * (1 + math.cos(math.pi * done)) / 2
-            outputs = run(network, state, images[..., batch], training=True)
-            # A mean over all examples of all networks would divide each one's gradient.
-            loss = count * F.cross_entropy(outputs.flatten(0, 1), classes[batch].repeat(count))
+def _trained(model: nn.Module, epochs: int, weight: float, seed: int) -> float:
+    """Train a network, and return its accuracy on what it has not seen."""
+    data = TASKS["digits"].data()
+    program = fxpath.compile(model, (1, 8, 8), backend="inductor" if weight else "eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    count = len(data.train_inputs) // BATCH
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * count)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(data.train_inputs), generator=generator)
+        for picked in order.split(BATCH)[:count]:
+            loss = F.cross_entropy(model(data.train_inputs[picked]), data.train_classes[picked])
+            if weight:
+                loss = loss + weight * program.log_path_norm()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            _erase(fixed)
-    for parameter in trained.values():
-        parameter.requires_grad_(False)
+            schedule.step()
+    model.eval()
+    with torch.no_grad():
+        right = model(data.test_inputs).argmax(1) == data.test_classes
+    return float(right.double().mean())
 
 
-def _is_parameter(network: nn.Module, name: str) -> bool:
-    path, _, own = name.rpartition(".")
-    return own in network.get_submodule(path)._parameters
+def _squares(model: nn.Module) -> float:
+    """What weight decay would take for a penalty."""
+    return float(sum(p.detach().double().square().sum() for p in model.parameters()))
 
 
-@torch.no_grad()
-def _erase(fixed: Iterable[tuple[Tensor, Tensor]]) -> None:
-    # Optimizers here act on each entry by itself: what they do to pruned ones is undone whole.
-    for parameter, mask in fixed:
-        parameter.mul_(mask)
-
-
-@torch.no_grad()
-def accuracies(network: nn.Module, state: Tensors, inputs: Tensor, classes: Tensor) -> list[float]:
-    """Percent of examples that each network of a stack classifies right, in eval mode."""
-    outputs = run(network, state, _innermost(inputs), training=False)
-    return [100 * x for x in (outputs.argmax(2) == classes).float().mean(1).tolist()]
-
-
-@torch.no_grad()
-def recalibrate(network: nn.Module, state: Tensors, inputs: Tensor) -> Tensors:
-    """The same parameters, with the batch norms' statistics those of all ``inputs``.
-
-    They are effective weights: after this the networks are no longer the dense one with zeros, and
-    (7), by which the path-metric to it is a difference of path-norms, does not hold.
-    """
-    copied = {name: value.clone() for name, value in state.items()}
-    run(network, copied, _innermost(inputs), training=True, momentum=1.0)
-    return copied
-
-
-# -- the layers ------------------------------------------------------------------------------------
-
-
-def run(
-    network: nn.Module, state: Tensors, inputs: Tensor, *, training: bool, momentum: float = 0.1
-) -> Tensor:
-    """Outputs ``[networks, batch, classes]`` of all networks of a stack.
-
-    Args:
-        network: one of them, for its architecture.
-        state: of :func:`stack`; running statistics are updated in place if ``training``.
-        inputs: ``[1, channels, height, width, batch]``, height 1 for signals.
-        training: whether batch norms use the statistics of the batch.
-        momentum: of the running statistics.
-
-    Raises:
-        TypeError: for a layer that no network of ``benchmarks.tasks`` has.
-    """
-    return _Stacked(state, training, momentum)(network, "", inputs).transpose(1, 2)
-
-
-def _innermost(inputs: Tensor) -> Tensor:
-    """``[batch, channels, *size]`` to ``[1, channels, height, width, batch]``."""
-    images = inputs if inputs.dim() == 4 else inputs[:, :, None]
-    return images.permute(1, 2, 3, 0).contiguous()[None]
-
-
-@dataclass(frozen=True)
-class _Stacked:
-    state: Tensors
-    training: bool
-    momentum: float
-
-    def __call__(self, layer: nn.Module, path: str, x: Tensor) -> Tensor:
-        """What one module computes, `path` its name with a dot at the end."""
-        if isinstance(layer, nn.Sequential):
-            for name, child in layer.named_children():
-                x = self(child, f"{path}{name}.", x)
-            return x
-        if isinstance(layer, Residual):
-            body = self(layer.body, f"{path}body.", x)
-            return F.relu(body + self(layer.shortcut, f"{path}shortcut.", x))
-        if isinstance(layer, nn.Conv1d | nn.Conv2d):
-            return self._convolution(layer, path, x)
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            return self._batch_norm(layer, path, x)
-        if isinstance(layer, nn.Linear):
-            weight, bias = self.state[f"{path}weight"], self.state[f"{path}bias"]
-            return torch.baddbmm(bias[:, :, None], weight, x)
-        if isinstance(layer, nn.ReLU):
-            return F.relu(x)
-        if isinstance(layer, nn.MaxPool1d):
-            # All pools here have windows side by side, two samples each.
-            first, second = x.unflatten(3, (-1, 2)).unbind(4)
-            return torch.maximum(first, second)
-        if isinstance(layer, nn.AdaptiveAvgPool2d):
-            return x.mean((2, 3), keepdim=True)
-        if isinstance(layer, nn.Flatten):
-            return x.flatten(1, 3)
-        raise TypeError(f"{path or 'network'}: {type(layer).__name__} has no stacked form")
-
-    def _convolution(self, layer: nn.Conv1d | nn.Conv2d, path: str, x: Tensor) -> Tensor:
-        """One product of matrices per network: filters times the patches that they meet."""
-        weight = self.state[f"{path}weight"]
-        stride, padding = ((0, *v)[-2:] for v in (layer.stride, layer.padding))
-        kernel = (1, *layer.kernel_size)[-2:]
-        patches: Tensor = _Patches.apply(x, kernel, (stride[0] or 1, stride[1]), padding)
-        height, width, batch = patches.shape[3:]
-        filters, columns = weight.flatten(2), patches.flatten(1, 2).flatten(2)
-        if len(columns) == 1:
-            product = (filters.flatten(0, 1) @ columns[0]).unflatten(0, filters.shape[:2])
-        else:
-            product = filters @ columns
-        if layer.bias is not None:
-            product = product + self.state[f"{path}bias"][:, :, None]
-        return product.unflatten(2, (height, width, batch))
-
-    def _batch_norm(self, layer: nn.BatchNorm1d | nn.BatchNorm2d, path: str, x: Tensor) -> Tensor:
-        """All channels of all networks as channels of one."""
-        names = ("running_mean", "running_var", "weight", "bias")
-        mean, variance, weight, bias = (self.state[path + name].view(-1) for name in names)
-        channels = x.flatten(2).flatten(0, 1)[None]
-        normal = F.batch_norm(
-            channels, mean, variance, weight, bias, self.training, self.momentum, layer.eps
-        )
-        return normal.view(x.shape)
-
-
-class _Patches(torch.autograd.Function):
-    """``[networks, channels, height, width, batch]`` to patches, their offsets a third axis.
-
-    `torch.nn.functional.unfold` has the batch outermost, and takes three times as long.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-    ) -> Tensor:
-        networks, channels, height, width, batch = x.shape
-        (up, left), (rows, columns) = padding, kernel
-        out_height = (height + 2 * up - rows) // stride[0] + 1
-        out_width = (width + 2 * left - columns) // stride[1] + 1
-        ctx.frame = (networks, channels, height + 2 * up, width + 2 * left, batch)
-        ctx.inside = (slice(up, up + height), slice(left, left + width))
-        ctx.windows = [
-            (
-                slice(row, row + stride[0] * (out_height - 1) + 1, stride[0]),
-                slice(column, column + stride[1] * (out_width - 1) + 1, stride[1]),
-            )
-            for row in range(rows)
-            for column in range(columns)
+def _digits_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for weight in sorted({row["weight"] for row in rows}):
+        group = [row for row in rows if row["weight"] == weight]
+        accuracies, norms = ([row[k] for row in group] for k in ("accuracy", "log10_path_norm"))
+        changes = [
+            max(abs(row[f"{what}_rescaled"] / row[what] - 1) for row in group)
+            for what in ("penalty", "decay")
         ]
-        padded = x.new_zeros(ctx.frame)
-        padded[:, :, ctx.inside[0], ctx.inside[1]] = x
-        shape = (networks, channels, len(ctx.windows), out_height, out_width, batch)
-        patches = x.new_empty(shape)
-        for offset, (vertical, horizontal) in enumerate(ctx.windows):
-            patches[:, :, offset] = padded[:, :, vertical, horizontal]
-        return patches
+        lines.append(
+            [
+                f"{weight:g}",
+                f"{100 * statistics.mean(accuracies):.2f} ± {100 * _deviation(accuracies):.2f}",
+                f"{statistics.mean(norms):.3f} ± {_deviation(norms):.3f}",
+                *(f"{change:.1e}" for change in changes),
+            ]
+        )
+    headers = ["weight of log ‖Φ‖₁", "accuracy, %", "log10 ‖Φ‖₁"]
+    headers += ["log ‖Φ‖₁ rescaled", "sum of squares rescaled"]
+    return tabulate(lines, headers=headers, disable_numparse=True, colalign=("right",) * 5)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = gradients
-        padded = gradient.new_zeros(ctx.frame)
-        for offset, (vertical, horizontal) in enumerate(ctx.windows):
-            padded[:, :, vertical, horizontal] += gradient[:, :, offset]
-        return padded[:, :, ctx.inside[0], ctx.inside[1]], None, None, None
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+# -- one step --------------------------------------------------------------------------------------
+
+
+def step_of(name: str, way: str, batch: int) -> Callable[[], None]:
+    """One step of training: forward, backward, update."""
+    model = load_module(name)
+    shape = tuple(infer_input_shape(model))
+    program = None if way == "plain" else fxpath.compile(model, shape, backend=way)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
+    inputs = torch.randn(batch, *shape)
+
+    def step() -> None:
+        outputs = model(inputs)
+        loss: Tensor = F.cross_entropy(outputs, torch.zeros(batch, dtype=torch.int64))
+        if program is not None:
+            loss = loss + 1e-2 * program.log_path_norm()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def steps(name: str, batch: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a step each way, and the peak memory that it takes beyond torch's own."""
+    medians = interleave({way: step_of(name, way, batch) for way in WAYS}, repeats)
+    row: dict[str, Any] = {"model": name, "batch": batch}
+    row |= {f"{way}_ms": medians[way] for way in WAYS}
+    row |= {f"{way}_ratio": medians[way] / medians["plain"] for way in WAYS[1:]}
+    command = "--models", name, "--batch", str(batch)
+    for way in WAYS:
+        row[f"{way}_bytes"] = int(fresh_process("benchmarks.training", "--here", way, *command)[0])
+    return row
+
+
+def _bytes(name: str, way: str, batch: int) -> int:
+    before = peak_bytes()
+    step = step_of(name, way, batch)
+    for _ in range(2):  # the optimizer's memory begins at the end of the first
+        step()
+    return peak_bytes() - before
+
+
+def _steps_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        [
+            f"{row['model']}, batch {row['batch']}",
+            *(f"{row[f'{way}_ms']:.0f}" for way in WAYS),
+            *(f"{row[f'{way}_ratio']:.3f}" for way in WAYS[1:]),
+            *(f"{row[f'{way}_bytes'] / 1e6:.0f}" for way in WAYS),
+        ]
+        for row in rows
+    ]
+    headers = ["step of", "plain, ms", "penalty, eager", "penalty, Inductor"]
+    headers += ["eager / plain", "Inductor / plain", "MB plain", "MB eager", "MB Inductor"]
+    return tabulate(
+        lines, headers=headers, disable_numparse=True, colalign=("left", *("right",) * 8)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
