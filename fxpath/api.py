@@ -28,6 +28,7 @@ def analyze(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
     q: float = 1,
     dtype: torch.dtype | None = None,
     compile: bool = False,
@@ -53,6 +54,9 @@ def analyze(
         until: name of a submodule: the network up to that module's output is analysed, and what
             stands behind it is not run.  Of several calls the last one counts.
         outputs: which outputs count, by position or by key; all of them by default.
+        gates: take gates in (SiLU, GELU, tanh, factors like a sigmoid): the *generalised
+            path-norm*, which bounds outputs as the path-norm does, but no difference of two sets of
+            weights.  What only a gate reads has no path mass and is listed as unscored.
         q: exponent of the path-norm, >= 0; 0 counts non-zero paths.  Other than 1 runs in float64.
         dtype: ``torch.float32`` or ``torch.float64``; by default float64 if the model has such
             parameters, else float32.
@@ -80,7 +84,7 @@ def analyze(
         >>> bool(analysis.scores["2.weight"].sum() + analysis.scores["2.bias"].sum() > 0.999)
         True
     """
-    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     return Analysis.of(build(model, given, q, dtype, "inductor" if compile else "eager", reduce))
 
 
@@ -93,6 +97,7 @@ def compile(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
     q: float = 1,
     dtype: torch.dtype | None = None,
     backend: str = "inductor",
@@ -110,6 +115,7 @@ def compile(
         batch_dim: as for :func:`analyze`.
         until: as for :func:`analyze`.
         outputs: as for :func:`analyze`.
+        gates: as for :func:`analyze`.
         q: as for :func:`analyze`.
         dtype: as for :func:`analyze`.
         backend: what runs the graph: ``"inductor"`` compiles it as a whole at the first evaluation,
@@ -131,7 +137,7 @@ def compile(
         >>> loss = 0.01 * program.log_path_norm()
         >>> loss.backward()
     """
-    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     return build(model, given, q, dtype, backend, reduce)
 
 
@@ -218,6 +224,7 @@ def check(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
 ) -> SupportReport:
     """Whether a model is covered by the theory; evaluates nothing.
 
@@ -229,6 +236,7 @@ def check(
         batch_dim: as for :func:`analyze`.
         until: as for :func:`analyze`.
         outputs: as for :func:`analyze`.
+        gates: as for :func:`analyze`.
 
     Returns:
         A :class:`~fxpath.SupportReport`, true if every operation has an exact rule.
@@ -244,7 +252,8 @@ def check(
     """
     try:
         captured, _ = take_in(
-            model, Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+            model,
+            Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates),
         )
     except UnsupportedModelError as error:
         return error.report
@@ -260,11 +269,12 @@ def _program(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
     q: float = 1,
     dtype: torch.dtype | None = None,
     compile: bool = False,
     reduce: bool = True,
 ) -> PathProgram:
     """The program behind the verbs that take the options of :func:`analyze`."""
-    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     return build(model, given, q, dtype, "inductor" if compile else "eager", reduce)

@@ -103,7 +103,8 @@ def _from_module(model: nn.Module, given: Given) -> Captured:
                 "batch_dim=None to count all of them"
             ) from failure
         traced, batch_dim = trace(model, call, given.until), None
-    return adopt(traced.program, model, given.outputs, traced.baked, batch_dim, assumed)
+    found = adopt(traced.program, model, given.outputs, traced.baked, batch_dim, assumed)
+    return replace(found, gates=bool(given.gates))
 
 
 def _stands_alone(model: nn.Module, call: Call, sample: Call, batch_dim: int | None) -> bool:

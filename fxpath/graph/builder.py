@@ -14,6 +14,7 @@ from fxpath.errors import Problem, problem
 from fxpath.graph import aten, ops
 from fxpath.graph.constants import Constants
 from fxpath.graph.edit import form, inputs_first
+from fxpath.graph.gating import find_gates
 from fxpath.graph.made import fill_of, read_by
 from fxpath.graph.naming import coordinate_name, depends_on_parameter
 from fxpath.graph.refusal import INFINITE, RANDOM, SPARSE, Refusal
@@ -31,6 +32,8 @@ class Builder(Constants, Writer):
         lifted: what stands for an activation of the captured graph; several results are a list.
         problems: every operation without an exact rule, so far.
         current: the operation whose counterpart is written.
+        gating: which factors are gates, if they are taken in.
+        unfollowed: what only gates read and has no rule, or reads such a thing, with the reason.
     """
 
     def __init__(self, graph: fx.Graph, captured: Captured) -> None:
@@ -46,6 +49,8 @@ class Builder(Constants, Writer):
         self._owners: dict[str, fx.Node] = {}
         self._starts: dict[fx.Node, list[int]] = {}
         self._scratch = fx.Graph()
+        self.gating = find_gates(graph, self.is_active) if captured.gates else None
+        self.unfollowed: dict[fx.Node, Refusal] = {}
         for node in graph.nodes:
             if node.op == "placeholder" and node.name in captured.tensors:
                 self._copied[node] = self.graph.placeholder(node.name)
@@ -55,6 +60,10 @@ class Builder(Constants, Writer):
         """Note why an operation has no rule, once for each."""
         if all(known.node != node.name for known in self.problems):
             self.problems.append(problem(node, why.reason, why.remedy))
+
+    def is_signal(self, node: fx.Node) -> bool:
+        """Whether paths run through a node; if not, only gates read it."""
+        return self.gating is None or node in self.gating.signals
 
     def release(self) -> None:
         """Let go of the captured graph: what was computed of its nodes counts as their reader."""

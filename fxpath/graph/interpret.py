@@ -112,6 +112,8 @@ class Interpretation:
             ops.relu: self.relu,
             ops.absolute: self.absolute,
             ops.negative: self.negative,
+            ops.squash: self.squash,
+            ops.gate: self.gate,
             ops.total: self.total,
         }
 
@@ -269,6 +271,14 @@ class Interpretation:
         return x
 
     def negative(self, x: Any) -> Any:
+        """Path mass ignores it."""
+        return x
+
+    def squash(self, x: Any, name: str, numbers: Sequence[float], size: float) -> Any:
+        """Path mass ignores it."""
+        return x
+
+    def gate(self, x: Any, factor: Any, size: float) -> Any:
         """Path mass ignores it."""
         return x
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.aten import CAT, EXPAND, PERMUTE, RESHAPE
+from fxpath.graph.edit import inputs_first
 from fxpath.graph.equations import letters
 from fxpath.graph.exact import Coefficient
 from fxpath.graph.power import power_of_number
@@ -87,6 +88,16 @@ def seen_through(node: fx.Node) -> fx.Node:
     while node.target in ops.IGNORED or (node.target is ops.clamp and not any(node.args[1:])):
         node = arguments(node)[0]
     return node
+
+
+def on_paths(graph: fx.Graph) -> set[fx.Node]:
+    """What path mass depends on: without what only a gate reads."""
+    output = next(iter(reversed(graph.nodes)))
+    return set(inputs_first(output, (), _read_by_mass))
+
+
+def _read_by_mass(node: fx.Node) -> list[fx.Node]:
+    return [arguments(node)[0]] if node.target is ops.gate else node.all_input_nodes
 
 
 def mark_static(graph: fx.Graph) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "factored",
     "folded_bias",
     "folded_weight",
+    "gate",
     "maximum",
     "minimum",
     "mix",
@@ -49,6 +50,7 @@ __all__ = [
     "shift",
     "slope",
     "source",
+    "squash",
     "total",
     "window",
 ]
@@ -377,8 +379,24 @@ def minimum(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
+def squash(x: Tensor, name: str, numbers: Sequence[float], size: float) -> Tensor:
+    """A gate of itself, ``sigma(x / size)``: activations in [-1, 1], see ``fxpath.graph.squashes``.
+
+    ``x`` was multiplied by the size before.  Inside a gate it may be any function of the table.
+    """
+    return x
+
+
+def gate(x: Tensor, factor: Tensor | None, size: float) -> Tensor:
+    """``x factor / size`` with ``|factor| <= size``, whatever the parameters: values in [-1, 1].
+
+    ``x`` was multiplied by the size before.  ``None`` stands for a factor that is not followed.
+    """
+    return x
+
+
 #: Words between an activation and what reads it that path mass ignores.
-IGNORED = (relu, absolute, negative)
+IGNORED = (relu, absolute, negative, squash, gate)
 
 
 def total(outputs: Sequence[Tensor]) -> Tensor:

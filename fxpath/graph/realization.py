@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph.interpret import Interpretation, Weighing
+from fxpath.graph.refusal import UnfollowedGate
+from fxpath.graph.squashes import squash_of
 
 
 def realization(
@@ -73,6 +75,16 @@ class Realization(Interpretation):
 
     def negative(self, x: Tensor) -> Tensor:
         return -x
+
+    def squash(self, x: Tensor, name: str, numbers: Sequence[float], size: float) -> Tensor:
+        found = squash_of(name, tuple(numbers))
+        assert found is not None
+        return found.function(x / size)
+
+    def gate(self, x: Tensor, factor: Tensor | None, size: float) -> Tensor:
+        if factor is None:
+            raise UnfollowedGate(self.node)
+        return x * (factor / size)
 
     def slope(self, x: Tensor, a: Tensor | float) -> Tensor:
         return torch.where(x > 0, x, x * a)

@@ -21,6 +21,10 @@ UNKNOWN_SHAPE = (
 )
 
 
+class UnfollowedGate(Exception):
+    """The value of a gate is asked for inside which something has no rule."""
+
+
 class Refusal(Exception):
     """Says why there is no exact rule, and what can be done."""
 

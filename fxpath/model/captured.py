@@ -31,6 +31,7 @@ class Captured:
         baked: tensors whose numbers the graph was made for, such as masks, index lists, and what
             was read as Python numbers: name -> copy as it was then.
         outputs: for each output of the graph, the position or key by which the model returns it.
+        gates: whether gates are taken in.
     """
 
     graph_module: fx.GraphModule
@@ -42,6 +43,7 @@ class Captured:
     form: Form
     baked: dict[str, Tensor]
     outputs: tuple[int | str, ...]
+    gates: bool = False
 
     def live(self) -> dict[str, Tensor]:
         """The model's tensors as they are now: placeholder name -> tensor.

@@ -27,6 +27,8 @@ class Given:
         batch_dim: the batch axis of every input, ``None`` if there is none.
         until: name of a submodule at whose output to stop.
         outputs: which outputs count, by position or key; ``None`` for all.
+        gates: whether gates are taken in, for the generalised path-norm; ``None`` where that is not
+            offered.
     """
 
     input_shape: Shapes = None
@@ -35,3 +37,4 @@ class Given:
     batch_dim: int | None = 0
     until: str | None = None
     outputs: Outputs = None
+    gates: bool | None = None

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.exact import Rows, exact_sums, numbered
-from fxpath.graph.links import Link, Taps, extents, links, seen_through, static
+from fxpath.graph.links import Link, Taps, extents, links, on_paths, seen_through, static
 from fxpath.graph.schema import bias_of
 from fxpath.graph.stencil import Stencil
 
@@ -100,8 +100,11 @@ class Classes:
 def find_classes(graph: fx.Graph, q: float = 1.0) -> Classes:
     """Label all activations of a lifted graph."""
     found, label = Classes(q), _Labelling()
+    counted = on_paths(graph)
     active = [
-        n for n in graph.nodes if n.op == "call_function" and not static(n) and seen_through(n) is n
+        n
+        for n in graph.nodes
+        if n.op == "call_function" and n in counted and not static(n) and seen_through(n) is n
     ]
     for node in active:
         found.reads[node] = [(seen_through(read), axes) for read, axes in links(node, q)]

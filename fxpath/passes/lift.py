@@ -24,7 +24,7 @@ from fxpath.graph.schema import arguments, bind, target
 from fxpath.graph.values import check_shape, is_float
 from fxpath.passes.biases import own_biases
 from fxpath.passes.setting import Setting
-from fxpath.rules import RULES, refusal
+from fxpath.rules import GATED, RULES, refusal
 from fxpath.rules.refused import ORDER
 
 
@@ -87,18 +87,32 @@ def _apply(build: Builder, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             return _item(build, node)
         rule = RULES.get(target(node))
+        if rule is None and build.gating is not None:
+            rule = GATED.get(target(node))
         if rule is None:
             raise refusal(node)
         fx.node.map_aggregate(node.meta.get("val"), check_shape)
         lifted = rule(build, node, bind(node))
     except Refusal as why:
-        build.refuse(node, why)
+        if build.is_signal(node):
+            build.refuse(node, why)
+        else:
+            build.unfollowed[node] = why
         return _stand_in(build, node.meta.get("val"))
+    if not build.is_signal(node):
+        _inherit(build, node)
     if isinstance(lifted, fx.Node):
         expected, found = tuple(node.meta["val"].shape), build.shape(lifted)
         if expected != found:
             raise AssertionError(f"{node.name}: lifted to {found}, but it is {expected}")
     return lifted
+
+
+def _inherit(build: Builder, node: fx.Node) -> None:
+    """What only gates read is followed where all is that it reads."""
+    reasons = [build.unfollowed[n] for n in node.all_input_nodes if n in build.unfollowed]
+    if reasons:
+        build.unfollowed[node] = reasons[0]
 
 
 def _item(build: Builder, node: fx.Node) -> fx.Node:

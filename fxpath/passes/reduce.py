@@ -17,7 +17,7 @@ from fxpath.graph import ops
 from fxpath.graph.aten import CAT, EXPAND, PERMUTE, RESHAPE
 from fxpath.graph.costs import mapping, multiply_adds
 from fxpath.graph.exact import exact_sums
-from fxpath.graph.links import Link, extents, identity, seen_through, static
+from fxpath.graph.links import Link, extents, identity, on_paths, seen_through, static
 from fxpath.graph.schema import arguments, bias_of, target
 from fxpath.graph.stencil import Stencil, floats
 from fxpath.graph.writer import Writer
@@ -50,9 +50,12 @@ class _Reduction(Writer):
         self.env: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
+        counted = on_paths(self.module.graph)
         for node in self.module.graph.nodes:
             if node.op == "output":
                 self.graph.output(self.env[arguments(node)[0]])
+                continue
+            if node not in counted and node.op != "placeholder":
                 continue
             if node.op == "get_attr":
                 self.env[node] = self.buffer(self.module.get_buffer(node.target), "constant")

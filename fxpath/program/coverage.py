@@ -7,7 +7,9 @@ from collections.abc import Container, Iterator, Mapping
 from torch import fx
 
 from fxpath.graph import ops
+from fxpath.graph.constants import active_nodes
 from fxpath.graph.edit import inputs_first
+from fxpath.graph.gating import find_gates
 from fxpath.graph.made import read_by
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured
@@ -15,6 +17,7 @@ from fxpath.model.captured import named_tensors
 
 UNUSED = "unused"
 UNREACHED = "not reached by a path"
+GATED = "inside a gate, which has no path mass"
 
 
 def find_unscored(
@@ -33,6 +36,7 @@ def find_unscored(
     """
     met = _met(captured, lifted, scores)
     read = None if cut else _read(captured)
+    gated = _only_gates_read(captured)
     parameters = {id(p) for p in captured.source.parameters()}
     names: dict[int, list[str]] = {}
     for name, tensor in named_tensors(captured.source).items():
@@ -44,6 +48,7 @@ def find_unscored(
         reasons = [
             *(f"same tensor as {name}" for name in tied if name in scores),
             *(met[name] for name in tied if name in met),
+            *(GATED for name in tied if name in gated),
             UNUSED if unread else UNREACHED,
         ]
         found.update({name: reasons[0] for name in tied if name not in scores})
@@ -103,6 +108,16 @@ def _computed_from(captured: Captured, value: object) -> Iterator[tuple[str, boo
             yield captured.tensors[node.name], normalizes
         inside = normalizes or node.target is ops.normalizer
         stack += [(n, inside) for n in reversed(node.all_input_nodes)]
+
+
+def _only_gates_read(captured: Captured) -> set[str]:
+    """Tensors that are read, but on no path."""
+    if not captured.gates:
+        return set()
+    graph = captured.graph_module.graph
+    signals = find_gates(graph, active_nodes(graph, captured).__contains__).signals
+    unseen = [n.name for n in graph.nodes if n.op == "placeholder" and n not in signals]
+    return {captured.tensors[name] for name in unseen if name in captured.tensors} & _read(captured)
 
 
 def _read(captured: Captured) -> set[str]:

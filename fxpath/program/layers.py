@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.equations import letters
+from fxpath.graph.links import on_paths
 from fxpath.graph.schema import arguments, bias_of, target
 from fxpath.private import schema
 
@@ -78,7 +79,8 @@ def layers_at(module: fx.GraphModule) -> dict[fx.Node, tuple[Layer, fx.Node | No
     """
     weights: dict[fx.Node | None, fx.Node] = {}
     biases: dict[fx.Node | None, fx.Node] = {}
-    for node in module.graph.nodes:
+    counted = on_paths(module.graph)
+    for node in (n for n in module.graph.nodes if n in counted):
         origin = node.meta.get("origin")
         if node.target in WEIGHING and coordinate_of(arguments(node)[1]) is not None:
             weights.setdefault(origin, node)
@@ -90,7 +92,7 @@ def layers_at(module: fx.GraphModule) -> dict[fx.Node, tuple[Layer, fx.Node | No
     found: dict[fx.Node, tuple[Layer, fx.Node | None]] = {}
     owners: dict[str, tuple[Layer, fx.Node | None]] = {}
     names: set[str] = set()
-    for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes]):
+    for origin in dict.fromkeys([n.meta.get("origin") for n in module.graph.nodes if n in counted]):
         if origin is None or not (origin in weights or origin in biases):
             continue
         weigh, bias = weights.get(origin), biases.get(origin)

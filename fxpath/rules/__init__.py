@@ -4,14 +4,17 @@ Weights: ``affine`` (convolutions, linear maps, batch norms), ``products`` (ever
 multiplies or adds), ``recurrent``.  Neurons: ``activation`` (ReLU and its relatives), ``pooling``
 (maxima, means, sums), ``ranks`` (order statistics), ``norms``.  Fixed maps: ``padding``,
 ``resampling`` (interpolation), ``indexing`` and ``assignment`` (entries read from and written to
-constant positions), ``shape`` (what only moves entries).  ``refused`` explains the best-known
-operations that the theory does not cover; ``own`` takes compositions for operators of a user's.
+constant positions), ``shape`` (what only moves entries).  Where gates are taken in, ``gates``
+(activations that are gates of themselves) and ``gating`` (products with one).  ``refused`` explains
+the best-known operations that the theory does not cover; ``own`` takes compositions for operators
+of a user's.
 """
 
 from fxpath.rules import (
     activation,
     affine,
     assignment,
+    gates,
     indexing,
     norms,
     padding,
@@ -23,13 +26,15 @@ from fxpath.rules import (
     shape,
 )
 from fxpath.rules.refused import refusal
-from fxpath.rules.registry import RULES
+from fxpath.rules.registry import GATED, RULES
 
 __all__ = [
+    "GATED",
     "RULES",
     "activation",
     "affine",
     "assignment",
+    "gates",
     "indexing",
     "norms",
     "padding",

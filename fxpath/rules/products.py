@@ -20,6 +20,7 @@ from fxpath.graph.schema import target
 from fxpath.rules.affine import bias_along
 from fxpath.rules.assignment import written_through
 from fxpath.rules.common import Args, summed
+from fxpath.rules.gating import averaged, gated
 from fxpath.rules.refused import PRODUCT
 from fxpath.rules.registry import rule
 
@@ -33,9 +34,9 @@ ROUNDING = ("rounding is not continuous", "divide without rounding")
 
 
 def _product(build: Builder, node: fx.Node, a: Any, b: Any) -> fx.Node:
-    """``a @ b`` with one active factor."""
+    """``a @ b`` with one active factor, or averages of ``b`` by a softmax."""
     if build.is_active(a) and build.is_active(b):
-        raise Refusal(*PRODUCT)
+        return averaged(build, node)
     if build.is_active(a):
         return _multiplied(build, build.node(a), build.weight(b, node), weight_first=False)
     return _multiplied(build, build.node(b), build.weight(a, node), weight_first=True)
@@ -234,9 +235,9 @@ def _mul(build: Builder, node: fx.Node, args: Args) -> fx.Node:
 
 
 def _scaled(build: Builder, node: fx.Node, a: Any, b: Any) -> fx.Node:
-    """``a * b`` with one active factor."""
+    """``a * b`` with one active factor, or with a gate."""
     if build.is_active(a) and build.is_active(b):
-        raise Refusal(*PRODUCT)
+        return gated(build, node)
     x, weight = (a, b) if build.is_active(a) else (b, a)
     return build.emit(ops.scale, build.node(x), build.weight(weight, node))
 

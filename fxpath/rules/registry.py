@@ -20,20 +20,23 @@ Lifted = fx.Node | list[fx.Node | None]
 Rule = Callable[[Builder, fx.Node, dict[str, Any]], Lifted]
 
 RULES: dict[OpOverload, Rule] = {}
+#: Rules of the generalised path-norm, which count where gates are taken in.
+GATED: dict[OpOverload, Rule] = {}
 
 
-def rule(*overloads: OpOverload) -> Callable[[Rule], Rule]:
+def rule(*overloads: OpOverload, gated: bool = False) -> Callable[[Rule], Rule]:
     """Register the rule of one or more overloads; a second rule for the same one is an error.
 
     Raises:
         ValueError: if an overload has a rule already.
     """
+    table = GATED if gated else RULES
 
     def register(function: Rule) -> Rule:
         for overload in overloads:
-            if overload in RULES:
+            if overload in RULES or overload in GATED:
                 raise ValueError(f"{overload} has two rules")
-            RULES[overload] = function
+            table[overload] = function
         return function
 
     return register

@@ -1,0 +1,204 @@
+"""Bounds of activations that hold whatever the parameters are, read off a captured graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from torch import fx
+
+from fxpath.graph.schema import bind
+from fxpath.graph.squashes import SQUASHES, squash_of
+from fxpath.private import OpOverload, schema
+
+#: Lowest and highest value, without rounding.
+Interval = tuple[Fraction, Fraction]
+#: Bounds of activations that have any.
+Known = Mapping[fx.Node, Interval]
+
+#: Operations that only move entries, or leave them out.
+_MOVING = {
+    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute"),
+    *("transpose", "t", "movedim", "expand", "expand_as", "repeat", "slice", "select", "narrow"),
+    *("clone", "contiguous", "alias", "detach", "to", "_to_copy", "flip", "roll", "view_as"),
+    *("split", "split_with_sizes", "chunk", "unbind", "tensor_split", "pixel_shuffle"),
+    *("index_select", "gather", "repeat_interleave", "channel_shuffle", "upsample_nearest1d"),
+    *("upsample_nearest2d", "upsample_nearest3d", "unsafe_split", "unsafe_chunk", "swapaxes"),
+}
+#: Operations that average entries, or take one of them.
+_AVERAGING = {
+    *("mean", "amax", "amin", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *("upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d"),
+}
+#: Squashes by the names that ATen has for them.
+_CALLED = {name: name for name in SQUASHES} | {
+    **{"_softmax": "softmax", "arctan": "atan", "arcsinh": "asinh"},
+    **{"special_erf": "erf", "special_expit": "sigmoid"},
+}
+
+
+def intervals(graph: fx.Graph, active: Callable[[Any], bool]) -> dict[fx.Node, Interval]:
+    """Bounds of the activations of a captured graph; those without any are left out.
+
+    Args:
+        graph: a functional ATen graph.
+        active: whether a value depends on the network's inputs.
+    """
+    known: dict[fx.Node, Interval] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and active(node):
+            found = _interval(node, known, active)
+            if found is not None:
+                known[node] = found
+    return known
+
+
+def _interval(node: fx.Node, known: Known, active: Callable[[Any], bool]) -> Interval | None:
+    if not isinstance(node.target, OpOverload):  # one of several results
+        return known.get(node.args[0])  # type: ignore[arg-type]
+    name = schema(node.target).name.split("::")[1]
+    args = bind(node)
+    first: Any = args.get("self", args.get("input"))
+    if name in _MOVING or name in _AVERAGING:
+        return known.get(first)
+    if name == "dropout":
+        return None if args["train"] and args["p"] else known.get(first)
+    if name in ("cat", "concat", "stack"):
+        parts = [known.get(each) for each in args["tensors"]]
+        there = [part for part in parts if part is not None]
+        return _hull(*there) if there and len(there) == len(parts) else None
+    if name in _CALLED:
+        return _squashed(node, name, args, known)
+    rule = _ARITHMETIC.get(name)
+    if rule is None:
+        return None
+    return rule(*(_operand(args.get(key), known, active) for key in _OPERANDS[name]))
+
+
+def _squashed(node: fx.Node, name: str, args: dict[str, Any], known: Known) -> Interval | None:
+    numbers = numbers_of(name, args, node)
+    found = None if numbers is None else squash_of(squash_name(name, args), numbers)
+    if found is None:
+        return None
+    inner = known.get(args["self"])
+    far = math.inf
+    if found.size is not None and inner is not None:
+        far = above(Fraction(found.size) * max(map(abs, inner)))
+    low, high = max(found.low, -far), min(found.high, far)
+    return (Fraction(low), Fraction(high)) if math.isfinite(high - low) else None
+
+
+def squash_name(name: str, args: Mapping[str, Any]) -> str:
+    """What the table calls an operation of ATen."""
+    if name == "gelu" and args["approximate"] == "tanh":
+        return "gelu_tanh"
+    return _CALLED[name]
+
+
+def numbers_of(name: str, args: Mapping[str, Any], node: fx.Node) -> tuple[float, ...] | None:
+    """What a squash of ATen takes besides its input; ``None`` if it is no number."""
+    keys = {
+        "elu": ("alpha", "scale", "input_scale"),
+        "celu": ("alpha",),
+        "softshrink": ("lambd",),
+        "hardshrink": ("lambd",),
+        "softmax": ("dim",),
+        "_softmax": ("dim",),
+    }
+    found = [args[key] for key in keys.get(name, ())]
+    if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in found):
+        return None
+    if name in ("softmax", "_softmax"):  # counted from the front, whatever reads it
+        found = [found[0] % max(1, len(node.meta["val"].shape))]
+    return tuple(map(float, found))
+
+
+def above(value: Fraction) -> float:
+    """The nearest number of float64 that is not below."""
+    found = float(value)
+    return found if Fraction(found) >= value else math.nextafter(found, math.inf)
+
+
+# -- arithmetic ------------------------------------------------------------------------------------
+
+
+def _operand(value: Any, known: Known, active: Callable[[Any], bool]) -> Interval | None:
+    """Of an activation, or a number; parameters have none."""
+    if isinstance(value, fx.Node):
+        return known.get(value) if active(value) else None
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return Fraction(value), Fraction(value)
+
+
+def _hull(*parts: Interval) -> Interval:
+    return min(low for low, _ in parts), max(high for _, high in parts)
+
+
+def _product(a: Interval | None, b: Interval | None) -> Interval | None:
+    if a is None or b is None:
+        return None
+    every = [x * y for x in a for y in b]
+    return min(every), max(every)
+
+
+def _sum(a: Interval | None, b: Interval | None, alpha: Interval | None) -> Interval | None:
+    b = _product(b, alpha)
+    return None if a is None or b is None else (a[0] + b[0], a[1] + b[1])
+
+
+def _difference(a: Interval | None, b: Interval | None, alpha: Interval | None) -> Interval | None:
+    return _sum(a, _negative(b), alpha)
+
+
+def _negative(x: Interval | None) -> Interval | None:
+    return None if x is None else (-x[1], -x[0])
+
+
+def _quotient(a: Interval | None, b: Interval | None) -> Interval | None:
+    if b is None or b[0] <= 0 <= b[1]:
+        return None
+    return _product(a, (1 / b[1], 1 / b[0]))
+
+
+def _clamped(x: Interval | None, low: Interval | None, high: Interval | None) -> Interval | None:
+    """Bounds may be open; where they cross, torch returns the upper one."""
+    if low is None or high is None:
+        return None if x is None else _within(x, low or x, high or x)
+    return _within(x or (low[0], high[1]), low, high)
+
+
+def _within(x: Interval, low: Interval, high: Interval) -> Interval:
+    return min(max(x[0], low[0]), high[1]), min(max(x[1], low[0]), high[1])
+
+
+def _relu(x: Interval | None) -> Interval | None:
+    return None if x is None else (max(_ZERO, x[0]), max(_ZERO, x[1]))
+
+
+_ZERO = Fraction(0)
+
+
+_ARITHMETIC: dict[str, Callable[..., Interval | None]] = {
+    **dict.fromkeys(("mul", "multiply"), _product),
+    "add": _sum,
+    **dict.fromkeys(("sub", "subtract"), _difference),
+    "rsub": lambda a, b, alpha: _difference(b, a, alpha),
+    **dict.fromkeys(("div", "divide", "true_divide"), _quotient),
+    **dict.fromkeys(("clamp", "clip"), _clamped),
+    "hardtanh": _clamped,
+    "relu6": lambda x: _clamped(x, (_ZERO, _ZERO), (Fraction(6), Fraction(6))),
+    "hardsigmoid": lambda x: (_ZERO, Fraction(1)),
+    "relu": _relu,
+    "neg": _negative,
+    "abs": lambda x: None if x is None else (_ZERO, max(map(abs, x))),
+}
+_OPERANDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mul", "multiply", "div", "divide", "true_divide"), ("self", "other")),
+    **dict.fromkeys(("add", "sub", "subtract", "rsub"), ("self", "other", "alpha")),
+    **dict.fromkeys(("clamp", "clip"), ("self", "min", "max")),
+    "hardtanh": ("self", "min_val", "max_val"),
+    **dict.fromkeys(("relu6", "hardsigmoid", "relu", "neg", "abs"), ("self",)),
+}

@@ -1,0 +1,72 @@
+"""Rules of the generalised path-norm: activations that are gates, of themselves or of others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpath.graph import ops
+from fxpath.graph.aten import SLICE
+from fxpath.graph.builder import Builder
+from fxpath.graph.intervals import numbers_of, squash_name
+from fxpath.graph.refusal import Refusal
+from fxpath.graph.squashes import squash_of
+from fxpath.private import schema
+from fxpath.rules.gating import by_gate
+from fxpath.rules.refused import CUT
+from fxpath.rules.registry import rule
+
+aten = torch.ops.aten
+Args = dict[str, Any]
+
+NOT_ZERO = (
+    "it is not 0 at 0, so it is no gate of its input, and here it is not the factor of a product",
+    f"multiply something by it, or {CUT}",
+)
+GROWING = (
+    "with these arguments it grows faster than its input",
+    "give arguments with which it does not",
+)
+
+
+def squashed(build: Builder, x: fx.Node, name: str, numbers: tuple[float, ...] = ()) -> fx.Node:
+    """An activation of the table; one that is no gate of itself has no size to count."""
+    found = squash_of(name, numbers)
+    if found is None:
+        raise Refusal(*GROWING)
+    size = 1.0 if found.size is None else found.size
+    return build.emit(ops.squash, build.times(x, size), name, list(numbers), size)
+
+
+@rule(
+    *(aten.silu.default, aten.gelu.default, aten.hardswish.default, aten.mish.default),
+    *(aten.tanh.default, aten.softshrink.default, aten.hardshrink.default),
+    *(aten.elu.default, aten.selu.default, aten.celu.default, aten.sin.default),
+    *(aten.atan.default, aten.arctan.default, aten.asinh.default, aten.arcsinh.default),
+    *(aten.erf.default, aten.special_erf.default, aten.sigmoid.default, aten.cos.default),
+    *(aten.softmax.int, aten._softmax.default, aten.special_expit.default),
+    gated=True,
+)
+def _squash(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    called: Any = node.target
+    name = schema(called).name.split("::")[1]
+    numbers = numbers_of(name, args, node)
+    if numbers is None:
+        raise Refusal(*GROWING)
+    name = squash_name(name, args)
+    found = squash_of(name, numbers)
+    if found is not None and found.size is None and build.is_signal(node):
+        raise Refusal(*NOT_ZERO)
+    return squashed(build, build.node(args["self"]), name, numbers)
+
+
+@rule(aten.glu.default, gated=True)
+def _glu(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    """The first half times the sigmoid of the second."""
+    x = build.node(args["self"])
+    dim = args["dim"] % len(build.shape(x))
+    half = build.shape(x)[dim] // 2
+    signal, factor = (build.emit(SLICE, x, dim, start, start + half) for start in (0, half))
+    return by_gate(build, signal, squashed(build, factor, "sigmoid"), 1.0)
