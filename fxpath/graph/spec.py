@@ -41,6 +41,7 @@ NOTES = {
     "static": "whether a node depends on the model's tensors alone",
     "full": "reduced graphs: the nodes at full resolution that it stands for",
     "whole": "convolutions that are kept at full resolution",
+    "unfollowed": "gates: why their values are not known",
 }
 
 #: Where the steps of derived graphs are.

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from fxpath.errors import SupportReport, UnsupportedModelError, problem
+from fxpath.graph import ops
 from fxpath.graph.realization import realization
-from fxpath.model import Given, Model, Shapes
+from fxpath.graph.squashes import squash_of
+from fxpath.model import Captured, Given, Model, Shapes
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.attack import Progress, difference_at, largest_difference
@@ -24,9 +27,11 @@ from fxpath.pairs.pair import Pair
 from fxpath.pairs.rivals import Layered, find_layered
 from fxpath.pairs.rounding import Doubt, doubt, relative
 from fxpath.pairs.snapshot import Snapshot
+from fxpath.passes.followed import gated, require_followed
 from fxpath.passes.reduce import reduce
 from fxpath.report import plots
 from fxpath.report.table import Column, Table, Tabular
+from fxpath.rules.refused import JUMPING
 
 if TYPE_CHECKING:
     from fxpath.report.plots import Axes
@@ -123,8 +128,15 @@ class Bound(Snapshot, Tabular):
         """``||Phi^I(theta)||_1`` of the model: ``x -> R_theta(x)`` is so Lipschitz, l^inf to l^1.
 
         Paths that start at a bias do not count.
+
+        Raises:
+            ValueError: for a network with gates, which change with x.
         """
         pair = self._unchanged()
+        if gated(pair.lifted):
+            raise ValueError(
+                "the network has gates, which change with x: no path-norm is a Lipschitz constant"
+            )
         graph = reduce(pair.lifted, pair.setting)
         outputs = Difference(graph, pair, biases=False).outcome()
         found = float(sum(y.first.sum() for y in outputs))
@@ -136,7 +148,8 @@ class Bound(Snapshot, Tabular):
     @functools.cached_property
     @plain_mode()
     def _layered(self) -> Layered | None:
-        return find_layered(self._unchanged())
+        pair = self._unchanged()
+        return None if gated(pair.lifted) else find_layered(pair)
 
     @plain_mode()
     def search(
@@ -267,6 +280,7 @@ def lipschitz_bound(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
 ) -> Bound:
     """How far the functions of two sets of weights can be apart, certified.
 
@@ -300,6 +314,8 @@ def lipschitz_bound(
         batch_dim: as for :func:`analyze`.
         until: as for :func:`analyze`.
         outputs: as for :func:`analyze`.
+        gates: take gates in, as for :func:`analyze`: for such networks only ``"inductive"`` holds,
+            with the Lipschitz constants of activations.
 
     Returns:
         A :class:`~fxpath.Bound`; ``float(bound)`` is the bound.
@@ -326,13 +342,29 @@ def lipschitz_bound(
     told = input_shape is not None or example_inputs is not None or example_kwargs is not None
     if x is not None and not told and isinstance(model, nn.Module):
         input_shape = _shape_of(x)
-    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     pair = make_pair(model, other, given)
+    captured = pair.ours.captured
+    require_followed(captured, pair.lifted, "the bound follows the values of gates")
+    _refuse_jumps(captured, pair.lifted)
     samples = None if x is None else _samples(pair, x)
     if samples is not None:
         radius = max((t.abs().amax().item() for s in samples for t in s if t.numel()), default=0.0)
     with torch.no_grad():
         return Bound(pair, samples, float(radius), float(norm))
+
+
+def _refuse_jumps(captured: Captured, lifted: fx.GraphModule) -> None:
+    """An activation that jumps has no Lipschitz constant."""
+    problems = []
+    for node in lifted.graph.nodes:
+        if node.target is ops.squash:
+            found = squash_of(node.args[1], tuple(node.args[2]))
+            if found is not None and math.isinf(found.lipschitz):
+                reason = "it jumps, so that no difference of values bounds what comes out"
+                problems.append(problem(node.meta["origin"], reason, JUMPING[1]))
+    if problems:
+        raise UnsupportedModelError(SupportReport(tuple(problems), captured.inputs))
 
 
 def _shape_of(x: Tensor | Sequence[Tensor]) -> Any:

@@ -6,7 +6,7 @@ With h_v >= |v(theta, x)|, h'_v likewise for theta', and gap_v >= |v(theta, x) -
 
 which is the recursion of :mod:`fxpath.pairs.difference`.  But bounds on values of neurons, unlike
 sums over paths, let pooling take the largest entry of a window, and a clamp cut off.  They also
-cover other slopes and coefficients.
+cover other slopes and coefficients, and gates (:mod:`fxpath.pairs.gates`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph.schema import arguments
-from fxpath.pairs.difference import Difference, Excess
+from fxpath.pairs.difference import Excess
+from fxpath.pairs.gates import Gated
 from fxpath.pairs.pair import Pair, Weights
 
 
-class Inductive(Difference):
+class Inductive(Gated):
     """Bounds values and their difference; at full resolution, fed with |x| or its largest size."""
 
     def __init__(self, module: fx.GraphModule, pair: Pair, inputs: Sequence[Tensor]) -> None:
@@ -68,6 +69,15 @@ class Inductive(Difference):
         alike = x.second is x.first and y.second is y.first
         second = first if alike else torch.maximum(x.second, y.second)
         return Excess(first, second, torch.maximum(x.gap(), y.gap()))
+
+    def squash(self, x: Excess, name: str, numbers: Sequence[float], size: float) -> Excess:
+        return super().squash(Excess(x.first, x.second, x.gap()), name, numbers, size)
+
+    def gate(self, x: Excess, factor: Excess | None, size: float) -> Excess:
+        assert factor is not None
+        # Either network's signal may stand beside the difference of the gates.
+        smaller = torch.minimum(x.first, x.second)
+        return Excess(x.first, x.second, x.gap() + smaller / size * factor.gap())
 
     def clamp(self, x: Excess, lo: float | None, hi: float | None) -> Excess:
         if lo is not None and hi is not None:

@@ -18,6 +18,7 @@ from fxpath.pairs.inductive import Inductive
 from fxpath.pairs.pair import Pair
 from fxpath.pairs.rounding import UNIT, Doubt, doubt, relative
 from fxpath.pairs.unrolled import Network, Part
+from fxpath.passes.followed import gated
 
 #: Bounds by name, and whether they stay the same when either network is rescaled.
 INEQUALITIES = {
@@ -55,7 +56,7 @@ def all_bounds(
         return [(value + more) * rounded for value, more in zip(values, hidden, strict=True)]
 
     found = {"inductive": outwards([_row(Inductive(pair.lifted, pair, x).outcome()) for x in fed])}
-    if pair.architecture:
+    if pair.architecture or gated(pair.lifted):
         return found
     outcome = [Difference(pair.lifted, pair, x, biases=False).outcome() for x in fed]
     nothing = [torch.zeros_like(x) for x in full]

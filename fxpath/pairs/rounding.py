@@ -30,7 +30,8 @@ from fxpath.graph.costs import multiply_adds
 from fxpath.graph.interpret import Weighing
 from fxpath.graph.links import static
 from fxpath.graph.schema import arguments
-from fxpath.pairs.difference import Difference, Excess
+from fxpath.pairs.difference import Excess
+from fxpath.pairs.gates import Gated
 from fxpath.pairs.pair import Pair, Side, Weights
 
 #: Unit roundoff of float64.
@@ -158,7 +159,7 @@ _APART: dict[Any, Callable[[Sequence[Side], Sequence[fx.Node]], Tensor]] = {
 }
 
 
-class Doubt(Difference):
+class Doubt(Gated):
     """Carries how far each network is from the one with its effective parameters rounded.
 
     ``||Phi(theta) - Phi(rounded theta)||_1`` for each output, likewise for theta'; fed with |x| it

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpath.graph import ops
 from fxpath.graph.aten import SLICE
 from fxpath.graph.builder import Builder
 from fxpath.graph.intervals import numbers_of, squash_name
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.squashes import squash_of
 from fxpath.private import schema
-from fxpath.rules.gating import by_gate
+from fxpath.rules.gating import GROWING, by_gate, squashed
 from fxpath.rules.refused import CUT
 from fxpath.rules.registry import rule
 
@@ -25,19 +24,6 @@ NOT_ZERO = (
     "it is not 0 at 0, so it is no gate of its input, and here it is not the factor of a product",
     f"multiply something by it, or {CUT}",
 )
-GROWING = (
-    "with these arguments it grows faster than its input",
-    "give arguments with which it does not",
-)
-
-
-def squashed(build: Builder, x: fx.Node, name: str, numbers: tuple[float, ...] = ()) -> fx.Node:
-    """An activation of the table; one that is no gate of itself has no size to count."""
-    found = squash_of(name, numbers)
-    if found is None:
-        raise Refusal(*GROWING)
-    size = 1.0 if found.size is None else found.size
-    return build.emit(ops.squash, build.times(x, size), name, list(numbers), size)
 
 
 @rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fxpath.graph import ops
@@ -9,6 +10,7 @@ from fxpath.graph.aten import EXPAND
 from fxpath.graph.builder import Builder
 from fxpath.graph.gating import Chosen
 from fxpath.graph.refusal import Refusal
+from fxpath.graph.squashes import squash_of
 from fxpath.rules.common import summed
 from fxpath.rules.refused import PRODUCT
 
@@ -19,17 +21,54 @@ UNBOUNDED = (
 )
 
 
+GROWING = (
+    "with these arguments it grows faster than its input",
+    "give arguments with which it does not",
+)
+
+
+def squashed(build: Builder, x: fx.Node, name: str, numbers: tuple[float, ...] = ()) -> fx.Node:
+    """An activation of the table; one that is no gate of itself has no size to count."""
+    found = squash_of(name, numbers)
+    if found is None:
+        raise Refusal(*GROWING)
+    size = 1.0 if found.size is None else found.size
+    return build.emit(ops.squash, build.times(x, size), name, list(numbers), size)
+
+
+def is_softsign(x: object, divisor: fx.Node) -> bool:
+    """Whether a quotient is ``x / (1 + |x|)``, as torch writes softsign."""
+    if divisor.target is not torch.ops.aten.add.Tensor or divisor.kwargs:
+        return False
+    terms = [each for each in divisor.args if each != 1]
+    (size,) = terms if len(terms) == 1 else (None,)
+    return (
+        isinstance(size, fx.Node)
+        and size.target is torch.ops.aten.abs.default
+        and (size.args[0] is x)
+    )
+
+
 def gated(build: Builder, node: fx.Node) -> fx.Node:
     """The product of a signal with a gate, entry by entry."""
     chosen = _chosen(build, node)
     x = build.expand(build.node(chosen.signal), tuple(node.meta["val"].shape))
-    factor = None if chosen.factor in build.unfollowed else build.node(chosen.factor)
-    return by_gate(build, x, factor, chosen.size)
+    why = build.unfollowed.get(chosen.factor)
+    if why is not None:
+        return _unfollowed(build, build.times(x, chosen.size), chosen.size, why.reason)
+    return by_gate(build, x, build.node(chosen.factor), chosen.size)
 
 
-def by_gate(build: Builder, x: fx.Node, factor: fx.Node | None, size: float) -> fx.Node:
+def by_gate(build: Builder, x: fx.Node, factor: fx.Node, size: float) -> fx.Node:
     """``x factor``, the factor at most ``size``; it broadcasts to ``x``."""
     return build.emit(ops.gate, build.times(x, size), factor, size)
+
+
+def _unfollowed(build: Builder, x: fx.Node, size: float, why: str) -> fx.Node:
+    """The same by a factor whose values are not known; ``x`` was multiplied by the size."""
+    made = build.emit(ops.gate, x, None, size)
+    made.meta["unfollowed"] = f"inside this gate there is something without a rule: {why}"
+    return made
 
 
 def averaged(build: Builder, node: fx.Node) -> fx.Node:
@@ -40,7 +79,8 @@ def averaged(build: Builder, node: fx.Node) -> fx.Node:
     if len(sizes) < 2 or len(shape) < 2:
         raise Refusal(*UNBOUNDED)
     total = summed(build, x, [len(sizes) - 2], (*sizes[:-2], 1, sizes[-1]))
-    return build.emit(ops.gate, build.emit(EXPAND, total, list(shape)), None, 1.0)
+    spread = build.emit(EXPAND, total, list(shape))
+    return _unfollowed(build, spread, 1.0, "weights of a softmax that multiply as a matrix")
 
 
 def _chosen(build: Builder, node: fx.Node) -> Chosen:

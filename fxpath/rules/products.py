@@ -20,7 +20,7 @@ from fxpath.graph.schema import target
 from fxpath.rules.affine import bias_along
 from fxpath.rules.assignment import written_through
 from fxpath.rules.common import Args, summed
-from fxpath.rules.gating import averaged, gated
+from fxpath.rules.gating import averaged, gated, is_softsign, squashed
 from fxpath.rules.refused import PRODUCT
 from fxpath.rules.registry import rule
 
@@ -255,6 +255,8 @@ def _scaled(build: Builder, node: fx.Node, a: Any, b: Any) -> fx.Node:
 def _div(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     x, divisor = args["self"], args["other"]
     if build.is_active(divisor):
+        if build.gating is not None and is_softsign(x, divisor):
+            return squashed(build, build.node(x), "softsign")
         raise Refusal(*QUOTIENT)
     if args.get("rounding_mode") is not None:
         raise Refusal(*ROUNDING)

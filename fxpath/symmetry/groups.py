@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxpath.model import Captured
+from fxpath.passes.followed import require_followed
 from fxpath.symmetry.labelling import Labelling
 from fxpath.symmetry.labels import FIXED, Carried, compressed
 
@@ -117,6 +118,7 @@ def open_groups(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:
 
 def find_groups(captured: Captured, lifted: fx.GraphModule) -> ChannelGroups:
     """Groups of a lifted network, numbered in order of execution."""
+    require_followed(captured, lifted, "a factor of a channel must not move what gates read")
     labelling = Labelling(captured, lifted)
     roots = labelling.forest.roots()
     rigid = torch.zeros(len(roots), dtype=torch.bool)

@@ -339,6 +339,15 @@ class Labelling(Interpretation):
             self.rigid.append(x.ids)
         return self._new(x.ids)
 
+    def squash(self, x: Labels, name: str, numbers: Sequence[float], size: float) -> Labels:
+        # Not homogeneous: its channels can be removed, but their scale is given.
+        self.rigid.append(x.ids)
+        return self._new(x.ids)
+
+    def gate(self, x: Labels, factor: Labels, size: float) -> Labels:
+        self.forest.unite(factor.ids, torch.tensor(FIXED))
+        return self._new(x.ids)
+
     def add(self, x: Labels, y: Labels) -> Labels:
         self.forest.unite(x.ids, y.ids)
         return self._new(torch.broadcast_tensors(x.ids, y.ids)[0])

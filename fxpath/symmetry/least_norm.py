@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fxpath.graph.schema import arguments
 from fxpath.graph.static import evaluated
 from fxpath.model import Captured
+from fxpath.passes.followed import require_followed
 from fxpath.program.evaluation import fitted
 from fxpath.symmetry.balancing import Balance, balance, bounded
 from fxpath.symmetry.effective import EffectiveLabelling
@@ -37,6 +38,7 @@ class Canonical:
     def __init__(self, captured: Captured, lifted: fx.GraphModule) -> None:
         """Label the network."""
         self.captured, self.lifted = captured, lifted
+        require_followed(captured, lifted, "a factor of a channel must not move what gates read")
         labelling = EffectiveLabelling(captured, lifted)
         roots = labelling.forest.roots()
         stays = roots == FIXED

@@ -31,6 +31,7 @@ def channel_groups(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
 ) -> ChannelGroups:
     """Find the channels that share one scale, and every entry that a factor would change.
 
@@ -42,6 +43,8 @@ def channel_groups(
         batch_dim: as for :func:`fxpath.analyze`.
         until: as for :func:`fxpath.analyze`.
         outputs: as for :func:`fxpath.analyze`.
+        gates: take gates in, as for :func:`fxpath.analyze`; a channel that an activation reads
+            which is not homogeneous keeps its scale.
 
     Returns:
         A :class:`ChannelGroups`.  Where an operation cannot be followed, its channels are in one
@@ -51,7 +54,7 @@ def channel_groups(
         UnsupportedModelError: listing every operation that the theory does not cover.
         ValueError: for an input shape that is missing and cannot be inferred.
     """
-    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     return find_groups(*take_in(model, given))
 
 
@@ -69,6 +72,7 @@ def rescale(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
 ) -> nn.Module:
     """A model of the same function, and of the same Phi, with other parameters.
 
@@ -89,6 +93,8 @@ def rescale(
         batch_dim: as for :func:`fxpath.analyze`.
         until: as for :func:`fxpath.analyze`.
         outputs: as for :func:`fxpath.analyze`.
+        gates: take gates in, as for :func:`fxpath.analyze`; a channel that an activation reads
+            which is not homogeneous keeps its scale.
 
     Returns:
         A deep copy with rescaled parameters and running means.
@@ -113,7 +119,7 @@ def rescale(
         >>> fxpath.path_norm(model) == fxpath.path_norm(other)
         True
     """
-    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     captured, lifted = take_in(model, given)
     found = open_groups(captured, lifted)
     values = torch.ones(len(found), dtype=torch.float64)
@@ -146,6 +152,7 @@ def normalize(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
 ) -> nn.Module:
     """A model of the same function at one chosen rescaling of its hidden neurons.
 
@@ -193,6 +200,8 @@ def normalize(
         batch_dim: as for :func:`fxpath.analyze`.
         until: as for :func:`fxpath.analyze`.
         outputs: as for :func:`fxpath.analyze`.
+        gates: take gates in, as for :func:`fxpath.analyze`; a channel that an activation reads
+            which is not homogeneous keeps its scale.
 
     Returns:
         A deep copy with rescaled parameters and running means (see :func:`rescale`).
@@ -220,7 +229,7 @@ def normalize(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: known are {', '.join(map(repr, METHODS))}")
-    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     captured, lifted = take_in(model, given)
     check_finite({captured.tensors[key]: tensor for key, tensor in captured.live().items()})
     found = open_groups(captured, lifted)
