@@ -22,7 +22,6 @@ from torch import nn
 import fxpath
 from fxpath.analyzing import analyze
 from fxpath.capture.loading import UsageError, one_line
-from fxpath.certificate import MEMBER
 from fxpath.exchange import bound, export, verify
 from fxpath.explaining import explained, heading, own_model, say, without_print_outs
 from fxpath.options import in_options, model_options
@@ -84,8 +83,7 @@ def _prune(arguments: argparse.Namespace) -> int:
             if arguments.plan is not None:
                 arguments.plan.write_text(pruned.plan.to_json() + "\n", encoding="utf-8")
         else:
-            text = pruned.record().to_json()
-            save_file(pruned.state_dict, arguments.output, {"format": "pt", MEMBER: text})
+            save_file(pruned.state_dict, arguments.output, {"format": "pt", **pruned.claimed()})
     except (OSError, SafetensorError) as error:
         raise UsageError(f"--output {arguments.output}: {one_line(error)}") from error
     say(arguments, f"written to {arguments.output}")

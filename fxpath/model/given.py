@@ -38,3 +38,10 @@ class Given:
     until: str | None = None
     outputs: Outputs = None
     gates: bool | None = None
+
+    def told(self) -> dict[str, Any]:
+        """The arguments for another verb; ``gates`` only if they are taken in."""
+        found = dict(vars(self))
+        if not self.gates:
+            del found["gates"]
+        return found

@@ -10,13 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fxpath.errors import SupportReport, UnsupportedModelError, problem
-from fxpath.graph import ops
 from fxpath.graph.realization import realization
-from fxpath.graph.squashes import squash_of
-from fxpath.model import Captured, Given, Model, Shapes
+from fxpath.model import Given, Model, Shapes
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.attack import Progress, difference_at, largest_difference
@@ -27,11 +24,10 @@ from fxpath.pairs.pair import Pair
 from fxpath.pairs.rivals import Layered, find_layered
 from fxpath.pairs.rounding import Doubt, doubt, relative
 from fxpath.pairs.snapshot import Snapshot
-from fxpath.passes.followed import gated, require_followed
+from fxpath.passes.followed import check_bounded, gated
 from fxpath.passes.reduce import reduce
 from fxpath.report import plots
 from fxpath.report.table import Column, Table, Tabular
-from fxpath.rules.refused import JUMPING
 
 if TYPE_CHECKING:
     from fxpath.report.plots import Axes
@@ -344,27 +340,12 @@ def lipschitz_bound(
         input_shape = _shape_of(x)
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     pair = make_pair(model, other, given)
-    captured = pair.ours.captured
-    require_followed(captured, pair.lifted, "the bound follows the values of gates")
-    _refuse_jumps(captured, pair.lifted)
+    check_bounded(pair.ours.captured, pair.lifted)
     samples = None if x is None else _samples(pair, x)
     if samples is not None:
         radius = max((t.abs().amax().item() for s in samples for t in s if t.numel()), default=0.0)
     with torch.no_grad():
         return Bound(pair, samples, float(radius), float(norm))
-
-
-def _refuse_jumps(captured: Captured, lifted: fx.GraphModule) -> None:
-    """An activation that jumps has no Lipschitz constant."""
-    problems = []
-    for node in lifted.graph.nodes:
-        if node.target is ops.squash:
-            found = squash_of(node.args[1], tuple(node.args[2]))
-            if found is not None and math.isinf(found.lipschitz):
-                reason = "it jumps, so that no difference of values bounds what comes out"
-                problems.append(problem(node.meta["origin"], reason, JUMPING[1]))
-    if problems:
-        raise UnsupportedModelError(SupportReport(tuple(problems), captured.inputs))
 
 
 def _shape_of(x: Tensor | Sequence[Tensor]) -> Any:

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxpath.errors import UnsupportedModelError
 from fxpath.graph import ops
 from fxpath.graph.interpret import Weighing
 from fxpath.graph.schema import arguments
 from fxpath.model import Given, Model
+from fxpath.pairs.bounds import Bound
 from fxpath.pairs.difference import Difference, Excess, Rows
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import BLOCK, Pair, Side, Weights
 from fxpath.passes import Setting, rewrite, take_in
+from fxpath.passes.followed import check_bounded
 from fxpath.passes.reduce import reduce
 from fxpath.program.formats import format_of
 from fxpath.program.program import PathProgram
@@ -63,6 +66,17 @@ class Erasure:
     def certificate(self, tensors: Mapping[str, Tensor]) -> PathMetric:
         """The same, for a caller who keeps it."""
         return PathMetric(self._pair(tensors).remember(), self.program.reduced)
+
+    def bound(self, tensors: Mapping[str, Tensor]) -> Bound | None:
+        """How far outputs can be from the model's, for inputs in [-1, 1], where gates take part.
+
+        ``None`` where something inside a gate has no rule, or an activation jumps.
+        """
+        try:
+            check_bounded(self.program.captured, self.program.lifted)
+        except UnsupportedModelError:
+            return None
+        return Bound(self._pair(tensors).remember(), None, 1.0, 1.0)
 
     def cut_off(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Output neurons that paths from inputs reach in the model, and with other tensors not."""

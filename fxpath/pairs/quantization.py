@@ -127,7 +127,7 @@ def quantize(
         state[name] = rounded[own] if first else rounded.get(own, value.detach()).clone()
         taken.add(own)
     certify = path_metric if rounding == "zero" else lipschitz_bound
-    return Quantized(state, steps, certify(model, state, **vars(given)))
+    return Quantized(state, steps, certify(model, state, **given.told()))
 
 
 def _rounded_as_they_are(captured: Captured, lifted: fx.GraphModule) -> dict[str, int]:

@@ -66,7 +66,7 @@ def all_scores(criterion: Criterion, model: nn.Module, given: Given) -> Scores:
     function = _BY_NAME[name] if isinstance(criterion, str) else criterion
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    told = {k: v for k, v in vars(given).items() if takes_all or k in parameters}
+    told = {k: v for k, v in given.told().items() if takes_all or k in parameters}
     found = function(model, **told)
     if not isinstance(found, Mapping):
         raise TypeError(f"the criterion returned a {type(found).__name__}, not scores by name")

@@ -13,6 +13,7 @@ from fxpath.graph import ops
 from fxpath.graph.edit import inputs_first
 from fxpath.graph.equations import letters
 from fxpath.graph.leaves import LEAVES
+from fxpath.graph.links import on_paths
 from fxpath.graph.schema import arguments, bias_of
 from fxpath.model import Captured, named_tensors
 from fxpath.pairs.pair import Side
@@ -89,8 +90,9 @@ def find_eligible(captured: Captured, lifted: fx.GraphModule, biases: bool) -> l
     of: it is not eligible.  A weight that is computed has no ``key``, see :func:`check_stored`.
     """
     found: dict[str, Eligible] = {}
+    counted = on_paths(lifted.graph)
     for node in lifted.graph.nodes:
-        if node.target is not ops.coordinate:
+        if node.target is not ops.coordinate or node not in counted:
             continue
         value, name = arguments(node)
         readers = list(_readers(node))

@@ -15,6 +15,7 @@ from fxpath.model import Given, Shapes
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.pairs.erasure import Erasure
+from fxpath.passes.followed import gated
 from fxpath.pruning.choices import Choice
 from fxpath.pruning.criterion import Criterion, name_of
 from fxpath.pruning.eligible import Eligible, check_stored, choose, find_eligible
@@ -47,6 +48,7 @@ def prune(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
 ) -> Pruned:
     """Choose entries of a model to set to zero, and certify what is lost.
 
@@ -95,6 +97,9 @@ def prune(
         batch_dim: as for :func:`fxpath.analyze`.
         until: as for :func:`fxpath.analyze`: what lies behind is not pruned.
         outputs: as for :func:`fxpath.analyze`.
+        gates: take gates in, as for :func:`fxpath.analyze`: weights that only a gate reads stay as
+            they are, there is no exact certificate, and ``bound`` says how far outputs can be
+            apart.
 
     Returns:
         A :class:`fxpath.Pruned`.  Ties are settled by (score, name, flat index).
@@ -130,8 +135,14 @@ def prune(
         raise ValueError("steps: given scores stay what they are; pass a criterion or a function")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: an nn.Module can be pruned")
-    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     erasure = Erasure.of(model, given)
+    inexact = gated(erasure.program.lifted)
+    if budget is not None and inexact:
+        raise ValueError(
+            "budget: with gates, which change with the weights, no path-metric says what is lost; "
+            "pass amount, and look at the bound of the result"
+        )
     eligible = find_eligible(erasure.program.captured, erasure.program.lifted, biases)
     chosen = choose(model, eligible, include, exclude)
     check_stored(model, erasure.side, chosen)
@@ -178,12 +189,13 @@ def prune(
     return Pruned(
         state_dict=source.state(tensors),
         masks={each.name: {**masks, **kept}[each.name] for each in chosen},
-        certificate=erasure.certificate(tensors),
+        bound=erasure.bound(tensors) if inexact else None,
         path_magnitude_share=sum(lost.values()),
         layers=tuple(rows),
         criterion=named,
         _dense=model,
         _given=given,
+        _certificate=None if inexact else erasure.certificate(tensors),
     )
 
 

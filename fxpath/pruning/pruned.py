@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxpath.certificate import MEMBER, Certificate, fingerprint
 from fxpath.model import Given, named_tensors
+from fxpath.pairs.bounds import Bound
 from fxpath.pairs.certify import certify
 from fxpath.pairs.metric import PathMetric
 from fxpath.pruning.masks import deep_copy, refresh, write_masks
@@ -82,8 +83,9 @@ class Pruned(Tabular):
         state_dict: all of the model's entries, with zeros where a mask cuts; all of them copies.
         masks: parameter name -> bool tensor of its shape, True = kept; a mask for every parameter
             that could be pruned.
-        certificate: the exact :class:`fxpath.PathMetric` to the model that was pruned, by (7): the
-            functions differ by at most ``max(||x||_inf, 1)`` times it (5).
+        bound: for a network with gates the inductive :class:`fxpath.Bound` of how far outputs can
+            be from the dense model's, for inputs in [-1, 1]; ``None`` for one without, or where the
+            inside of a gate is not followed.
         path_magnitude_share: sum of Path-Mag over the entries that are cut, as a part of the
             path-norm: the bound (13) on ``certificate.relative``, right to four digits or better.
         layers: one row for each parameter that could be pruned, in order of execution.
@@ -92,12 +94,29 @@ class Pruned(Tabular):
 
     state_dict: dict[str, Tensor]
     masks: dict[str, Tensor]
-    certificate: PathMetric
+    bound: Bound | None
     path_magnitude_share: float
     layers: tuple[PrunedLayer, ...]
     criterion: str
     _dense: nn.Module
     _given: Given
+    _certificate: PathMetric | None
+
+    @property
+    def certificate(self) -> PathMetric:
+        """The exact :class:`fxpath.PathMetric` to the model that was pruned, by (7).
+
+        The functions differ by at most ``max(||x||_inf, 1)`` times it (5).
+
+        Raises:
+            ValueError: for a network with gates, which change with the weights; see ``bound``.
+        """
+        if self._certificate is None:
+            raise ValueError(
+                "a network with gates has no exact certificate: gates change with the weights, and "
+                "no path-metric bounds that; `bound` holds the inductive bound"
+            )
+        return self._certificate
 
     @property
     def sparsity(self) -> float:
@@ -136,16 +155,24 @@ class Pruned(Tabular):
                 "criterion": self.criterion,
                 "dense": fingerprint(self._dense.state_dict()),
                 "pruned": fingerprint(self.state_dict),
-                MEMBER: self.record().to_json(),
+                **self.claimed(),
             },
         )
+
+    def claimed(self) -> dict[str, str]:
+        """The :meth:`record` as an entry of a file's metadata; none for a network with gates."""
+        return {} if self._certificate is None else {MEMBER: self.record().to_json()}
 
     def record(self) -> Certificate:
         """What is claimed of the weights that are left, to travel with them.
 
         It is computed again from both sets of weights, as :func:`fxpath.verify` does.
+
+        Raises:
+            ValueError: for a network with gates, as :attr:`certificate`.
         """
-        return certify(self.model(), reference=self._dense, **vars(self._given))
+        assert self.certificate is not None
+        return certify(self.model(), reference=self._dense, **self._given.told())
 
     def table(self, depth: int | None = None) -> Table:
         """A row for each parameter that could be pruned, with fixed columns.
@@ -177,7 +204,8 @@ class Pruned(Tabular):
             "criterion": self.criterion,
             "sparsity": self.sparsity,
             "path_magnitude_share": self.path_magnitude_share,
-            "certificate": self.certificate.to_dict(),
+            "certificate": self._certificate and self._certificate.to_dict(),
+            "bound": self.bound and self.bound.to_dict(),
             "layers": [dict(row) for row in self.table().rows],
         }
 
@@ -193,24 +221,42 @@ class Pruned(Tabular):
         Raises:
             ImportError: if matplotlib is not installed; the extra ``report`` brings it.
         """
-        return plots.pruned(self.table().rows, self.sparsity, self.certificate.relative, dark)
+        return plots.pruned(self.table().rows, self.sparsity, self._lost, dark)
 
     def __str__(self) -> str:
         table = self.table()
         total = {"parameter": "all", "shape": "", "note": "", "zeros": self.sparsity}
         total["pruned"] = sum(row.pruned for row in self.layers)
-        total["lost"] = self.certificate.relative
-        metric = self.certificate
-        lost = (
-            f"path-metric to the dense model, exact (7): {metric.upper:.6g}, "
-            f"{metric.relative:.3%} of the path-norm\n"
-            f"bounded by the sum of Path-Mag of what is cut (13): {self.path_magnitude_share:.3%}"
-        )
+        total["lost"] = self._lost
+        lost = f"{self._said()}: {self.path_magnitude_share:.3%}"
         shown = dataclasses.replace(table, rows=(*table.rows, total))
         return f"{shown}\n\n{lost}\n\n{textwrap.fill(RUNTIMES, 100)}"
 
     def __repr__(self) -> str:
-        return f"<Pruned: {self.sparsity:.1%} zeros, {self.certificate.relative:.3%} lost>"
+        return f"<Pruned: {self.sparsity:.1%} zeros, {self._lost:.3%} lost>"
+
+    @property
+    def _lost(self) -> float:
+        """Part of the path-norm that is lost, or at most so much of a generalised one."""
+        metric = self._certificate
+        return self.path_magnitude_share if metric is None else metric.relative
+
+    def _said(self) -> str:
+        metric = self._certificate
+        if metric is not None:
+            return (
+                f"path-metric to the dense model, exact (7): {metric.upper:.6g}, "
+                f"{metric.relative:.3%} of the path-norm\n"
+                "bounded by the sum of Path-Mag of what is cut (13)"
+            )
+        far = "not bounded: something inside a gate is not followed, or jumps"
+        if self.bound is not None:
+            far = f"at most {self.bound.value:.6g} in the l^1 norm, for inputs in [-1, 1]"
+        return (
+            "a network with gates has no exact certificate, as they change with the weights; "
+            f"outputs can be apart: {far}\n"
+            "part of the generalised path-norm that is cut at most"
+        )
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ def canonical_magnitude(
     batch_dim: int | None = 0,
     until: str | None = None,
     outputs: Outputs = None,
+    gates: bool = False,
 ) -> dict[str, Tensor]:
     """Size ``|theta_i|`` of every parameter at the rescaling of least l^2 norm.
 
@@ -51,6 +52,7 @@ def canonical_magnitude(
         batch_dim: as for :func:`fxpath.analyze`.
         until: as for :func:`fxpath.analyze`.
         outputs: as for :func:`fxpath.analyze`.
+        gates: as for :func:`fxpath.analyze`.
 
     Returns:
         Parameter name -> tensor of the parameter's shape, entries >= 0; names are those of
@@ -73,7 +75,7 @@ def canonical_magnitude(
         >>> {name: round(s.item(), 6) for name, s in canonical_magnitude(model).items()}
         {'0.weight': 4.0, '2.weight': 4.0}
     """
-    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
+    given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
     program = build(model, given, reduced=False)
     return Canonical(program.captured, program.lifted).scores(program.dtype)
 
