@@ -208,9 +208,7 @@ def test_balance_is_as_exact_as_it_says() -> None:
 
 def test_what_is_refused() -> None:
     model = mlp(2, 3, 2)
-    with pytest.raises(
-        ValueError, match="known are 'incoming', 'least_norm', 'path_conditioning'"
-    ):
+    with pytest.raises(ValueError, match="known are 'incoming', 'least_norm', 'path_conditioning'"):
         fxpath.normalize(model, method="l2")
     with pytest.raises(TypeError, match="ExportedProgram"):
         fxpath.normalize(
