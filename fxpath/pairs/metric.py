@@ -138,6 +138,10 @@ class PathMetric(Snapshot, Tabular):
         """The lower bound (6), ``| ||Phi|| - ||Phi'|| |``: the metric itself where it is exact."""
         if self.value is not None:
             return max(0.0, self.value * (1 - self._relative) - self._doubt - self._slack)
+        return self._norms_apart
+
+    @property
+    def _norms_apart(self) -> float:
         # Both excesses are rounded, which their difference must not take for a distance.
         hidden = self._relative * self._excess_sum + self._doubt
         return max(0.0, (abs(self._excess - self._other_excess) - hidden) * (1 - 4 * UNIT))
@@ -176,6 +180,13 @@ class PathMetric(Snapshot, Tabular):
     def bounds(self) -> dict[str, float]:
         """All upper bounds by name, see :meth:`bound`."""
         return {name: self.bound(name) for name in UPPER_BOUNDS}
+
+    def carried_bounds(self) -> tuple[float, float]:
+        """Bounds that need no other evaluation, over the model's path-norm: (6), and through m.
+
+        Both are the metric where no entry of one of the networks is larger and signs agree.
+        """
+        return self._over_norm(self._norms_apart), self._over_norm(self.bound("m"))
 
     @property
     def _excess_sum(self) -> float:
@@ -372,12 +383,7 @@ def path_metric(
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
     pair = make_pair(model, other, given)
-    if pair.architecture:
-        raise ValueError(
-            f"{', '.join(pair.architecture)} differ: slopes, clamp bounds and fixed coefficients "
-            "are architecture, and a path-metric compares weights and biases of one architecture; "
-            "fxpath.lipschitz_bound covers such a pair"
-        )
+    pair.check_architecture()
     return PathMetric(pair)
 
 

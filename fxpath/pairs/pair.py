@@ -230,6 +230,19 @@ class Pair:
         place = module_path(origin) or "the model's own forward"
         return sorted(found) or [f"a number of {origin.target} in {place}"]
 
+    def check_architecture(self) -> None:
+        """Refuse to go on where more than theta differs.
+
+        Raises:
+            ValueError: naming the slopes, clamp bounds and fixed coefficients that differ.
+        """
+        if self.architecture:
+            raise ValueError(
+                f"{', '.join(self.architecture)} differ: slopes, clamp bounds and fixed "
+                "coefficients are architecture, and a path-metric compares weights and biases of "
+                "one architecture; fxpath.lipschitz_bound covers such a pair"
+            )
+
     def coordinates(self) -> list[tuple[int, str]]:
         """Leaves that are part of theta, with the names of their coordinates."""
         return [
