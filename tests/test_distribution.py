@@ -15,10 +15,10 @@ NAME = re.findall(r'^name = "(.+)"$', PROJECT, re.MULTILINE)[0]
 
 
 def test_extras_build_on_extras_of_this_distribution() -> None:
-    extras = set(re.findall(r"^([a-z]+) = \[", PROJECT.split("optional-dependencies]")[1], re.M))
-    named = dict(re.findall(r'"([a-z-]*fxpath)(\[[a-z,]+\])"', PROJECT))
+    extras = set(re.findall(r"^([a-z-]+) = \[", PROJECT.split("optional-dependencies]")[1], re.M))
+    named = dict(re.findall(r'"([a-z-]*fxpath)(\[[a-z,-]+\])"', PROJECT))
     assert named.keys() == {NAME}
-    wanted = re.findall(rf'"{NAME}\[([a-z,]+)\]"', PROJECT)
+    wanted = re.findall(rf'"{NAME}\[([a-z,-]+)\]"', PROJECT)
     assert len(wanted) >= 4
     assert set(",".join(wanted).split(",")) <= extras
 
