@@ -78,9 +78,16 @@ def _names(code: types.CodeType) -> frozenset[str]:
     return frozenset(found.union(*nested))
 
 
+def entries(value: dict[Any, Any]) -> dict[Any, Any]:
+    """What a dictionary stores; reading one of a class of the caller's may make what it returns."""
+    return dict(dict.items(value)) if is_own(type(value).__module__) else value
+
+
 def parts(value: Any) -> Iterable[Any]:
     """What an object holds, as far as it is plain Python."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
+        yield from entries(value).values()
+    elif isinstance(value, Mapping) and not is_own(type(value).__module__):
         yield from value.values()
     elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from value
@@ -192,7 +199,8 @@ class Reachable:
             held = vars(value)
             self._add(value, what, lambda: held, functools.partial(_refill, held), dict(held))
         if isinstance(value, dict):
-            self._add(value, what, lambda: value, functools.partial(_refill, value), dict(value))
+            read = functools.partial(entries, value)
+            self._add(value, what, read, functools.partial(_refill, value), dict(read()))
         elif isinstance(value, list | deque):
             self._add(value, what, lambda: value, functools.partial(_extend, value), list(value))
         elif isinstance(value, set):

@@ -52,6 +52,18 @@ class MetricProgram:
         live = self.program.captured.live()
         return {key: tensor.detach().clone() for key, tensor in live.items()}
 
+    def trained(self) -> list[str]:
+        """Parameters with a gradient that are no part of theta, by name: slopes and clamp bounds.
+
+        Training changes them, and with them what two sets of weights have to have in common.
+        """
+        live = self.program.captured.live()
+        side = side_of(self.program.captured, self.program.lifted)
+        pair, names = Pair(side.module, side, side), self.program.captured.tensors
+        learnt = {names[key] for key, tensor in live.items() if tensor.requires_grad}
+        fixed = [name for node in side.nodes if node.meta["fixed"] for name in pair.names(node)]
+        return [name for name in dict.fromkeys(fixed) if name in learnt]
+
     @plain_mode()
     def metric(self, first: Tensors, second: Tensors | None = None) -> PathMetric:
         """The path-metric from one set of weights to another: :func:`fxpath.path_metric`.

@@ -1,0 +1,99 @@
+"""What a monitor says of a model in training, and what it leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxpath
+from fxpath.plugins.monitor import LOWER, NORM, UPPER, PathNormMonitor
+from tests.support.checks import differences, snapshot
+from tests.support.watched import SHAPE, Watched, assert_said, copied, examples
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    inputs, classes = examples()
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(inputs), classes).backward()
+    optimizer.step()
+
+
+def test_numbers_of_a_loop_are_those_of_the_verbs() -> None:
+    model, lines = Watched(), list[tuple[int, dict[str, float]]]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    states, kept = [copied(model)], [0]
+    monitor = PathNormMonitor(
+        model, SHAPE, every=2, log=lambda values, step: lines.append((step, values))
+    )
+    for number in range(1, 7):
+        step(model, optimizer)
+        states.append(copied(model))
+        before = snapshot(model)
+        found = monitor.after_step(number)
+        assert (found is None) == (number % 2 > 0) and monitor.after_step(number) is None
+        if number == 3:
+            monitor.checkpoint()
+        kept.append(3 if number >= 3 else 0)
+        assert not differences(before, snapshot(model))
+    assert [number for number, _ in lines] == [2, 4, 6]
+    for number, values in lines:
+        assert list(values) == [NORM, LOWER, UPPER]
+        assert_said(values, states[number], states[kept[number]])
+    monitor.checkpoint()
+    assert [monitor.measure()[name] for name in (LOWER, UPPER)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+)
+def test_a_wrapped_model_is_measured(wrap: Any) -> None:
+    model = Watched()
+    monitor = PathNormMonitor(wrap(model), SHAPE)
+    before, parameter = copied(model), model.head.weight
+    with torch.no_grad():
+        parameter.mul_(1.5)
+    assert_said(monitor.measure(), copied(model), before)
+
+
+def test_the_norm_alone_takes_no_copy() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="1.weight: slopes .* metric=False .* freeze"):
+        PathNormMonitor(model)
+    monitor = PathNormMonitor(model, metric=False)
+    with torch.no_grad():
+        model[1].weight.fill_(3)
+    monitor.checkpoint()
+    assert monitor.measure() == {NORM: fxpath.analyze(model).log10_path_norm}
+    model[1].weight.requires_grad_(False)
+    assert PathNormMonitor(model).measure()[UPPER] == 0
+
+
+def test_what_is_refused_is_refused_at_once() -> None:
+    with pytest.raises(fxpath.UnsupportedModelError, match="gelu"):
+        PathNormMonitor(nn.Sequential(nn.Linear(2, 2), nn.GELU()))
+    with pytest.raises(ValueError, match="every=0"):
+        PathNormMonitor(nn.Linear(2, 2), every=0)
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    for metric in (True, False):
+        with pytest.raises(ValueError, match="NaN"):
+            PathNormMonitor(model, metric=metric)
+
+
+def test_gradients_are_left_as_they_are() -> None:
+    model = Watched()
+    monitor = PathNormMonitor(model, SHAPE)
+    inputs, _ = examples()
+    loss = model(inputs).sum()
+    monitor.measure()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    with torch.inference_mode():
+        monitor.measure()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
