@@ -139,6 +139,7 @@ def test_other_processes_measure_nothing(tmp_path: Path, model: Model) -> None:
     assert callback.monitor is None and state.log_history == []
 
 
+@pytest.mark.long  # a capture walks through all code that the library's models can reach
 def test_a_model_of_the_library(tmp_path: Path) -> None:
     config = transformers.ResNetConfig(
         embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=2

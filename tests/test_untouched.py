@@ -132,6 +132,37 @@ def test_a_real_model_in_train_mode_is_left_alone() -> None:
     assert_equal_analyses(analysis, fxpath.analyze(model.eval(), (3, 32, 32)), rtol=1e-6)
 
 
+class Lazy(dict[str, str]):
+    """Makes what it returns where it is read, as registries of large libraries do."""
+
+    def __getitem__(self, key: str) -> str:
+        raise ImportError(key)
+
+    def keys(self) -> Any:
+        return ["something large"]
+
+    def values(self) -> Any:
+        return [self[key] for key in self.keys()]
+
+    def __iter__(self) -> Any:
+        return iter(self.keys())
+
+
+REGISTRY = Lazy(stored="here")
+
+
+class Registered(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        REGISTRY.update(stored="by forward")
+        return super().forward(x)
+
+
+def test_a_dictionary_is_not_asked_to_make_what_it_holds() -> None:
+    analysis = fxpath.analyze(Registered(2, 1))
+    assert analysis.scores.keys() == {"weight", "bias"}
+    assert dict.__getitem__(REGISTRY, "stored") == "here"
+
+
 def test_example_inputs_are_left_alone() -> None:
     model = small_net()
     x = torch.randn(1, *SMALL, requires_grad=True)

@@ -142,6 +142,8 @@ class _Place:
     def changed(self) -> bool:
         """Whether it holds other objects than before, or in another order."""
         now, before = self.read(), self.before
+        if now is before:
+            return False
         if isinstance(before, dict):
             return list(now) != list(before) or any(now[k] is not before[k] for k in before)
         if isinstance(before, list):
