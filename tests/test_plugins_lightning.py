@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxpath
 from tests.support.watched import SHAPE, Watched, assert_said, copied, examples
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    lightning = pytest.importorskip("lightning.pytorch")
+lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 
 from fxpath.plugins.lightning import PathNormCallback  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings(
-    # The trainer's advice on how to train faster, and what it uses of torch.
-    "ignore::UserWarning:lightning.*",
-    "ignore::DeprecationWarning:lightning.*",
-    "ignore::FutureWarning:lightning.*",
-)
 
 
 class Module(lightning.LightningModule):

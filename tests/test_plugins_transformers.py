@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ import fxpath
 from fxpath.plugins.monitor import LOWER, NORM, UPPER
 from tests.support.watched import SHAPE, Watched, assert_said, copied, examples
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 from fxpath.plugins.transformers import PathNormCallback  # noqa: E402
 
 
