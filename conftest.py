@@ -1,6 +1,7 @@
 """Every test starts from the same seeds and uses a bounded number of threads."""
 
 import gc
+import importlib.util
 import os
 import random
 from collections.abc import Iterator
@@ -11,6 +12,14 @@ import torch
 
 # Under pytest-xdist the workers share the cores; alone, more than four threads only add noise.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, torch.get_num_threads()))
+
+
+# What adapts another library has examples that need it.
+collect_ignore = [
+    f"fxpath/plugins/{name}.py"
+    for name in ("lightning", "torch_pruning", "transformers")
+    if importlib.util.find_spec(name) is None
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

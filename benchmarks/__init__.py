@@ -4,6 +4,7 @@
     python -m benchmarks.resolution         time against the size of the input
     python -m benchmarks.memory             peak memory
     python -m benchmarks.operators resnet18   operators of an exported program
+    python -m benchmarks.callbacks          what a line of path-norms costs a training
     python -m benchmarks.pruning_accuracy   Table 4: accuracy after pruning and finetuning
     python -m pytest benchmarks/speed.py --benchmark-only   the passes, to compare with others
 

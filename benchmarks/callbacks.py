@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for loop in arguments.loops:
         with explained(parser):
-            net = load_module(arguments.model)
+            net = load_module(arguments.model).train()
         images = Images(shape, arguments.batch, 2 * arguments.repeats + 1)
         rows.append(measure(loop, net, images, arguments.device, arguments.every))
         print(f"{loop} done", flush=True)

@@ -38,6 +38,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Other projects' names: their inventories would have to be fetched.
     (r"py:.*", r"(torch|collections|pathlib|os|typing|networkx|pandas|matplotlib)\..*"),
+    (r"py:.*", r"(lightning|transformers|torch_pruning)\..*"),
 ]
 nitpick_ignore = [
     # A type variable, which says that a decorator returns what it is given.

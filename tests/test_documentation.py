@@ -29,6 +29,13 @@ RUNNING = [page for page in PAGES if blocks(page, "python")]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 
 
+#: Libraries that a page shows.
+SHOWN = {
+    "coming_from/torch_pruning.md": ["torch_pruning"],
+    "how_to/in_training.md": ["lightning", "transformers", "accelerate"],
+}
+
+
 def name(page: Path) -> str:
     return str(page.relative_to(DOCS))
 
@@ -37,6 +44,8 @@ def name(page: Path) -> str:
 def test_examples_of_a_page_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
 ) -> None:
+    for library in SHOWN.get(name(page), []):
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     run(page)
 
