@@ -43,8 +43,10 @@ nitpick_ignore_regex = [
 nitpick_ignore = [
     # A type variable, which says that a decorator returns what it is given.
     ("py:class", "fxpath.rules.own.Composition"),
-    # matplotlib's, imported where types are checked alone.
+    # matplotlib's and Lightning's, imported where types are checked alone.
     ("py:class", "Axes"),
+    ("py:class", "LightningModule"),
+    ("py:class", "Trainer"),
 ]
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxpath
+from fxpath.plugins.monitor import UPPER
 from tests.support.watched import SHAPE, Watched, assert_said, copied, examples
 
 lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 
 from fxpath.plugins.lightning import PathNormCallback  # noqa: E402
@@ -144,6 +147,18 @@ def test_a_fit_that_cannot_be_measured_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no logger"):
         fit(tmp_path, module, PathNormCallback(SHAPE), logger=False, **off)
     assert all(torch.equal(before[name], value) for name, value in copied(module).items())
+
+
+@pytest.mark.long
+def test_one_of_two_processes_logs(tmp_path: Path) -> None:
+    callback = PathNormCallback(SHAPE, every=1, module="net")
+    logger = CSVLogger(tmp_path, name="", version="")
+    options = {"strategy": "ddp_spawn", "devices": 2, "enable_checkpointing": False}
+    fit(tmp_path, Module(), callback, logger=logger, **options)
+    with open(tmp_path / "metrics.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["step"] for line in lines] == ["1", "2", "3"]
+    assert all(float(line[UPPER]) > 0 for line in lines)
 
 
 def test_other_ranks_measure_nothing(tmp_path: Path, module: Module) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +101,30 @@ def test_gradients_are_left_as_they_are() -> None:
         monitor.measure()
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize(
+    "plugin, needs, extra",
+    [
+        ("lightning", ["lightning.pytorch", "pytorch_lightning"], "lightning"),
+        ("transformers", ["transformers"], "transformers"),
+        ("torch_pruning", ["torch_pruning"], "torch-pruning"),
+    ],
+)
+def test_a_library_that_is_missing_is_named(
+    plugin: str, needs: list[str], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in needs:
+        monkeypatch.setitem(sys.modules, name, None)
+    name = f"fxpath.plugins.{plugin}"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ImportError, match=re.escape(f"pip install 'torch-fxpath[{extra}]'")):
+        importlib.import_module(name)
+
+
+def test_nothing_imports_a_plugin() -> None:
+    """So that what they need is imported by those alone who ask for it."""
+    package = Path(fxpath.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.parent.name != "plugins":
+            assert "fxpath.plugins" not in path.read_text(), path
