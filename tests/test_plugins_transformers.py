@@ -78,9 +78,15 @@ def lines_of(trainer: Any) -> dict[int, dict[str, float]]:
     return {row["step"]: row for row in trainer.state.log_history if NORM in row}
 
 
-def test_numbers_are_those_of_the_weights_at_that_step(tmp_path: Path, model: Model) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}]
+)
+def test_numbers_are_those_of_the_weights_at_that_step(
+    tmp_path: Path, model: Model, options: dict[str, Any], fresh_compiler: None
+) -> None:
     witness, callback = Witness(), PathNormCallback(SHAPE, every=2)
-    trainer = trainer_of(tmp_path, model, callback, witness, save_strategy="steps", save_steps=3)
+    options = {"save_strategy": "steps", "save_steps": 3, **options}
+    trainer = trainer_of(tmp_path, model, callback, witness, **options)
     trainer.train()
     lines = lines_of(trainer)
     assert sorted(lines) == [2, 4, 6] and witness.saved == [3, 6]

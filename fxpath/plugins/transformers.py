@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -67,7 +68,7 @@ class PathNormCallback(TrainerCallback):
         """Capture the model, where it is to be trained."""
         if not state.is_world_process_zero:
             return
-        model: nn.Module = kwargs["model"].get_submodule(self.module)
+        model = _bare(kwargs["model"]).get_submodule(self.module)
         log = self.log or _recorded(state)
         self.monitor = PathNormMonitor(model, every=self.every, log=log, **self.options)
 
@@ -90,6 +91,20 @@ class PathNormCallback(TrainerCallback):
     ) -> None:
         """Let go of the model and of the copy of its weights."""
         self.monitor = None
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """A model without the forward that accelerate puts in front of its own for mixed precision.
+
+    That one cannot be copied, and rounds activations, which are no part of Phi.  What is returned
+    has the same tensors and modules, also after they are exchanged.
+    """
+    original = vars(model).get("_original_forward")
+    if getattr(original, "__func__", None) is not type(model).forward:
+        return model
+    bare = copy.copy(model)
+    del vars(bare)["forward"]
+    return bare
 
 
 def _recorded(state: TrainerState) -> Log:
