@@ -144,6 +144,8 @@ def test_a_fit_that_cannot_be_measured_does_not_start(tmp_path: Path) -> None:
     before = copied(module)
     with pytest.raises(fxpath.UnsupportedModelError, match="tanh"):
         fit(tmp_path, module, PathNormCallback(SHAPE), **off)
+    with pytest.raises(ValueError, match="Module has no forward.*module='net'"):
+        fit(tmp_path, Module(), PathNormCallback(SHAPE), **off)
     with pytest.raises(ValueError, match="no logger"):
         fit(tmp_path, module, PathNormCallback(SHAPE), logger=False, **off)
     assert all(torch.equal(before[name], value) for name, value in copied(module).items())

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
     try:
-        from lightning.pytorch import Callback
+        from lightning.pytorch import Callback, LightningModule
     except ImportError:
         try:
-            from pytorch_lightning import Callback
+            from pytorch_lightning import Callback, LightningModule
         except ImportError as error:
             raise ImportError(
                 "a callback for Lightning needs it: pip install 'torch-fxpath[lightning]'"
@@ -49,7 +49,7 @@ class PathNormCallback(Callback):
                 ``example_inputs``, ``until``, ...
 
         A fit raises at its start, before the first batch, what the monitor raises when it is made;
-        and a ``ValueError`` if the trainer has no logger.
+        and a ``ValueError`` if the trainer has no logger, or the module no ``forward``.
         """
         self.module = module
         self.options = {"input_shape": input_shape, "every": every, **options}
@@ -64,6 +64,11 @@ class PathNormCallback(Callback):
                 "the trainer has no logger to log path-norms to: pass one, or drop this callback"
             )
         model = pl_module.get_submodule(self.module)
+        if type(model).forward is LightningModule.forward:
+            raise ValueError(
+                f"{type(model).__name__} has no forward to capture: name the submodule to measure, "
+                "as in PathNormCallback(module='net')"
+            )
         self.monitor = PathNormMonitor(model, log=_logged(trainer), **self.options)
 
     def on_train_batch_end(

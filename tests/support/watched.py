@@ -41,15 +41,13 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_said(found: Mapping[str, float], now: State, reference: State) -> None:
     """Numbers are those of the verbs, for copies of the weights."""
-    models = []
-    for state in (reference, now):
-        model = Watched()
-        model.load_state_dict(state)
-        models.append(model)
-    metric = fxpath.path_metric(models[0], models[1], SHAPE)
-    norms = [fxpath.path_norm(model, SHAPE, dtype=torch.float64) for model in models]
-    assert found[NORM] == pytest.approx(math.log10(norms[1]), abs=1e-5)
-    assert found[NORM] == fxpath.analyze(models[1], SHAPE).log10_path_norm
-    assert found[LOWER] == pytest.approx(abs(norms[1] / norms[0] - 1), rel=1e-6, abs=1e-12)
-    assert found[UPPER] == pytest.approx(metric.bound("m") / norms[0])
+    model, other = Watched(), Watched()
+    model.load_state_dict(reference)
+    other.load_state_dict(now)
+    metric = fxpath.path_metric(model, now, SHAPE)
+    before, after = metric.path_norm, metric.other_path_norm
+    assert found[NORM] == fxpath.analyze(other, SHAPE).log10_path_norm
+    assert found[NORM] == pytest.approx(math.log10(after), abs=1e-5)
+    assert found[LOWER] == pytest.approx(abs(after / before - 1), rel=1e-6, abs=1e-12)
+    assert found[UPPER] == pytest.approx(metric.bound("m") / before)
     assert found[LOWER] <= metric.relative_upper and metric.relative_lower <= found[UPPER]
