@@ -64,8 +64,8 @@ def _held_against(mine: Side, other: Other, given: Given) -> Side:
             f"other is a {type(other).__name__}: pass a model of the same architecture, or a state "
             "dict with the model's own names"
         )
-    state, named = _from_state(mine.captured, other)
-    changed = _changed_numbers(mine.captured, named)
+    state, named = state_tensors(mine.captured, other)
+    changed = changed_numbers(mine.captured, named)
     if changed:
         return _traced_again(mine, named, changed, given)
     return replace(mine, tensors=_detached(state))
@@ -93,10 +93,12 @@ def _check_other(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Non
         raise ValueError(f"other: {error}") from None
 
 
-def _from_state(
-    captured: Captured, state: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a state dict: by placeholders of a captured model, and by name."""
+def state_tensors(captured: Captured, state: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a state dict: by placeholders of a captured model, and by name.
+
+    Raises:
+        ValueError: for missing or unknown names, other shapes, NaN; it begins with ``other: ``.
+    """
     own, stored = named_tensors(captured.source), _stored(captured.source)
     read = {
         node.name: captured.tensors[node.name]
@@ -122,7 +124,7 @@ def _stored(model: Model) -> dict[str, Tensor]:
     return dict(model.state_dict if isinstance(model, ExportedProgram) else model.state_dict())
 
 
-def _changed_numbers(captured: Captured, state: Mapping[str, Tensor]) -> list[str]:
+def changed_numbers(captured: Captured, state: Mapping[str, Tensor]) -> list[str]:
     """Masks, index lists and numbers that the model's graph was made for, where they differ."""
     return [
         name
