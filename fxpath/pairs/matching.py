@@ -64,7 +64,14 @@ def _held_against(mine: Side, other: Other, given: Given) -> Side:
             f"other is a {type(other).__name__}: pass a model of the same architecture, or a state "
             "dict with the model's own names"
         )
-    state, named = state_tensors(mine.captured, other)
+    try:
+        state, named = state_tensors(mine.captured, other)
+    except ValueError as error:
+        raise ValueError(
+            f"other: {error}; if its weights are held in another way, pass the model itself"
+        ) from None
+    read = names_read(mine.captured)
+    _check_other(read, {key: state[key] for key in read})
     changed = changed_numbers(mine.captured, named)
     if changed:
         return _traced_again(mine, named, changed, given)
@@ -97,26 +104,25 @@ def state_tensors(captured: Captured, state: Any) -> tuple[dict[str, Tensor], di
     """The tensors of a state dict: by placeholders of a captured model, and by name.
 
     Raises:
-        ValueError: for missing or unknown names, other shapes, NaN; it begins with ``other: ``.
+        ValueError: for missing or unknown names, or other shapes.
     """
     own, stored = named_tensors(captured.source), _stored(captured.source)
-    read = {
+    read = names_read(captured)
+    # What the graph does not read may be missing; so may a buffer that no state dict holds.
+    needed = {name for name in read.values() if name in stored and name not in captured.constants}
+    given = fit_state_dict(state, {**stored, **own}, optional={*stored, *own} - needed)
+    live = captured.live()
+    tensors = {**live, **{key: given[n] for key, n in read.items() if n in given}}
+    return {key: value.to(live[key].device) for key, value in tensors.items()}, given
+
+
+def names_read(captured: Captured) -> dict[str, str]:
+    """Placeholder -> name of those tensors of a model that its graph reads."""
+    return {
         node.name: captured.tensors[node.name]
         for node in captured.graph_module.graph.nodes
         if node.op == "placeholder" and node.users and node.name in captured.tensors
     }
-    # What the graph does not read may be missing; so may a buffer that no state dict holds.
-    needed = {name for name in read.values() if name in stored and name not in captured.constants}
-    try:
-        given = fit_state_dict(state, {**stored, **own}, optional={*stored, *own} - needed)
-    except ValueError as error:
-        raise ValueError(
-            f"other: {error}; if its weights are held in another way, pass the model itself"
-        ) from None
-    tensors = {**captured.live(), **{key: given[n] for key, n in read.items() if n in given}}
-    _check_other(read, {key: tensors[key] for key in read})
-    device = {key: value.device for key, value in captured.live().items()}
-    return {key: value.to(device[key]) for key, value in tensors.items()}, given
 
 
 def _stored(model: Model) -> dict[str, Tensor]:
