@@ -14,6 +14,8 @@ from fxpath import criteria, passes
 from fxpath.api import analyze, check, compile, path_magnitude, path_norm, path_norms
 from fxpath.capture.loading.certificates import load_certificate
 from fxpath.certificate import Certificate, Claim
+from fxpath.checkpoints.compare import compare
+from fxpath.checkpoints.comparison import Comparison
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.certify import certify, verify
@@ -49,6 +51,7 @@ __all__ = [
     "ChannelGroups",
     "Claim",
     "Column",
+    "Comparison",
     "Finding",
     "LayerRow",
     "Masks",
@@ -77,6 +80,7 @@ __all__ = [
     "certify",
     "channel_groups",
     "check",
+    "compare",
     "compile",
     "criteria",
     "lipschitz_bound",

@@ -1,4 +1,4 @@
-"""What the commands do: `fxpath analyze`, `prune`, `graph`, `check`, `export`, `verify`, `bound`.
+"""What the commands do: `fxpath analyze`, `prune`, `graph`, `check` and others.
 
 How they are spelled stands in `fxpath_command`, which answers without this package; what a MODEL is
 in `fxpath.capture.loading`.
@@ -22,6 +22,7 @@ from torch import nn
 import fxpath
 from fxpath.analyzing import analyze
 from fxpath.capture.loading import UsageError, one_line
+from fxpath.comparing import compare
 from fxpath.exchange import bound, export, verify
 from fxpath.explaining import explained, heading, own_model, say, without_print_outs
 from fxpath.options import in_options, model_options
@@ -142,4 +143,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": export,
     "verify": verify,
     "bound": bound,
+    "compare": compare,
 }

@@ -35,13 +35,16 @@ def without_print_outs(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(name: str, arguments: argparse.Namespace, place: str = "") -> Iterator[None]:
+def explained(
+    name: str, arguments: argparse.Namespace, place: str = "", shown: bool = True
+) -> Iterator[None]:
     """Turns what goes wrong with a model into a message, unless `--traceback` asks for more.
 
-    A person at a terminal sees meanwhile which model, in which place of several, it takes time for.
+    A person at a terminal sees meanwhile which model, in which place of several, it takes time for,
+    unless that is `shown` in another way.
     """
     with (
-        working(f"{place}{arguments.command} {name}", arguments.quiet),
+        working(f"{place}{arguments.command} {name}", arguments.quiet or not shown),
         _explained(name, arguments),
     ):
         yield

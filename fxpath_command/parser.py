@@ -104,6 +104,13 @@ def _check(own: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
         if arguments.html is not None and len(arguments.model) > 1:
             own.error("--html goes with one MODEL; run fxpath once for each")
         _check_apart(own, arguments, list(DOCUMENTS))
+    if arguments.command == "compare":
+        for option in ("weights", "checkpoint"):
+            if getattr(arguments, option) is not None:
+                own.error(
+                    f"--{option} gives MODEL weights, which count for nothing here: name files"
+                )
+        _check_apart(own, arguments, ["csv", "plot"])
     if arguments.command == "prune":
         if arguments.plan and not arguments.channels:
             own.error("--plan goes with --channels: it says which channels went")
@@ -133,7 +140,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     added: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = _common()
-    for add in (_analyze, _prune, _graph, _check_command, _export, _verify, _bound):
+    for add in (_analyze, _prune, _graph, _check_command, _export, _verify, _bound, _compare):
         add(added, common)
     return parser, added.choices
 
@@ -333,4 +340,50 @@ def _bound(added: Any, common: argparse.ArgumentParser) -> None:
         type=values.number,
         metavar="0.01",
         help="the largest path-metric that is accepted, as a part of the path-norm of MODEL",
+    )
+
+
+_COMPARED = """\
+Files are compared in the order in which they are named (`$(ls -v run/*.pt)` sorts by number), and
+read one at a time. A file that does not hold exactly the tensors of MODEL has no row: it is named
+at the end, and the exit code is 2.
+
+With --csv rows are written as they are made, and an interrupted run goes on where it stopped if the
+same command is run again: rows count whose files, and the ones before them, have the size and the
+time of change that they had. A table of another MODEL, reference or option is refused, never mixed.
+
+Under torchrun the list is shared out, and rank 0 writes and prints:
+  torchrun --nproc-per-node=4 -m fxpath compare MODEL CHECKPOINT... --csv FILE
+"""
+
+
+def _compare(added: Any, common: argparse.ArgumentParser) -> None:
+    told = "path-norms of many checkpoints, and how far they are apart"
+    compare = _command(added, common, "compare", told)
+    compare.epilog = f"{_COMPARED}\n{_FORMS}"
+    _model(compare)
+    compare.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="files of weights of MODEL: .safetensors, .index.json, or of torch.save",
+    )
+    compare.add_argument(
+        "--reference", metavar="FILE", help="what all are compared with (default: the first one)"
+    )
+    compare.add_argument(
+        "--radius",
+        type=values.number,
+        default=1.0,
+        metavar="R",
+        help="outputs are compared where no entry of the input is beyond it (default 1)",
+    )
+    compare.add_argument(
+        "--csv",
+        type=values.target,
+        metavar="FILE",
+        help="write the rows as they are made, and go on with those that are there",
+    )
+    compare.add_argument(
+        "--plot", type=values.target, metavar="FILE", help="draw path-norm and metrics, e.g. a .png"
     )

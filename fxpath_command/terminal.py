@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
-__all__ = ["complain", "note", "styled", "working"]
+__all__ = ["complain", "counting", "note", "styled", "working"]
 
 _STYLES = {"heading": "1", "error": "1;31", "finding": "33"}
 _PATIENCE = 1.0  # seconds without a word
@@ -74,3 +75,37 @@ def _turn(text: str, stream: TextIO, done: threading.Event) -> None:
             break
     stream.write(_CLEAR)
     stream.flush()
+
+
+_WIDTH = 24  # letters of a bar
+
+
+@contextlib.contextmanager
+def counting(quiet: bool = False) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar for a person at a terminal, told of how many are done, of how many, and the last one.
+
+    It takes itself away at the end; elsewhere there is nothing to tell.
+    """
+    stream = sys.stderr
+    if quiet or not _moves(stream):
+        yield None
+        return
+    start = time.monotonic()
+    first: list[int] = []
+
+    def tell(done: int, count: int, name: str) -> None:
+        # What an earlier run did took no time of this one.
+        first[:] = first or [done - 1]
+        seconds = time.monotonic() - start
+        left = seconds / max(1, done - first[0]) * (count - done)
+        full = _WIDTH * done // max(1, count)
+        bar = "#" * full + "." * (_WIDTH - full)
+        room = max(8, shutil.get_terminal_size().columns - _WIDTH - 40)
+        stream.write(f"{_CLEAR}[{bar}] {done} of {count}, {left:.0f} s left: {name[-room:]}")
+        stream.flush()
+
+    try:
+        yield tell
+    finally:
+        stream.write(_CLEAR)
+        stream.flush()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fxpath.report.plain import ending
 from fxpath.report.table import shown
@@ -13,13 +14,16 @@ from fxpath.report.table import shown
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Axes", "analysis", "bounds", "pruned"]
+__all__ = ["Axes", "analysis", "bounds", "checkpoints", "pruned"]
 
 #: Colours of Okabe and Ito, which all kinds of sight tell apart.
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
 
 #: Inches for a row, its label's size in points, and the letters that a label has room for.
 ROW, POINTS, LETTERS = 0.19, 8, 34
+
+#: Rows that a figure of checkpoints is as high as, names below it, and the letters of each.
+STEPS, MOST, SHORT = 14, 24, 18
 
 
 def analysis(report: Mapping[str, Any], dark: bool) -> list[Axes]:
@@ -98,8 +102,50 @@ def bounds(rows: Sequence[Mapping[str, Any]], title: str, dark: bool) -> list[Ax
         return _done(axes)
 
 
+def checkpoints(rows: Sequence[Mapping[str, Any]], title: str, dark: bool) -> list[Axes]:
+    """The path-norm, and the metrics as parts of it, checkpoint by checkpoint.
+
+    Args:
+        rows: of :class:`fxpath.Comparison`.
+        title: one line.
+        dark: light lines on a dark ground.
+    """
+    places = range(len(rows))
+    with _figure(STEPS, 2, dark, shared=False) as axes:
+        for each in axes:
+            # As many names as there is room for.
+            ticks = places[:: max(1, math.ceil(len(rows) / MOST))]
+            names = [ending(shown(rows[i]["file"], "text"), SHORT) for i in ticks]
+            each.set_xticks(ticks, names, rotation=60, ha="right", parse_math=False)
+            each.tick_params(axis="x", labelsize=POINTS)
+            each.set_xlim(-0.5, len(rows) - 0.5)
+        norms = [row["log10_path_norm"] for row in rows]
+        axes[0].plot(places, norms, "o-", color=BLUE, markersize=3)
+        axes[0].set_ylabel("log10 of the path-norm")
+        axes[0].set_title(textwrap.fill(title, 64), loc="left", parse_math=False)
+        lines = {
+            "reference": (ORANGE, "to the reference"),
+            "previous": (GREEN, "to the one before"),
+        }
+        drawn = False
+        for name, (color, told) in lines.items():
+            # On a logarithmic scale there is no place for 0.
+            values = [row[f"{name}_relative"] or math.nan for row in rows]
+            axes[1].plot(places, values, "-", color=color, linewidth=1, label=told)
+            for kind, marker in (("exact", "s"), ("at most", "v")):
+                here = [i for i in places if rows[i][f"{name}_kind"] == kind]
+                axes[1].plot(here, [values[i] for i in here], marker, color=color, markersize=4)
+            drawn = drawn or any(0 < value < math.inf for value in values)
+        if drawn:
+            axes[1].set_yscale("log")
+        axes[1].set_ylabel("path-metric, as a part of the path-norm")
+        axes[1].set_title("squares: exact; triangles: at most", loc="left")
+        axes[1].legend(frameon=False)
+        return _done(axes, "y")
+
+
 @contextlib.contextmanager
-def _figure(rows: int, columns: int, dark: bool) -> Iterator[list[Axes]]:
+def _figure(rows: int, columns: int, dark: bool, shared: bool = True) -> Iterator[list[Axes]]:
     """A figure of as many rows as it takes for labels that can be read."""
     try:
         import matplotlib
@@ -119,7 +165,7 @@ def _figure(rows: int, columns: int, dark: bool) -> Iterator[list[Axes]]:
     with matplotlib.rc_context(style):
         _, axes = pyplot.subplots(
             *(1, columns),
-            sharey=True,
+            sharey=shared,
             squeeze=False,
             figsize=(5.5 * columns, 1.3 + ROW * max(3, rows)),
             layout="constrained",
@@ -139,8 +185,8 @@ def _label(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-def _done(axes: list[Axes]) -> list[Axes]:
+def _done(axes: list[Axes], across: Literal["x", "y"] = "x") -> list[Axes]:
     for each in axes:
-        each.grid(axis="x", alpha=0.25)
+        each.grid(axis=across, alpha=0.25)
         each.set_axisbelow(True)
     return axes
