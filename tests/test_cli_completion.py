@@ -38,7 +38,7 @@ def test_what_the_tab_key_offers(tmp_path: Path) -> None:
     (tmp_path / "alex.py").write_text("def make(): ...\ndef more(x): ...")
     (tmp_path / "alex.pt2").touch()
     (tmp_path / "alex.txt").touch()
-    commands = ["analyze", "bound", "check", "export", "graph", "prune", "verify"]
+    commands = ["analyze", "bound", "check", "compare", "export", "graph", "prune", "verify"]
     assert [word for word in offered(tmp_path, "fxpath ") if word[0] != "-"] == commands
     assert offered(tmp_path, "fxpath ana") == ["analyze"]
     assert offered(tmp_path, "fxpath analyze --dt") == ["--dtype"]

@@ -27,6 +27,7 @@ from fxpath.graph import ops
 from fxpath.graph.schema import arguments
 from fxpath.graph.static import evaluated
 from fxpath.graph.writer import Writer
+from fxpath.model import Captured
 from fxpath.modes import plain_mode
 from fxpath.pairs.bounds import Bound
 from fxpath.pairs.matching import side_of
@@ -122,10 +123,12 @@ class CommonPart:
         self.names = [str(arguments(leaves[leaf])[1]) for leaf in self._leaves]
         read = [arguments(leaves[leaf])[0] for leaf in self._leaves]
         self._read: list[fx.Node] = read
-        self.reduced = program.reduced
         reduced = _on_coordinates(program.reduced)
-        graphs = Rewritten(self.lifted, reduced, lower(reduced, Setting(self.captured)))
-        self._program = PathProgram(self.captured, graphs, torch.float64, 1.0, given=program.given)
+        given = {_placeholder(leaf): n for leaf, n in zip(self._leaves, self.names, strict=True)}
+        own = vars(self.captured)
+        captured = _OnCoordinates(**{**own, "tensors": {**self.captured.tensors, **given}})
+        graphs = Rewritten(self.lifted, reduced, lower(reduced, Setting(captured)))
+        self._program = PathProgram(captured, graphs, torch.float64, 1.0, given=program.given)
         formed = sum(node.target in _FORMED for node in read)
         self._rounding = relative(reduced) + 2 * FOLDED * formed
         self._memory: list[Tensor] = []
@@ -243,7 +246,7 @@ class CommonPart:
 
     def _pair(self, first: Effective, second: Effective) -> Pair:
         ours, theirs = (replace(self._side, tensors=each.tensors) for each in (first, second))
-        return Pair(self.lifted, ours, theirs)
+        return Pair(self.lifted, ours, theirs).remember()
 
     def _carried(self, first: Effective, second: Effective, upper: float) -> tuple[float, bool]:
         """The metric where it is exact, or a bound that rounding hides less of."""
@@ -289,11 +292,22 @@ class CommonPart:
         return self._memory, agree, _numbers(sums)
 
 
+class _OnCoordinates(Captured):
+    """A captured model whose graph also reads effective parameters, which are no tensors of it."""
+
+    def live(self) -> dict[str, Tensor]:
+        """The model's own tensors."""
+        own = {key: n for key, n in self.tensors.items() if not key.startswith(_PREFIX)}
+        return Captured(**{**vars(self), "tensors": own}).live()
+
+
+_PREFIX = "theta_"
+
 _FORMED: tuple[Any, ...] = (ops.folded_weight, ops.folded_bias, ops.normalizer)
 
 
 def _placeholder(leaf: int) -> str:
-    return f"theta_{leaf}"
+    return f"{_PREFIX}{leaf}"
 
 
 def _on_coordinates(module: fx.GraphModule) -> fx.GraphModule:
@@ -309,10 +323,8 @@ def _on_coordinates(module: fx.GraphModule) -> fx.GraphModule:
         if leaf not in given:
             with writer.graph.inserting_before(start):
                 given[leaf] = writer.graph.placeholder(_placeholder(leaf))
-            shape = tuple(node.meta["val"].shape)
-            given[leaf].meta["val"] = torch.empty(shape, dtype=torch.float64, device="meta")
+            given[leaf].meta["val"] = node.meta["val"]
         node.args = (given[leaf], *node.args[1:])
-        node.meta["val"] = given[leaf].meta["val"]
     return writer.finish()
 
 
