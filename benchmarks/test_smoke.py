@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpath
-from benchmarks import channels, columns, criteria, growth, memory, operators, timing
+from benchmarks import channels, checkpoints, columns, criteria, growth, memory, operators, timing
 from benchmarks.recipe import SumPool2d, recipe
 from fxpath.capture.loading import UsageError
 from fxpath.program import backends
@@ -454,6 +454,15 @@ def test_growth_prints_a_row_for_each_size(case: str, capsys: pytest.CaptureFixt
     growth.main([case, "500"])
     header, _, row = capsys.readouterr().out.strip().splitlines()
     assert "ms per node" in header and row.split()[:2] == [case, "500"]
+
+
+def test_checkpoints(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench_nets:tiny", "--count", "3", "--repeats", "1", "--json", "out.json"]
+    assert checkpoints.main(argv) == 0
+    (row,) = json.loads(Path("out.json").read_text())["rows"]
+    assert {f"{case}_ms" for case in checkpoints.CASES} < row.keys()
+    assert row["beyond_reading_ms"] == row["row_ms"] - row["read_ms"]
+    assert "a row beyond reading" in capsys.readouterr().out
 
 
 def test_growth_has_sizes_for_every_case() -> None:

@@ -15,7 +15,7 @@ import fxpath
 from fxpath.capture.loading import UsageError, one_line
 from fxpath.checkpoints.comparison import Comparison
 from fxpath.checkpoints.ranks import Lost
-from fxpath.explaining import explained, own_model, say
+from fxpath.explaining import explained, own_model, say, without_print_outs
 from fxpath.options import model_options
 from fxpath_command.terminal import complain, counting
 
@@ -31,8 +31,7 @@ def compare(arguments: argparse.Namespace) -> int:
         if group is not None and dist.get_rank():
             return _other_rank(arguments, group)
         found = _compared(arguments, group)
-    say(arguments, found.table().title)
-    say(arguments, f"\n{found.table()}")
+    say(arguments, f"{found.table().title}\n\n{found.table()}")
     if arguments.plot is not None:
         _draw(found, arguments.plot)
     for reason in found.refused.values():
@@ -55,7 +54,11 @@ def _other_rank(arguments: argparse.Namespace, group: dist.ProcessGroup) -> int:
 def _compared(arguments: argparse.Namespace, group: dist.ProcessGroup | None) -> Comparison:
     with explained(arguments.model, arguments):
         model = own_model(arguments)
-    with counting(arguments.quiet) as progress, explained(arguments.model, arguments, shown=False):
+    with (
+        counting(arguments.quiet) as progress,
+        explained(arguments.model, arguments, shown=False),
+        without_print_outs(arguments),
+    ):
         try:
             return fxpath.compare(
                 model,

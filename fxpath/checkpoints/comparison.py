@@ -19,7 +19,7 @@ def _columns() -> tuple[Column, ...]:
     found = [
         Column("file", "file", "text", ""),
         Column(
-            *("log10_path_norm", "log10 norm", "number"),
+            *("log10_path_norm", "log10", "number"),
             "decimal logarithm of the path-norm",
             digits=6,
         ),
@@ -40,12 +40,12 @@ def _columns() -> tuple[Column, ...]:
             ),
             Column(f"{name}_kind", "is", "text", ""),
             Column(
-                *(f"{name}_bound", f"outputs, {short}", "number"),
+                *(f"{name}_bound", "outputs", "number"),
                 f"how far outputs can be from those of {other} in the l^1 norm (Theorem 3.1)",
             ),
         ]
     found += [
-        Column("changed", "changed most", "text", "parameters that changed most since then"),
+        Column("changed", "changed most", "text", "what changed most since the file before"),
         Column(
             *("change", "by", "part"),
             "l^1 distance of its effective entries, as a part of the larger l^1 norm",

@@ -50,13 +50,14 @@ class Series:
                 yield position, None
                 continue
             before = self._before(position)
-            now = self._read(position)
-            if now is not None:
-                yield position, self._row(now, before)
-                self._give_back(self._last, but=now)
-                self._last = now
-            else:
+            now = self._read_file(self.files[position])
+            if now is None:
                 yield position, None
+                continue
+            row = self._row(now, before)
+            self._give_back(self._last, but=now)
+            self._last = now
+            yield position, row
 
     def _before(self, position: int) -> Checkpoint | None:
         """The closest file before that is not refused; read again where it is not at hand."""
@@ -71,9 +72,6 @@ class Series:
                 self._last = found
                 return found
         return None
-
-    def _read(self, position: int) -> Checkpoint | None:
-        return self._read_file(self.files[position])
 
     def _read_file(self, file: str) -> Checkpoint | None:
         if file == self.reference.file:
