@@ -1,7 +1,8 @@
 """A short training that leaves twenty checkpoints, for `fxpath compare`.
 
     python examples/train_digits.py run
-    fxpath compare examples/train_digits.py:make $(ls run/*.pt) --input-shape 1,8,8 --plot run.png
+    fxpath compare examples/train_digits.py:make run/*.pt --reference run/19.pt \\
+        --input-shape 1,8,8 --csv run.csv --plot run.png
 
 It takes scikit-learn, whose digits need no download, and less than a minute.
 """
@@ -28,6 +29,7 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(inside, outside, 1, 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Half the size."""
         y = functional.relu(self.bn1(self.conv1(x)))
         return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 

@@ -110,6 +110,35 @@ def test_rows_are_what_the_other_verbs_say_of_each_model(
     assert first["previous"] is first["previous_metric"] is first["changed"] is None
 
 
+class Mixed(nn.Module):
+    """Transposed and shared weights, a norm by itself, a computed weight, and slopes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 4, 3, groups=2)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.slope = nn.PReLU()
+        self.twice = nn.Linear(4, 4)
+        self.last = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[1](self.slope(self.norms[0](self.up(x))).relu())
+        x = self.twice(self.twice(x.mean((2, 3))).relu()).relu()
+        return self.last(x)
+
+
+def test_every_kind_of_coordinate_is_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, shape = Mixed().eval(), (2, 4, 4)
+    start = model.state_dict()
+    later = {**moved(start, 1, 0.3), "slope.weight": start["slope.weight"]}
+    row = fxpath.compare(model, saved(tmp_path, [start, later]), shape).rows[1]
+    metric = fxpath.path_metric(model, later, shape)
+    assert row["log10_path_norm"] == pytest.approx(math.log10(metric.other_path_norm), rel=1e-12)
+    assert row["reference_metric"] == pytest.approx(metric.bound("m"), rel=1e-9)
+    assert row["reference_kind"] == "at most" and not metric.signs_agree
+
+
 def test_outputs_are_bounded_for_a_larger_radius(run: list[str]) -> None:
     found = fxpath.compare(dense(), run[:2], radius=3.0).rows[1]
     ours, theirs = dense(), dense()
@@ -347,6 +376,20 @@ def test_a_refused_file_is_tried_again_and_the_next_row_follows(
     found = fxpath.compare(dense(), run, csv=table)
     assert found.rows == fxpath.compare(dense(), run).rows and not found.refused
     assert table.read_text() == found.to_csv()
+
+
+def test_names_of_files_may_hold_anything(tmp_path: Path) -> None:
+    names = ["a,b.pt", 'say "c".pt', "line\nend\r.pt"]
+    files = [str(tmp_path / name) for name in names]
+    for file in files:
+        torch.save(moved(dense().state_dict(), len(file)), file)
+    table = tmp_path / "out.csv"
+    with pytest.raises(Stopped):
+        fxpath.compare(dense(), files, csv=table, progress=stop_after(3))
+    found = fxpath.compare(dense(), files, csv=table)
+    assert [row["file"] for row in found.rows] == files and table.read_bytes() == (
+        found.to_csv().encode()
+    )
 
 
 def test_a_table_of_something_else_is_refused(run: list[str], tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class Comparison(Tabular):
             dark: light lines on a dark ground.
 
         Returns:
-            The matplotlib axes, two: of the norm, and of the metrics.
+            The matplotlib axes, two.
 
         Raises:
             ImportError: if matplotlib is not installed; the extra ``report`` brings it.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fxpath.checkpoints.comparison import COLUMNS, Row
 from fxpath.checkpoints.reading import Refused, stamp
+from fxpath.report.table import Table
 
 _NAMES = [column.name for column in COLUMNS]
 _TEXTS = {column.name for column in COLUMNS if column.kind == "text"}
@@ -65,19 +66,16 @@ class Kept:
 
 
 def _text(rows: Sequence[Row], header: bool = True) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _NAMES, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    text = Table("", COLUMNS, tuple(rows)).to_csv()
+    return text if header else text[text.index("\n") + 1 :]
 
 
 def _rows(path: Path) -> list[Row]:
     """What an earlier run left; its last line may be torn."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    with path.open(encoding="utf-8", newline="") as file:
+        text = file.read()
     whole = text[: text.rfind("\n") + 1]
     lines = list(csv.reader(io.StringIO(whole, newline="")))
     if (not lines and text and not _text([]).startswith(text)) or (lines and lines[0] != _NAMES):
