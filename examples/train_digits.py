@@ -1,7 +1,7 @@
-"""A short training that leaves twenty checkpoints, for `fxpath compare`.
+r"""A short training that leaves twenty checkpoints, for `fxpath compare`.
 
     python examples/train_digits.py run
-    fxpath compare examples/train_digits.py:make run/*.pt --reference run/19.pt \\
+    fxpath compare examples/train_digits.py:make run/*.pt --reference run/19.pt \
         --input-shape 1,8,8 --csv run.csv --plot run.png
 
 It takes scikit-learn, whose digits need no download, and less than a minute.
