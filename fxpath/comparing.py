@@ -24,6 +24,9 @@ __all__ = ["compare"]
 #: How long a rank waits for the next row of another one.
 _PATIENCE = datetime.timedelta(minutes=10)
 
+#: What torchrun says to each process.
+_STARTED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
 
 def compare(arguments: argparse.Namespace) -> int:
     """Prints a table of all checkpoints; one that is refused does not stop the rest."""
@@ -79,10 +82,13 @@ def _compared(arguments: argparse.Namespace, group: dist.ProcessGroup | None) ->
 @contextlib.contextmanager
 def _group() -> Iterator[dist.ProcessGroup | None]:
     """The processes that torchrun started; ``None`` for one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available():
+    if not _STARTED <= os.environ.keys() or int(os.environ["WORLD_SIZE"]) < 2:
         yield None
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"the other processes cannot be reached: {one_line(error)}") from error
     try:
         yield dist.group.WORLD
     finally:

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch import nn
 
 import fxpath
+from fxpath_command import main
 from tests.support.pages import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -23,17 +24,23 @@ pytestmark = pytest.mark.skipif(
 
 MODEL = "from torch import nn\ndef make(): return nn.Linear(3, 2)\n"
 
-#: The command line, in a process that is killed when it is about to read one of the files.
+#: The command line, in a process that is killed when it is about to read one of the files, or that
+#: sleeps longer than the others wait.
 KILLED = """
-import os, signal, sys
+import datetime, os, signal, sys, time
+from fxpath import comparing
 from fxpath.checkpoints import series
 from fxpath_command import main
 read = series.read
 def fatal(common, file, *rest):
     if file == os.environ.get("FATAL"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if file == os.environ.get("SLOW"):
+        time.sleep(12)
     return read(common, file, *rest)
 series.read = fatal
+if "SLOW" in os.environ:
+    comparing._PATIENCE = datetime.timedelta(seconds=4)
 sys.exit(main())
 """
 
@@ -52,7 +59,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def ranks(
-    files: Sequence[str], fatal: Sequence[str] = ("", "")
+    files: Sequence[str], fatal: Sequence[str] = ("", ""), **more: str
 ) -> list[subprocess.CompletedProcess[str]]:
     """`fxpath compare` as two ranks; each is killed before it reads its fatal file."""
     with socket.socket() as free:
@@ -64,7 +71,7 @@ def ranks(
     started = [
         subprocess.Popen(
             command,
-            env={**os.environ, **shared, "RANK": str(rank), "FATAL": file},
+            env={**os.environ, **shared, **more, "RANK": str(rank), "FATAL": file},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -72,7 +79,7 @@ def ranks(
         for rank, file in enumerate(fatal)
     ]
     try:
-        told = [each.communicate(timeout=60) for each in started]
+        told = [each.communicate(timeout=300) for each in started]
     finally:
         for each in started:
             each.kill()
@@ -102,3 +109,17 @@ def test_a_rank_that_is_killed_is_named_and_rows_stay(files: list[str], lost: in
     assert kept == ["file", "0.pt", "4.pt", "1.pt", "5.pt", *["2.pt"] * lost]
     found = fxpath.compare(nn.Linear(3, 2), files, csv="out.csv")
     assert found.rows == fxpath.compare(nn.Linear(3, 2), files).rows
+
+
+@pytest.mark.long
+def test_a_rank_that_does_not_answer_is_named(files: list[str]) -> None:
+    first, _ = ranks(files, SLOW="6.pt")
+    assert first.returncode == 2 and "rank 1 ended, or has not answered in time" in first.stderr
+
+
+def test_variables_of_half_a_launch_are_none(
+    files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["compare", "net.py:make", *files[:2]]) == 0
+    assert "2 checkpoints" in capsys.readouterr().out

@@ -118,7 +118,7 @@ def checkpoints(rows: Sequence[Mapping[str, Any]], title: str, dark: bool) -> li
             names = [ending(shown(rows[i]["file"], "text"), SHORT) for i in ticks]
             each.set_xticks(ticks, names, rotation=60, ha="right", parse_math=False)
             each.tick_params(axis="x", labelsize=POINTS)
-            each.set_xlim(-0.5, len(rows) - 0.5)
+            each.set_xlim(-0.5, max(1, len(rows)) - 0.5)
         norms = [row["log10_path_norm"] for row in rows]
         axes[0].plot(places, norms, "o-", color=BLUE, markersize=3)
         axes[0].set_ylabel("log10 of the path-norm")
