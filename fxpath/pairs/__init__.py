@@ -3,5 +3,5 @@
 ``matching`` builds a :class:`~fxpath.pairs.pair.Pair`; ``difference``, ``domination``,
 ``normalized`` and ``inductive`` interpret its lifted graph, two of them neuron by neuron
 (``unrolled``, ``edges``); ``metric``, ``bounds`` and ``quantization`` are what users call.
-``program`` is for many pairs of one model, which is captured once.
+``common`` is for many sets of weights of one model, which is captured once.
 """

@@ -86,6 +86,7 @@ class Apart:
         metric: ``||Phi(theta) - Phi(theta')||_1``, or an upper bound of it; ``None`` where slopes
             or other parts of the architecture differ, inf only beyond float64.
         relative: the same over the path-norm of the first one.
+        relative_lower: what it is at least, by (6): the difference of both path-norms.
         exact: whether it is the metric itself, by (7).
         bound: of the l^1 distance of the outputs for inputs within the radius (Theorem 3.1).
         changes: for each coordinate array its l^1 distance, as a part of the larger of both l^1
@@ -94,6 +95,7 @@ class Apart:
 
     metric: float | None
     relative: float | None
+    relative_lower: float
     exact: bool
     bound: float
     changes: dict[str, float]
@@ -132,6 +134,17 @@ class CommonPart:
         formed = sum(node.target in _FORMED for node in read)
         self._rounding = relative(reduced) + 2 * FOLDED * formed
         self._memory: list[Tensor] = []
+
+    def trained(self) -> list[str]:
+        """Parameters with a gradient that are no part of theta, by name: slopes and clamp bounds.
+
+        Training changes them, and with them what two sets of weights have to have in common.
+        """
+        live, side = self.captured.live(), self._side
+        pair, names = Pair(side.module, side, side), self.captured.tensors
+        learnt = {names[key] for key, tensor in live.items() if tensor.requires_grad}
+        fixed = [name for node in side.nodes if node.meta["fixed"] for name in pair.names(node)]
+        return [name for name in dict.fromkeys(fixed) if name in learnt]
 
     # -- one set of weights -----------------------------------------------------------------------
 
@@ -242,7 +255,9 @@ class CommonPart:
         if agree or hidden > HIDDEN * upper:
             metric, exact = self._carried(first, second, metric)
             share = _over(metric, _ldexp(a, unit)) if math.isfinite(metric) else share
-        return Apart(metric, share, exact, max(radius, 1.0) * metric, changed)
+        lower = max(0.0, abs(a - b) - hidden)
+        least = _over(lower, a) if lower else 0.0
+        return Apart(metric, share, least, exact, max(radius, 1.0) * metric, changed)
 
     def _pair(self, first: Effective, second: Effective) -> Pair:
         ours, theirs = (replace(self._side, tensors=each.tensors) for each in (first, second))
@@ -263,7 +278,7 @@ class CommonPart:
         """Learned slopes differ: there is no metric, but a bound."""
         with torch.no_grad():
             found = Bound(self._pair(first, second), None, radius, 1.0)
-        return Apart(None, None, False, found.value, {})
+        return Apart(None, None, 0.0, False, found.value, {})
 
     def _common(
         self, first: Effective, second: Effective, summed: bool

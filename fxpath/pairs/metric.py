@@ -138,10 +138,6 @@ class PathMetric(Snapshot, Tabular):
         """The lower bound (6), ``| ||Phi|| - ||Phi'|| |``: the metric itself where it is exact."""
         if self.value is not None:
             return max(0.0, self.value * (1 - self._relative) - self._doubt - self._slack)
-        return self._norms_apart
-
-    @property
-    def _norms_apart(self) -> float:
         # Both excesses are rounded, which their difference must not take for a distance.
         hidden = self._relative * self._excess_sum + self._doubt
         return max(0.0, (abs(self._excess - self._other_excess) - hidden) * (1 - 4 * UNIT))
@@ -180,13 +176,6 @@ class PathMetric(Snapshot, Tabular):
     def bounds(self) -> dict[str, float]:
         """All upper bounds by name, see :meth:`bound`."""
         return {name: self.bound(name) for name in UPPER_BOUNDS}
-
-    def carried_bounds(self) -> tuple[float, float]:
-        """Bounds that need no other evaluation, over the model's path-norm: (6), and through m.
-
-        Both are the metric where no entry of one of the networks is larger and signs agree.
-        """
-        return self._over_norm(self._norms_apart), self._over_norm(self.bound("m"))
 
     @property
     def _excess_sum(self) -> float:

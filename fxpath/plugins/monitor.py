@@ -9,7 +9,7 @@ from torch import nn
 
 from fxpath.model import Given, Shapes
 from fxpath.model.given import Inputs, Outputs
-from fxpath.pairs.program import MetricProgram
+from fxpath.pairs.common import CommonPart, Effective
 from fxpath.program.program import build
 
 __all__ = ["LOWER", "NORM", "UPPER", "Log", "PathNormMonitor"]
@@ -101,9 +101,10 @@ class PathNormMonitor:
         self.log = log
         given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs)
         self._program = build(model, given)
-        self._metrics = MetricProgram(self._program) if metric else None
+        self._common = CommonPart(self._program) if metric else None
+        self._memory: Effective | None = None
         self._last: int | None = None
-        trained = self._metrics.trained() if self._metrics else []
+        trained = self._common.trained() if self._common else []
         if trained:
             raise ValueError(
                 f"{', '.join(trained)}: slopes and clamp bounds are architecture, and a "
@@ -120,8 +121,10 @@ class PathNormMonitor:
         Raises:
             ValueError: naming what has changed, if the model is no longer what was captured.
         """
-        if self._metrics is not None:
-            self._reference = self._metrics.copied()
+        if self._common is not None:
+            live = self._program.captured.live()
+            copied = {key: tensor.detach().clone() for key, tensor in live.items()}
+            self._reference = self._common.evaluate(copied)
 
     def measure(self) -> dict[str, float]:
         """The numbers of the model as it is, by name.
@@ -132,9 +135,12 @@ class PathNormMonitor:
             FloatingPointError: as :func:`fxpath.path_metric`.
         """
         found = {NORM: self._program.log10_path_norm()}
-        if self._metrics is not None:
-            metric = self._metrics.metric(self._reference)
-            found[LOWER], found[UPPER] = metric.carried_bounds()
+        if self._common is not None:
+            self._memory = self._common.evaluate(memory=self._memory)
+            apart = self._common.apart(self._reference, self._memory)
+            assert apart.relative is not None, "architecture does not change, see __init__"
+            found[LOWER] = apart.relative if apart.exact else apart.relative_lower
+            found[UPPER] = apart.relative
         return found
 
     def after_step(self, step: int) -> dict[str, float] | None:
