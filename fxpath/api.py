@@ -85,7 +85,8 @@ def analyze(
         True
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
-    return Analysis.of(build(model, given, q, dtype, "inductor" if compile else "eager", reduce))
+    backend = "inductor" if compile else "eager"
+    return Analysis.of(build(model, given, q, dtype, backend, reduce, sharded=True))
 
 
 def compile(
@@ -138,7 +139,7 @@ def compile(
         >>> loss.backward()
     """
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
-    return build(model, given, q, dtype, backend, reduce)
+    return build(model, given, q, dtype, backend, reduce, sharded=True)
 
 
 def path_norm(model: Model, input_shape: Shapes = None, *, q: float = 1, **options: Any) -> float:
@@ -251,10 +252,8 @@ def check(
         (False, '1')
     """
     try:
-        captured, _ = take_in(
-            model,
-            Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates),
-        )
+        given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
+        captured, _ = take_in(model, given, sharded=True)
     except UnsupportedModelError as error:
         return error.report
     return SupportReport((), captured.inputs)
@@ -277,4 +276,5 @@ def _program(
 ) -> PathProgram:
     """The program behind the verbs that take the options of :func:`analyze`."""
     given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
-    return build(model, given, q, dtype, "inductor" if compile else "eager", reduce)
+    backend = "inductor" if compile else "eager"
+    return build(model, given, q, dtype, backend, reduce, sharded=True)

@@ -117,6 +117,7 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "uncompiled",
+    "unsharded_now",
     "without_modes",
     "without_torch_function",
     "write_count",
@@ -179,6 +180,16 @@ def uncompiled(module: nn.Module) -> nn.Module | None:
     """The module that ``torch.compile`` was given, if it made this one."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
+
+
+def unsharded_now(module: Any) -> bool:
+    """Whether a module of ``fully_shard`` holds gathered parameters in the place of its own."""
+    state = module._get_fsdp_state()
+    # A list of groups since torch 2.12, before that one or none.
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return not all(group.is_sharded for group in groups)
 
 
 def keep_versions(state: collections.OrderedDict[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from fxpath.model.form import attached, form_of, place
 from fxpath.model.given import Outputs
 from fxpath.private import tree_leaves, tree_unflatten
 from fxpath.sample import Sample
+from fxpath.sharding import is_sharded_model
 
 _COMPUTED = (
     "it was computed from parameters in an earlier pass, an activation or a weight, and does not "
@@ -106,7 +107,7 @@ def adopt(
         kept,
     )
     _check_formats(captured)
-    for node in overwritten(captured):
+    for node in () if is_sharded_model(source) else overwritten(captured):
         made = node.meta["val"]
         node.target, node.args = ZEROS, (list(made.shape),)
         node.kwargs = {"dtype": made.dtype, "device": made.device}

@@ -25,11 +25,13 @@ from fxpath.capture.inputs import Call, batch_size, first_sample, from_shapes, f
 from fxpath.capture.programs import from_program
 from fxpath.capture.rows import rows_meet, same_row
 from fxpath.capture.shapes import guess_input_shape
+from fxpath.capture.sharded import shard_problems
 from fxpath.capture.trace import run, trace
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.model.captured import Captured, Model
 from fxpath.model.given import Given
 from fxpath.modes import TRACING
+from fxpath.sharding import is_sharded_model
 
 
 def capture(model: Model, given: Given) -> Captured:
@@ -49,6 +51,9 @@ def capture(model: Model, given: Given) -> Captured:
                 f"model is a {type(model).__name__}: pass an nn.Module or an ExportedProgram"
             )
         _refuse_scripted(model)
+        problems = shard_problems(model)
+        if problems:
+            raise UnsupportedModelError(SupportReport(tuple(problems)))
         return _from_module(model, given)
 
 
@@ -82,6 +87,12 @@ def _from_module(model: nn.Module, given: Given) -> Captured:
         call = from_shapes(model, given)
     _check_signature(model, call)
     number = batch_size(call, given.batch_dim)
+    if number > 1 and is_sharded_model(model):
+        raise ValueError(
+            f"the inputs hold {number} samples, and whether one of them stands by itself is found "
+            "by running the model, which a sharded one is not: pass input_shape=, or the inputs of "
+            "one sample"
+        )
     sample = first_sample(call, given.batch_dim)
     batch_dim = given.batch_dim
     failure: UnsupportedModelError | None = None

@@ -20,8 +20,9 @@ in eval mode: the model itself never runs.
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from fxpath.model.copies import skeleton
 from fxpath.model.state import untouched
 from fxpath.private import tree_leaves, tree_map_only, uncompiled
+from fxpath.sharding import is_sharded_model
 
 Shape = tuple[int, ...]
 
@@ -99,6 +101,19 @@ class _ShapesOnly(TorchFunctionMode):
         if id(tensor) not in self._metas:
             self._metas[id(tensor)] = tensor, tensor.detach().to("meta")
         return self._metas[id(tensor)][1]
+
+
+@contextlib.contextmanager
+def running(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of a model to run once; of a sharded one, whose copy has no values, on shapes only."""
+    copied = skeleton(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        if is_sharded_model(model):
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(_ShapesOnly())
+        yield copied
 
 
 class _Probe:

@@ -21,6 +21,7 @@ from fxpath.capture import generators
 from fxpath.capture.inline import CHOICE
 from fxpath.capture.inputs import Call
 from fxpath.capture.numbers import Numbers, Overwritten, ParameterRead
+from fxpath.capture.shapes import running
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.model.copies import duplicate, locate
 from fxpath.model.state import Reachable, untouched
@@ -119,9 +120,11 @@ def trace(model: nn.Module, call: Call, until: str | None = None) -> Traced:
 
 
 def run(model: nn.Module, call: Call) -> Any:
-    """The output of a copy of a model for real inputs, which stay as they are."""
-    with TRACING, _quiet(), untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        copied, _ = duplicate(model)
+    """The output of a copy of a model for real inputs, which stay as they are.
+
+    Of a sharded model, whose copy has no values, the form of its output.
+    """
+    with TRACING, _quiet(), untouched(model), running(model) as copied:
         args, kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), call)
         return copied(*args, **kwargs)
 
@@ -147,8 +150,7 @@ def _count(model: nn.Module, call: Call, until: str) -> int:
     """How often a forward pass calls a module, as far as it comes."""
     name, calls = find(model, until), list[None]()
     failed = False
-    with TRACING, untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        copied, _ = duplicate(model)
+    with TRACING, untouched(model), running(model) as copied:
         copied.get_submodule(name).register_forward_hook(lambda *_: calls.append(None))
         args, kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), call)
         try:

@@ -13,6 +13,7 @@ from fxpath.graph.edit import inputs_first
 from fxpath.graph.made import fill_of, read_by
 from fxpath.graph.schema import target
 from fxpath.model import Captured
+from fxpath.sharding import whole
 
 
 def active_nodes(graph: fx.Graph, captured: Captured) -> set[fx.Node]:
@@ -82,7 +83,7 @@ class Constants:
             name = self.captured.tensors.get(node.name)
             if name is None or name in self.captured.parameters:
                 return None
-            return self._live[node.name].detach()
+            return whole(self._live[node.name].detach())
         if node.op != "call_function" or node in self._active:
             return None
         if any(self._constants[n] is None for n in read_by(node)):

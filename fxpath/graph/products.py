@@ -195,6 +195,19 @@ def sweep_back(
     return result.T if result is not None and narrow else result, least
 
 
+def swept(weight: Tensor, columns: Tensor, q: float) -> tuple[Tensor, Tensor | None]:
+    """:func:`sweep` and :func:`high`; the lifted weight is dropped."""
+    return sweep(weight, columns, q, columns.new_empty(weight.shape))
+
+
+def swept_back(
+    weight: Tensor, q: float, grad: Tensor, columns: Tensor, memory: Tensor, gradient: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """:func:`sweep_back` of a weight that is lifted anew, and its scores."""
+    scores = power_into(columns.new_empty(weight.shape), weight, q)
+    return *sweep_back(scores, grad, columns, memory, gradient), scores
+
+
 def lift_into(out: Tensor, value: Tensor, q: float) -> Tensor:
     """:func:`lift` where the scores will stand."""
     return power_into(out, value, q)

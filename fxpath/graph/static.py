@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fxpath.graph.edit import inputs_first
 from fxpath.graph.leaves import LEAVES
 from fxpath.graph.schema import arguments, target
+from fxpath.sharding import whole
 
 
 def evaluated(
@@ -35,7 +36,8 @@ def evaluated(
     for node in needed:
         if node.op == "placeholder":
             given = tensors[str(node.target)]
-            known[node] = given.detach() if given.requires_grad and not attached else given
+            # One that is sharded is gathered here, and dropped as soon as what reads it is known.
+            known[node] = whole(given.detach() if given.requires_grad and not attached else given)
         elif node.op == "get_attr":
             known[node] = module.get_buffer(str(node.target)).to(device)
         elif node.target in LEAVES:

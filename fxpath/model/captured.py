@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from fxpath.model.form import Form, attached_now, changes, held
 from fxpath.sample import Sample
+from fxpath.sharding import whole
 
 Model = nn.Module | ExportedProgram
 Shape = Sequence[int]
@@ -100,6 +101,7 @@ def _newly_tied(read: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _same(now: Tensor, then: Tensor) -> bool:
+    now = whole(now)
     if now.layout != torch.strided or then.layout != torch.strided:
         now, then = now.to_dense(), then.to_dense()
     return now.dtype == then.dtype and torch.equal(now.detach().to(then.device), then)
@@ -130,7 +132,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
     bad = []
     for name, tensor in tensors.items():
-        values = _stored(tensor.detach())
+        values = _stored(whole(tensor.detach()))
         if values.is_floating_point() and values.numel():
             lo, hi = torch.aminmax(values)
             if not bool(torch.isfinite(lo) & torch.isfinite(hi)):

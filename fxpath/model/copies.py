@@ -3,6 +3,10 @@
 A deep copy of the module tree that shares every tensor.  Hooks, and functions that are stored on
 modules, are rebound: where they close over the model, or over an object that was copied with it,
 they see the copy.
+
+Of a sharded model it is a copy of what the model was before ``fully_shard`` or
+``parallelize_module``: modules of their own classes, without the hooks that gather and scatter, and
+in the place of each DTensor a tensor of its full shape that has no memory.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from fxpath.errors import Problem, SupportReport, UnsupportedModelError
 from fxpath.model.form import tensors_in
 from fxpath.model.state import global_names, has_state, is_own, parts, slots
 from fxpath.private import OptimizedModule, uncompiled
+from fxpath.sharding import is_sharded, own_class, stand_in, without_shards
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, Tensor, type, types.ModuleType)
 
@@ -87,18 +92,42 @@ def duplicate(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                memo[id(tensor)] = _normal(tensor) if tensor.is_inference() else tensor
+                memo[id(tensor)] = _shared(tensor)
         for value in vars(module).values():
             for _, tensor in tensors_in(value):
-                memo.setdefault(id(tensor), _normal(tensor) if tensor.is_inference() else tensor)
+                memo.setdefault(id(tensor), _shared(tensor))
     kept = _read_by_classes(model)
     memo.update(kept)
     with _SharedTensors():
+        _copy_sharded(model, memo)
         copied: nn.Module = _copied(model, memo, "", model)
         _Rebinding(model, memo).walk(copied)
     for module in copied.modules():
         _unscatter(module)
     return copied.eval(), {key: value for key, value in memo.items() if key not in kept}
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """What a skeleton has in the place of a tensor: the tensor itself, if it can be traced."""
+    if is_sharded(tensor):
+        return stand_in(tensor)
+    return _normal(tensor) if tensor.is_inference() else tensor
+
+
+def _copy_sharded(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy the modules that ``fully_shard`` or ``parallelize_module`` changed, which it undoes."""
+    plain: dict[nn.Module, nn.Module] = {}
+    kept = {module: without_shards(vars(module)) for module in model.modules()}
+    for module, attributes in kept.items():
+        changed = own_class(module) is not type(module)
+        hooks = ("_forward_hooks", "_forward_pre_hooks")
+        if changed or any(len(attributes[h]) < len(vars(module)[h]) for h in hooks):
+            plain[module] = object.__new__(own_class(module))
+    # All of them first: what one holds may lead to another.
+    memo.update({id(module): made for module, made in plain.items()})
+    paths = {module: path for path, module in model.named_modules()}
+    for module, made in plain.items():
+        vars(made).update(_copied(kept[module], memo, paths[module], module))
 
 
 def _normal(tensor: Tensor) -> Tensor:

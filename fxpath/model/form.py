@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpath.private import forward_hooks, forward_pre_hooks
+from fxpath.sharding import is_sharded
 
 #: Where a tensor that no module has registered is found: module, attribute, keys inside of it.
 Attribute = tuple[str, str, tuple[Any, ...]]
@@ -170,6 +171,6 @@ def tensors_in(value: object, depth: int = 3) -> Iterator[tuple[tuple[Any, ...],
 
 def place(tensor: Tensor) -> tuple[Any, ...]:
     """What identifies a tensor's memory: the graph may hold an alias of the attribute."""
-    if tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or is_sharded(tensor):
         return (id(tensor),)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

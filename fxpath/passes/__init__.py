@@ -41,6 +41,7 @@ from fxpath.passes.lower import lower
 from fxpath.passes.managed import Derive, Fold, Lift, Lower, Reduce
 from fxpath.passes.reduce import reduce
 from fxpath.passes.setting import Pass, Setting
+from fxpath.sharding import refuse_sharded, whole
 
 __all__ = [
     "Captured",
@@ -80,14 +81,23 @@ class Rewritten:
     lowered: fx.GraphModule
 
 
-def take_in(model: Model, given: Given) -> tuple[Captured, fx.GraphModule]:
+def take_in(
+    model: Model, given: Given, sharded: bool = False
+) -> tuple[Captured, fx.GraphModule]:
     """The first half, for whatever is read off the lifted graph: capture, fold, lift.
+
+    Args:
+        model: the model.
+        given: what the caller says of its inputs and outputs.
+        sharded: whether a model may have sharded parameters; what reads whole tensors refuses it.
 
     Raises:
         UnsupportedModelError: listing every operation without an exact rule, with the ``until=`` or
             ``outputs=`` that passes where there is one.
         ValueError: for inputs that do not fit, an unknown ``until`` or ``outputs``.
     """
+    if not sharded:
+        refuse_sharded(model, "what you ask for")
     captured = capture(model, given)
     setting = Setting(captured)
     folded = fold(captured.graph_module, setting)
@@ -122,5 +132,5 @@ def _bound(captured: Captured, lifted: fx.GraphModule) -> Captured:
     if not names:
         return captured
     live = captured.live()
-    made_for = {captured.tensors[name]: live[name].detach().clone() for name in names}
+    made_for = {captured.tensors[name]: whole(live[name].detach()).clone() for name in names}
     return replace(captured, baked={**made_for, **captured.baked})

@@ -33,6 +33,15 @@ def into(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
     return written(module, placement.graph)
 
 
+def stream(module: fx.GraphModule, setting: Setting) -> fx.GraphModule:
+    """The same sweeps in a functional graph, whose results are the scores, without such memory.
+
+    No ``|W|`` is kept between the halves: what is computed from the model's tensors alone can be
+    computed anew wherever it is read, from the one tensor that it takes.
+    """
+    return _Placement(module, setting.device).stream()
+
+
 class _Placement:
     """Attributes: the new graph; the memory of each score, by the node that computes it."""
 
@@ -54,6 +63,30 @@ class _Placement:
                 self.outs[score] = self.graph.placeholder(f"out_{i}")
 
     def run(self) -> fx.GraphModule:
+        self._sweeps()
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for score, out in self.outs.items():
+            if score in order and not self._multiply(score, out, order):
+                self.copy(score, out)
+        return written(self.module, self.graph)
+
+    def stream(self) -> fx.GraphModule:
+        self._sweeps()
+        for out in self.outs.values():
+            readers = {user.target: user for user in out.users}
+            forth, back = (readers.get(step) for step in (products.sweep, products.sweep_back))
+            if forth is not None and back is not None:
+                raw, columns, q, _ = arguments(forth)
+                forth.target, forth.args = products.swept, (raw, columns, q)
+                back.target, back.args = products.swept_back, (raw, q, *arguments(back)[1:])
+                with self.graph.inserting_after(back):
+                    scores = self.graph.call_function(operator.getitem, (back, 2))
+                out.replace_all_uses_with(scores)
+            self.graph.erase_node(out)
+        return written(self.module, self.graph)
+
+    def _sweeps(self) -> None:
+        """Weights that are read block by block, with memory for the blocks."""
         with self.graph.inserting_before(self.start):
             memory = self.graph.call_function(products.scratch, (0, torch.float32, self.device))
         for lift in [n for n in self.graph.nodes if n.target is products.lift]:
@@ -64,11 +97,6 @@ class _Placement:
                 self.graph.erase_node(lift)
         if not memory.users:
             self.graph.erase_node(memory)
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        for score, out in self.outs.items():
-            if score in order and not self._multiply(score, out, order):
-                self.copy(score, out)
-        return written(self.module, self.graph)
 
     def copy(self, score: fx.Node, out: fx.Node) -> None:
         """Write a score where it belongs."""

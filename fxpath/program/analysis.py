@@ -29,6 +29,7 @@ from fxpath.report.page import page
 from fxpath.report.plain import ending, written
 from fxpath.report.table import Table, Tabular
 from fxpath.sample import Sample
+from fxpath.sharding import any_sharded, own_class
 
 if TYPE_CHECKING:
     from fxpath.report.plots import Axes
@@ -106,8 +107,12 @@ class Analysis(Tabular):
         unscored = find_unscored(program.captured, program.lifted, shares, cut)
         layers, at = find_layers(program.lifted), layers_at(program.lifted)
         nodes = {origin.name: layer.name for origin, (layer, _) in at.items()}
-        model = type(program.captured.source).__name__
-        return cls(program.q, program.captured.inputs, evaluation, layers, unscored, nodes, model)
+        model = own_class(program.captured.source).__name__
+        found = cls(program.q, program.captured.inputs, evaluation, layers, unscored, nodes, model)
+        if any_sharded(shares.values()):
+            # Now that all ranks are here: later one of them may print it alone.
+            _ = found.findings, found.report()
+        return found
 
     def path_magnitude(self, name: str) -> Tensor:
         """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxpath.sharding import placed, whole
+
 #: Exponents q below it, but for 0, are refused: float64 holds |w|^q to 1e-16, and its q-th root
 #: would lose all digits.
 LEAST_EXPONENT = 1e-6
@@ -76,17 +78,18 @@ class Evaluation:
             OverflowError: if an entry is too large for the share's format, or too small for
                 float64.
         """
-        share = self.shares[name]
+        spread = self.shares[name]
+        share = whole(spread)
         value = _times(share.double() * self.mantissa, self.exponent)
         if name in self.raised:
-            raised = _times(self.raised[name] * self.mantissa, self.exponent - RAISED)
+            raised = _times(whole(self.raised[name]) * self.mantissa, self.exponent - RAISED)
             value = torch.where(share == 0, raised, value)
             share = share.double()
         info = torch.finfo(share.dtype)
         if bool((value > info.max).any()) or bool(((value == 0) & (share > 0)).any()):
             raise OverflowError
         small = (value > 0) & (value < info.tiny)
-        return value if bool(small.any()) else value.to(share.dtype)
+        return placed(value if bool(small.any()) else value.to(share.dtype), spread)
 
 
 def _ldexp(mantissa: float, exponent: int) -> float:
@@ -98,7 +101,10 @@ def _ldexp(mantissa: float, exponent: int) -> float:
 
 def fitted(share: Tensor, dtype: torch.dtype) -> Tensor:
     """Shares in the format of a program; float64 where that would make zeros of small ones."""
-    small = (share > 0) & (share < torch.finfo(dtype).tiny)
+    if share.dtype == dtype:
+        return share
+    full = whole(share)
+    small = (full > 0) & (full < torch.finfo(dtype).tiny)
     return share if bool(small.any()) else share.to(dtype)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxpath.graph import products
 from fxpath.program.flat import Run
 from fxpath.program.theta import coordinates
+from fxpath.sharding import whole
 
 #: Shares all below this, times their format's smallest number and the largest entry that they are
 #: shares of, are not trusted: their gradients, that much smaller, lose digits first.
@@ -68,7 +69,8 @@ def short_of(
     return {
         name
         for name, theta in coordinates(lifted, live, where)
-        if any(_any_below(shares[name][part], theta[part], tiny) for part in where[name])
+        for share in [whole(shares[name])]
+        if any(_any_below(share[part], theta[part], tiny) for part in where[name])
     }
 
 
@@ -87,7 +89,7 @@ def _all_below(shares: Tensor, bound: float) -> bool:
     """Whether all shares are below a number, but not all are 0."""
     # Mostly the first block says that they are not.
     most = 0.0
-    for part in shares.flatten().split(products.BLOCK):
+    for part in whole(shares).flatten().split(products.BLOCK):
         most = max(most, float(part.amax()) if len(part) else 0.0)
         if most >= bound:
             return False

@@ -14,8 +14,10 @@ from torch import Tensor, fx
 from fxpath.graph.scaling import MASS, SMALLEST
 from fxpath.passes import Setting
 from fxpath.passes.derive import Ending, derive
-from fxpath.passes.place import into, place
+from fxpath.passes.place import into, place, stream
 from fxpath.program.backends import compiled
+from fxpath.program.sharded import Streamed
+from fxpath.sharding import any_sharded
 
 #: A placed graph, or one that was compiled: from tensors and memory for scores to what it found.
 Callee = Callable[..., dict[str, Any]]
@@ -66,6 +68,8 @@ class Flat:
 
     def norm(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Run:
         """The norm alone."""
+        if any_sharded(tensors.values()):
+            return _run(self._streamed(tensors, dtype, "norm"))
         return _run(self.steps(tensors, dtype, "norm")())
 
     def scores(
@@ -75,7 +79,12 @@ class Flat:
         out: Sequence[Tensor],
         raised: int = 0,
     ) -> Run:
-        """The norm, and shares of path mass (14), times ``2 ** raised``, in given memory."""
+        """The norm, and shares of path mass (14), times ``2 ** raised``, in given memory.
+
+        Where tensors are sharded, that memory is, too.
+        """
+        if any_sharded(tensors.values()):
+            return _run(self._streamed(tensors, dtype, "scores", out, raised))
         return _run(self.steps(tensors, dtype, "scores", out, raised)())
 
     def gradients(
@@ -110,6 +119,22 @@ class Flat:
                 return callee(*values, *out)
 
         return run
+
+    def _streamed(
+        self,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        ending: Ending,
+        out: Sequence[Tensor] = (),
+        raised: int = 0,
+    ) -> dict[str, Any]:
+        """One run on sharded tensors."""
+        key = (ending, dtype, raised, "streamed")
+        if key not in self._made:
+            derived = derive(self.module, self.setting, dtype, ending, raised)
+            self._made[key] = Streamed(stream(derived, self.setting))
+        with torch.no_grad():
+            return self._made[key](tensors, out)
 
     def _callee(
         self, ending: Ending, dtype: torch.dtype, raised: int, backend: str, given: list[Tensor]

@@ -11,6 +11,7 @@ from fxpath.graph import ops
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured, check_finite
 from fxpath.program.theta import coordinates
+from fxpath.sharding import whole
 
 
 def check_format(dtype: torch.dtype | None) -> None:
@@ -50,7 +51,7 @@ def failure(
     for node in lifted.graph.nodes:
         if node.target is ops.normalizer:
             _, variance, eps = arguments(node)
-            if bool((live[variance.target] + eps <= 0).any()):
+            if bool((whole(live[variance.target]) + eps <= 0).any()):
                 name = captured.tensors[variance.target]
                 return ValueError(f"{name} has entries that are no variance: not above {-eps}")
     for name, value in coordinates(lifted, live):

@@ -14,6 +14,7 @@ from fxpath.graph.equations import letters
 from fxpath.graph.links import on_paths
 from fxpath.graph.schema import arguments, bias_of, target
 from fxpath.private import schema
+from fxpath.sharding import whole
 
 Channels = Callable[[Tensor], Tensor]
 
@@ -52,10 +53,10 @@ def neuron_shares(layer: Layer, channels: Channels, shares: Mapping[str, Tensor]
     """
     if layer.weight is None:
         assert layer.bias is not None
-        return shares[layer.bias].flatten()
-    mass = channels(shares[layer.weight])
+        return whole(shares[layer.bias]).flatten()
+    mass = channels(whole(shares[layer.weight]))
     if layer.bias is not None and shares[layer.bias].numel() == mass.numel():
-        mass = mass + shares[layer.bias].flatten()
+        mass = mass + whole(shares[layer.bias]).flatten()
     return mass
 
 

@@ -29,8 +29,10 @@ from fxpath.program.flat import Flat, Run
 from fxpath.program.formats import check_format, failure, format_of
 from fxpath.program.gradient import log_of
 from fxpath.program.record import record
+from fxpath.program.sharded import spreads
 from fxpath.program.sizes import SizeRow, sizes
 from fxpath.program.theta import score_shapes, sparsity
+from fxpath.sharding import empty_placed, refuse_sharded, whole
 
 
 class PathProgram:
@@ -111,6 +113,7 @@ class PathProgram:
             UnsupportedModelError: if a weight is computed by an ``autograd.Function``, whose
                 backward is not captured.
         """
+        refuse_sharded(self.captured.source, "a norm that differentiates")
         problems = own_gradients(self.captured)
         if problems:
             raise UnsupportedModelError(SupportReport(tuple(problems)))
@@ -138,6 +141,7 @@ class PathProgram:
         """
         if out is None:
             return self.evaluate(scores=True).shares
+        refuse_sharded(self.captured.source, "what is written into out=")
         live = self.captured.live()
         read = {self.captured.tensors[key]: tensor for key, tensor in live.items()}
         check_buffers(out, score_shapes(self.graph_module), read)
@@ -184,6 +188,7 @@ class PathProgram:
             >>> found["scores"]["weight"].tolist()
             [[0.5, 0.5]]
         """
+        refuse_sharded(self.captured.source, "an exported program")
         live = self.captured.live()
         ending: Ending = "scores" if scores else "norm"
         run = self._run(self.dtype, live, self._buffers(self.dtype, live, {}) if scores else None)
@@ -228,6 +233,7 @@ class PathProgram:
     @plain_mode()
     def certificate(self) -> Certificate:
         """What is claimed of the weights as they are: :func:`fxpath.certify` of the model."""
+        refuse_sharded(self.captured.source, "a certificate")
         live, given = self.captured.live(), self.given or Given()
         graphs = Rewritten(self.lifted, self.reduced, self.graph_module)
         exact = PathProgram(self.captured, graphs, torch.float64, self.q, given=given)
@@ -339,7 +345,7 @@ class PathProgram:
     ) -> dict[str, Tensor]:
         """2^RAISED times the shares of those scores that have some below float64."""
         tiny = torch.finfo(torch.float64).tiny
-        low = {name: [...] for name, s in shares.items() if s.numel() and float(s.amin()) < tiny}
+        low = {n: [...] for n, s in shares.items() if s.numel() and float(whole(s).amin()) < tiny}
         below = short_of(self.lifted, shares, low, live, tiny)
         if not below:
             return {}
@@ -348,7 +354,7 @@ class PathProgram:
         return {
             name: raised[name]
             for name in below
-            if bool(((raised[name] > 0) & (shares[name] == 0)).any())
+            if bool(((whole(raised[name]) > 0) & (whole(shares[name]) == 0)).any())
         }
 
     def _buffers(
@@ -356,9 +362,12 @@ class PathProgram:
     ) -> dict[str, Tensor]:
         """Memory for the scores: the caller's own where it can be written as it is."""
         device = next((t.device for t in live.values()), torch.device("cpu"))
+        sharded = spreads(self.lifted, live)
         return {
             name: out[name]
             if name in out and writable(out[name], dtype, device)
+            else empty_placed(shape, dtype, sharded[name])
+            if name in sharded
             else torch.empty(shape, dtype=dtype, device=device)
             for name, shape in score_shapes(self.graph_module).items()
         }
@@ -394,8 +403,11 @@ def build(
     dtype: torch.dtype | None = None,
     backend: str = "eager",
     reduced: bool = True,
+    sharded: bool = False,
 ) -> PathProgram:
     """Capture and rewrite a model, for what the caller says about inputs or their shape alone.
+
+    Sharded parameters are refused where ``sharded`` does not say that whole tensors are not needed.
 
     Raises:
         ValueError: for a NaN or infinite parameter, a shape that cannot be inferred, q < 0, an
@@ -406,7 +418,9 @@ def build(
     check_backend(backend)
     given = given if isinstance(given, Given) else Given(given)
     check_format(dtype)
-    captured, lifted = take_in(model, given)
+    if backend != "eager":
+        refuse_sharded(model, f'compile, or backend="{backend}", makes code that')
+    captured, lifted = take_in(model, given, sharded)
     own = format_of(captured, lifted)
     graphs = rewrite(lifted, Setting(captured, exponent), not reduced)
     return PathProgram(captured, graphs, dtype or own, exponent, backend, given)
@@ -416,7 +430,7 @@ def _rebuild(
     model: Model, given: Given | None, q: float, dtype: torch.dtype, backend: str, reduced: bool
 ) -> PathProgram:
     """A copy of a program, for a copy of its model."""
-    return build(model, given, q, dtype, backend, reduced)
+    return build(model, given, q, dtype, backend, reduced, sharded=True)
 
 
 def _exponent(q: float) -> float:

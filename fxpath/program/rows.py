@@ -7,6 +7,7 @@ from typing import TypedDict
 from fxpath.program.evaluation import Evaluation
 from fxpath.program.layers import Layer
 from fxpath.program.spread import Spread
+from fxpath.sharding import whole
 
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -48,7 +49,7 @@ def crossed(layer: Layer, found: Evaluation) -> Crossed:
         shape=layer.shape,
         parameters=sum(found.shares[name].numel() for name in names),
         sparsity=found.sparsity[names[0]],
-        share=sum(float(found.shares[name].double().sum()) for name in names),
+        share=sum(float(whole(found.shares[name]).double().sum()) for name in names),
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fxpath.sharding import whole
+
 #: Entries that are looked at together: in a processor's cache, and too few to share out among
 #: threads, which would wait for each other at each of many small operations; or by a GPU.
 CHUNK, CHUNK_AWAY = 1 << 15, 1 << 24
@@ -128,7 +130,7 @@ class Spread:
     @functools.cached_property
     def largest(self) -> float:
         """The largest entry; 0 of none."""
-        return max((float(tensor.max()) for tensor in self.tensors if tensor.numel()), default=0.0)
+        return max((float(whole(t).max()) for t in self.tensors if t.numel()), default=0.0)
 
     # -- the shape of it --------------------------------------------------------------------------
 
@@ -158,7 +160,7 @@ class Spread:
 
     def _chunks(self) -> Iterator[Tensor]:
         for tensor in self.tensors:
-            flat = tensor.detach().reshape(-1)
+            flat = whole(tensor).detach().reshape(-1)
             size = CHUNK if flat.device.type == "cpu" else CHUNK_AWAY
             yield from (flat.split(size) if flat.numel() else ())
 
