@@ -27,6 +27,7 @@ from fxpath.api import analyze
 from fxpath.model import Model, Shapes, skeleton
 from fxpath.model.state import untouched
 from fxpath.private import forward_pre_hooks, pruned_name
+from fxpath.sharding import refuse_sharded
 from fxpath.symmetry.canonical import canonical_magnitude, relative_to_layer
 
 __all__ = [
@@ -218,6 +219,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _effective(model: nn.Module) -> nn.Module:
     """A skeleton of the model in which pruned and parametrized tensors are plain parameters."""
+    refuse_sharded(model, "a criterion that computes weights, or runs the model,")
     copied = skeleton(model)
     with torch.no_grad():
         for module in copied.modules():

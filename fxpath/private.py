@@ -185,7 +185,7 @@ def uncompiled(module: nn.Module) -> nn.Module | None:
 def unsharded_now(module: Any) -> bool:
     """Whether a module of ``fully_shard`` holds gathered parameters in the place of its own."""
     state = module._get_fsdp_state()
-    # A list of groups since torch 2.12, before that one or none.
+    # Releases of torch differ: a list of groups, or one or none.
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]

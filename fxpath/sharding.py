@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fxpath.private import unsharded_now
+
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -111,9 +113,29 @@ def refuse_sharded(model: object, what: str) -> None:
     name = next((name for name, _ in sharded_tensors(model)), None)
     if name is not None:
         raise ValueError(
-            f"{name} is sharded (a DTensor), and {what} is computed of whole tensors; {GATHER}. "
-            "fxpath.analyze, fxpath.path_norm and fxpath.prune take a sharded model as it is"
+            f"{name} is sharded (a DTensor, of which each rank holds a part), and {what} takes "
+            f"whole tensors; {GATHER}. fxpath.analyze, fxpath.path_norm and fxpath.prune take a "
+            "sharded model as it is"
         )
+
+
+def check_resharded(model: object) -> None:
+    """Refuse a model of which ``fully_shard`` holds whole parameters at the moment.
+
+    Raises:
+        ValueError: naming a module, and what to do.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(model, nn.Module):
+        return
+    for path, module in model.named_modules():
+        if isinstance(module, fsdp.FSDPModule) and unsharded_now(module):
+            raise ValueError(
+                f"{path or 'the model itself'}: its parameters are gathered at the moment, in the "
+                "number format of a forward pass, which may round them; reshard it on every rank "
+                "first: [m.reshard() for m in model.modules() if isinstance(m, "
+                "torch.distributed.fsdp.FSDPModule)]"
+            )
 
 
 def sharded_tensors(model: nn.Module) -> Iterator[tuple[str, DTensor]]:

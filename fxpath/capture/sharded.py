@@ -14,7 +14,6 @@ from torch import nn
 
 from fxpath.errors import Problem
 from fxpath.model.form import held
-from fxpath.private import unsharded_now
 from fxpath.sharding import is_sharded, sharded_tensors
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def shard_problems(model: nn.Module) -> list[Problem]:
 
 
 def _wrapped(model: nn.Module) -> Iterator[Problem]:
-    """Modules of FSDP1, and such of FSDP2 that hold whole parameters at the moment."""
+    """The first module of FSDP1."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
@@ -52,16 +51,6 @@ def _wrapped(model: nn.Module) -> Iterator[Problem]:
                 "wrap the model by torch.distributed.fsdp.fully_shard in its place, or analyse "
                 "model.module within FullyShardedDataParallel.summon_full_params(model), which "
                 "holds the whole model on each rank",
-            )
-            return
-        if isinstance(module, fsdp.FSDPModule) and unsharded_now(module):
-            yield _problem(
-                "fully_shard",
-                path,
-                "its parameters are gathered at the moment, in the number format of its forward "
-                "pass, which rounds them",
-                "call reshard() of it on every rank first: [m.reshard() for m in model.modules() "
-                "if isinstance(m, torch.distributed.fsdp.FSDPModule)]",
             )
             return
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxpath.graph import ops
 from fxpath.graph.power import power, power_of_number
+from fxpath.sharding import whole
 
 Map = Callable[[Tensor], Tensor]
 
@@ -71,7 +72,8 @@ class Interpretation:
         env: dict[fx.Node, Any] = {}
         methods = self.methods()
         for node in self.module.graph.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            # What is sharded is gathered for each operation that reads it.
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: whole(env[n]))
             if node.op == "placeholder":
                 env[node] = tensors[node.target]
             elif node.op == "get_attr":

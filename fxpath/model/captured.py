@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from fxpath.model.form import Form, attached_now, changes, held
 from fxpath.sample import Sample
-from fxpath.sharding import whole
+from fxpath.sharding import check_resharded, whole
 
 Model = nn.Module | ExportedProgram
 Shape = Sequence[int]
@@ -50,8 +50,10 @@ class Captured:
         """The model's tensors as they are now: placeholder name -> tensor.
 
         Raises:
-            ValueError: if anything that the graph was made for has changed since, by name.
+            ValueError: if anything that the graph was made for has changed since, by name, or if
+                the parameters of ``fully_shard`` are gathered.
         """
+        check_resharded(self.source)
         named = {
             **{k: v for k, v in self.constants.items() if k not in self.form.attached},
             **named_tensors(self.source),

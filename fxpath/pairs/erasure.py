@@ -50,7 +50,7 @@ class Erasure:
             UnsupportedModelError: listing every operation without an exact rule.
             ValueError: for a NaN or infinite parameter, a shape that cannot be inferred.
         """
-        captured, lifted = take_in(model, given)
+        captured, lifted = take_in(model, given, sharded=True)
         graphs = rewrite(lifted, Setting(captured))
         program = PathProgram(captured, graphs, format_of(captured, lifted), 1.0, given=given)
         return cls(program, side_of(captured, lifted))

@@ -21,6 +21,7 @@ from fxpath.graph.schema import arguments
 from fxpath.model import Captured, Given, Model, check_finite, named_tensors, skeleton
 from fxpath.pairs.pair import Pair, Side, same_entries
 from fxpath.program.program import build
+from fxpath.sharding import GATHER, any_sharded
 
 Other = Model | Mapping[str, Tensor]
 
@@ -64,6 +65,8 @@ def _held_against(mine: Side, other: Other, given: Given) -> Side:
             f"other is a {type(other).__name__}: pass a model of the same architecture, or a state "
             "dict with the model's own names"
         )
+    if any_sharded(value for value in other.values() if isinstance(value, Tensor)):
+        raise ValueError(f"other has sharded tensors (DTensors): {GATHER}")
     try:
         state, named = state_tensors(mine.captured, other)
     except ValueError as error:

@@ -21,6 +21,7 @@ from fxpath.graph.schema import arguments
 from fxpath.graph.static import evaluated
 from fxpath.model import Captured
 from fxpath.passes.setting import Setting
+from fxpath.sharding import local, refuse_sharded, whole
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Side:
     def raw(self, leaf: int) -> Tensor | None:
         """The model's own tensor, where a leaf reads one as it is."""
         read = arguments(self.nodes[leaf])[0]
-        return self.tensors[str(read.target)] if read.op == "placeholder" else None
+        return whole(self.tensors[str(read.target)]) if read.op == "placeholder" else None
 
     def stored(self, leaf: int) -> Tensor:
         """What a leaf reads before a batch norm's factor is folded in: zero at the same entries."""
@@ -259,7 +260,9 @@ class Pair:
 
         Raises:
             RuntimeError: naming what has changed.
+            ValueError: for a sharded network: all is read then, by this rank alone as it may be.
         """
+        refuse_sharded(self.ours.captured.source, "what is evaluated on demand")
         sides = ("the model", self.ours), ("the other", self.theirs)
         for (which, side), marks in zip(sides, self._marks, strict=True):
             now = _marks(side)
@@ -308,7 +311,7 @@ BLOCK = 1 << 17
 
 
 def _marks(side: Side) -> dict[str, int]:
-    return {key: fingerprint(tensor) for key, tensor in side.tensors.items()}
+    return {key: fingerprint(local(tensor)) for key, tensor in side.tensors.items()}
 
 
 #: Entries that are summed at once.

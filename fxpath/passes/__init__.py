@@ -97,7 +97,7 @@ def take_in(
         ValueError: for inputs that do not fit, an unknown ``until`` or ``outputs``.
     """
     if not sharded:
-        refuse_sharded(model, "what you ask for")
+        refuse_sharded(model, "this function")
     captured = capture(model, given)
     setting = Setting(captured)
     folded = fold(captured.graph_module, setting)

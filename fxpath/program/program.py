@@ -419,7 +419,7 @@ def build(
     given = given if isinstance(given, Given) else Given(given)
     check_format(dtype)
     if backend != "eager":
-        refuse_sharded(model, f'compile, or backend="{backend}", makes code that')
+        refuse_sharded(model, f'code that backend="{backend}" makes')
     captured, lifted = take_in(model, given, sharded)
     own = format_of(captured, lifted)
     graphs = rewrite(lifted, Setting(captured, exponent), not reduced)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxpath import criteria
 from fxpath.model import Given
 from fxpath.pruning.eligible import Eligible
+from fxpath.sharding import whole
 
 Scores = Mapping[str, Tensor]
 Criterion = str | Scores | Callable[..., Scores]
@@ -103,6 +104,6 @@ def checked_scores(found: Scores, chosen: Sequence[Eligible]) -> dict[str, Tenso
                 f"the score of {each.name} has shape {tuple(score.shape)}, the parameter "
                 f"{each.shape}"
             )
-        if score.numel() and bool(torch.isnan(score.amin())):
+        if score.numel() and bool(torch.isnan(whole(score).amin())):
             raise ValueError(f"the score of {each.name} has NaN: nothing can be ranked by that")
     return scores

@@ -16,6 +16,7 @@ from torch.nn.utils import prune as torch_prune
 
 from fxpath.model import named_tensors
 from fxpath.private import forward_hooks, forward_pre_hooks, pruned_name
+from fxpath.sharding import refuse_sharded
 
 #: What a file of masks says that it is.
 FORMAT = "fxpath.masks/1"
@@ -36,7 +37,12 @@ class Masks(dict[str, Tensor]):
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a module in which a forward pass left what masks make of weights."""
+    """A deep copy, also of a module in which a forward pass left what masks make of weights.
+
+    Raises:
+        ValueError: for a sharded model.
+    """
+    refuse_sharded(model, "a deep copy of a model")
     memo: dict[int, Any] = {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -113,7 +119,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     Raises:
         ValueError: for a name that is no parameter of a module, another shape or dtype, a
-            parametrized weight; then nothing is changed.
+            parametrized weight, a sharded model; then nothing is changed.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -122,6 +128,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         >>> layer(torch.ones(2)).item(), sorted(layer.state_dict())
         (3.0, ['weight_mask', 'weight_orig'])
     """
+    refuse_sharded(model, "torch.nn.utils.prune")
     places = [place for name, mask in masks.items() for place in _places(model, name, mask)]
     for module, attribute, mask in places:
         torch_prune.custom_from_mask(module, attribute, mask)

@@ -12,6 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 from fxpath.private import forward_pre_hooks, pruned_name, semi_structured_tiles
 from fxpath.pruning.eligible import Eligible
+from fxpath.sharding import placed, refuse_sharded, whole
 
 #: Layers whose weights a pattern can be in, and the axis of their input channels.
 _AXES: dict[type[nn.Module], int] = {
@@ -60,12 +61,12 @@ def refused(each: Eligible, pattern: NM) -> str:
 
 def kept_by_pattern(scores: Tensor, axis: int, pattern: NM) -> Tensor:
     """The mask that keeps the highest scores of each row; of equal ones the later."""
-    moved = scores.movedim(axis, -1)
+    moved = whole(scores).movedim(axis, -1)
     rows = moved.reshape(-1, pattern.of)
     order = rows.argsort(dim=1, stable=True)
     mask = torch.ones_like(rows, dtype=torch.bool)
     mask.scatter_(1, order[:, : pattern.of - pattern.keep], False)
-    return mask.reshape(moved.shape).movedim(-1, axis).contiguous()
+    return placed(mask.reshape(moved.shape).movedim(-1, axis).contiguous(), scores)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def verify_pattern(model: nn.Module, pattern: NM) -> PatternReport:
         >>> bool(report), report.layers[0].rows
         (True, 1)
     """
+    refuse_sharded(model, "a report on its weights")
     return PatternReport(pattern, tuple(_rows(model, pattern)))
 
 

@@ -24,6 +24,7 @@ from fxpath.pruning.masks import held_masks
 from fxpath.pruning.patterns import NM, refused
 from fxpath.pruning.pruned import Pruned, PrunedLayer
 from fxpath.pruning.source import Source
+from fxpath.sharding import placed, whole
 
 
 @plain_mode()
@@ -161,13 +162,11 @@ def prune(
         scores = source.scores(criterion, masks)
         if layer_adaptive and masks:
             # What a criterion says of entries that are cut is no part of what remains.
-            scores = {n: s.masked_fill(~masks[n].to(s.device), 0.0) for n, s in scores.items()}
+            scores = {n: _filled(s, masks[n], 0.0) for n, s in scores.items()}
         ranked = relative_to_layer(scores) if layer_adaptive else scores
         # Entries that are cut stay cut, also where others have come to nothing.
-        ranked = {
-            name: score.masked_fill(~masks[name].to(score.device), -math.inf) if masks else score
-            for name, score in ranked.items()
-        }
+        if masks:
+            ranked = {n: _filled(s, masks[n], -math.inf) for n, s in ranked.items()}
         masks = decided(goal, step, ranked, inputs, source.lost, source.estimated)
     lost = source.path_magnitude_shares(masks, named == "path_magnitude" and steps == 1)
     tensors = source.erased(masks)
@@ -185,7 +184,11 @@ def prune(
             UserWarning,
             stacklevel=4,  # past the decorators
         )
-    kept = {e.name: torch.ones(e.shape, dtype=torch.bool) for e in chosen if e.name not in masks}
+    kept = {
+        each.name: placed(torch.ones(each.shape, dtype=torch.bool), tensors[each.key])
+        for each in chosen
+        if each.name not in masks
+    }
     return Pruned(
         state_dict=source.state(tensors),
         masks={each.name: {**masks, **kept}[each.name] for each in chosen},
@@ -199,6 +202,12 @@ def prune(
     )
 
 
+def _filled(scores: Tensor, mask: Tensor, value: float) -> Tensor:
+    """Scores with another value where a mask is false."""
+    entries = whole(scores)
+    return placed(entries.masked_fill(~whole(mask).to(entries.device), value), scores)
+
+
 def _row(
     each: Eligible,
     goal: Goal,
@@ -208,14 +217,14 @@ def _row(
     note: str,
     lost: float,
 ) -> PrunedLayer:
-    mask, left = masks.get(each.name), tensors[each.key]
+    mask, left = masks.get(each.name), whole(tensors[each.key])
     if each.name in held:
         left = left * held[each.name]
     return PrunedLayer(
         name=each.name,
         shape=each.shape,
         requested=None if note else goal.share_of(each.entries),
-        pruned=0 if mask is None else each.entries - int(mask.count_nonzero()),
+        pruned=0 if mask is None else each.entries - int(whole(mask).count_nonzero()),
         sparsity=(each.entries - int(torch.count_nonzero(left))) / max(1, each.entries),
         lost=lost,
         note=note,

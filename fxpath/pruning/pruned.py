@@ -22,6 +22,7 @@ from fxpath.pruning.masks import deep_copy, refresh, write_masks
 from fxpath.report import plots
 from fxpath.report.plain import by_module
 from fxpath.report.table import Column, Table, Tabular
+from fxpath.sharding import refuse_sharded
 
 if TYPE_CHECKING:
     from fxpath.report.plots import Axes
@@ -148,6 +149,7 @@ class Pruned(Tabular):
         Args:
             path: of the file, by convention with the ending ``.safetensors``.
         """
+        refuse_sharded(self._dense, "a file of masks")
         write_masks(
             path,
             self.masks,

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxpath.sharding import placed, whole
+
 #: Entries that are looked at at once.
 _BLOCK = 1 << 20
 
@@ -39,12 +41,13 @@ class Cut:
 
     def kept(self, name: str, scores: Tensor) -> Tensor:
         """The mask of one tensor, of its shape: True where an entry is kept."""
-        mask = _above(scores, self.threshold)
-        ties = None if self.tied is None else _at(scores, self.threshold)
+        entries = whole(scores)
+        mask = _above(entries, self.threshold)
+        ties = None if self.tied is None else _at(entries, self.threshold)
         if self.tied is not None and ties is not None:
             # Of the ties, the last ones stay.
             mask.view(-1)[ties.flatten().nonzero()[self.tied[name] :, 0]] = True
-        return mask
+        return placed(mask, scores)
 
 
 def count_of(amount: object, entries: int) -> int:
@@ -99,7 +102,7 @@ def cut(scores: Mapping[str, Tensor], count: int) -> Cut:
         return Cut(threshold, None)
     tied = {}
     for name in sorted(scores):
-        ties = _at(scores[name], threshold)
+        ties = _at(whole(scores[name]), threshold)
         tied[name] = 0 if ties is None else min(rest, int(ties.count_nonzero()))
         rest -= tied[name]
     return Cut(threshold, tied)
@@ -139,7 +142,7 @@ def cut_capped(scores: Mapping[str, Tensor], count: int, caps: Mapping[str, int]
 
 
 def _cut_off(found: Cut, name: str, scores: Tensor) -> int:
-    return scores.numel() - int(found.kept(name, scores).count_nonzero())
+    return scores.numel() - int(whole(found.kept(name, scores)).count_nonzero())
 
 
 def _above(scores: Tensor, threshold: float) -> Tensor:
@@ -160,7 +163,7 @@ def _nearest(scores: Tensor, threshold: float) -> float:
 def _keys(scores: Tensor, wide: bool) -> Iterator[Tensor]:
     """Integers in the order of the scores, block by block; equal for equal scores."""
     dtype, integer, sign = _format(wide)
-    blocks = scores.detach().reshape(-1).split(_BLOCK) if scores.numel() else ()
+    blocks = whole(scores).detach().reshape(-1).split(_BLOCK) if scores.numel() else ()
     for block in blocks:
         bits = block.to(dtype).view(integer)
         if bool(bits.amin() < 0):

@@ -14,6 +14,7 @@ from fxpath.pairs.erasure import Erasure, estimated_loss
 from fxpath.pruning.criterion import Criterion, checked_scores, scores_of
 from fxpath.pruning.eligible import Eligible
 from fxpath.pruning.pruned import with_state
+from fxpath.sharding import is_sharded, local, placed, whole
 
 #: Entries that are added up at once.
 _BLOCK = 1 << 17
@@ -42,7 +43,11 @@ class Source:
         if criterion == "path_magnitude":
             return checked_scores(self._path_magnitude(masks), self.chosen)
         model = with_state(self._model, self.state(self.erased(masks))) if masks else self._model
-        return scores_of(criterion, model, self._given, self.chosen)
+        found = scores_of(criterion, model, self._given, self.chosen)
+        tensors = self.erasure.side.tensors
+        # Scores that each rank has whole.
+        keys = {each.name: each.key for each in self.chosen}
+        return {n: s if is_sharded(s) else placed(s, tensors[keys[n]]) for n, s in found.items()}
 
     def _path_magnitude(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = self.erased(masks) if masks else None
@@ -62,9 +67,9 @@ class Source:
                 self._memory[each.key] = torch.empty_like(dense)
             # Not a product: a mask must leave no -0 behind.
             torch.where(
-                masks[each.name].to(dense.device),
-                *(dense, dense.new_zeros(())),
-                out=self._memory[each.key],
+                local(masks[each.name]).to(dense.device),
+                *(local(dense), local(dense).new_zeros(())),
+                out=local(self._memory[each.key]),
             )
             tensors[each.key] = self._memory[each.key]
         return tensors
@@ -111,5 +116,6 @@ def _detached(value: Any) -> Any:
 
 def _sum_without(mask: Tensor, values: Tensor) -> float:
     """Sum of the values where a mask is false, in float64, block by block."""
-    blocks = zip(mask.flatten().split(_BLOCK), values.flatten().split(_BLOCK), strict=True)
+    entries = whole(mask).flatten(), whole(values).flatten()
+    blocks = zip(*(each.split(_BLOCK) for each in entries), strict=True)
     return sum(float((v * ~m.to(v.device)).sum(dtype=torch.float64)) for m, v in blocks)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxpath.model import named_tensors
 from fxpath.private import ConvNd, NormBase
 from fxpath.pruning.plan import Bias, Cut, Plan
+from fxpath.sharding import refuse_sharded
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -43,6 +44,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     # One that was made by hand is trusted no more than one from a file.
     plan = Plan.from_dict(plan.to_dict())
     _check(model, plan)
+    refuse_sharded(model, "a deep copy of a model")
     copied = copy.deepcopy(model)
     named, ties = named_tensors(copied), places(copied)
     for name, each in plan.tensors.items():

@@ -13,6 +13,7 @@ from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.program.evaluation import fitted
 from fxpath.program.program import build
+from fxpath.sharding import placed, whole
 from fxpath.symmetry.least_norm import Canonical
 
 
@@ -110,10 +111,10 @@ def relative_to_layer(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> relative_to_layer({"weight": torch.tensor([3.0, 0.0, 4.0])})
         {'weight': tensor([0.3600, 0.0000, 1.0000])}
     """
-    bad = [name for name, score in scores.items() if not bool(score.isfinite().all())]
+    bad = [name for name, score in scores.items() if not bool(whole(score).isfinite().all())]
     if bad:
         raise ValueError(f"NaN or infinite scores of {', '.join(bad)}")
-    return {name: _relative(score) for name, score in scores.items()}
+    return {name: placed(_relative(whole(score)), score) for name, score in scores.items()}
 
 
 def _relative(score: Tensor) -> Tensor:
