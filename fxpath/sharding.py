@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fxpath.private import unsharded_now
 
-
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
@@ -53,8 +52,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
-        full: Tensor = tensor.detach().full_tensor()
-    return full
+        return tensor.full_tensor().detach()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -62,8 +60,7 @@ def local(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
-        part: Tensor = tensor.detach().to_local()
-    return part
+        return tensor.to_local().detach()
 
 
 def placed(full: Tensor, like: Tensor) -> Tensor:

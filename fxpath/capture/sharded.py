@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 def shard_problems(model: nn.Module) -> list[Problem]:
     """What keeps a model's tensors from being gathered, or their scores from being spread."""
     found = [*_wrapped(model)]
+    if found:
+        # It has no parameters of its own to look at.
+        return found
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in sharded_tensors(model):
         why = _ungatherable(tensor, name in buffers)
         if why is not None:
             found.append(_problem("DTensor", name.rpartition(".")[0], f"{name}: {why[0]}", why[1]))
-    for name, tensor in held(model).items():
-        if is_sharded(tensor):
+    for name, loose in held(model).items():
+        if is_sharded(loose):
             path = name.rpartition(".")[0]
             why = f"{name}: no parameter and no buffer", "register it as the one or the other"
             found.append(_problem("DTensor", path, *why))

@@ -81,9 +81,7 @@ class Rewritten:
     lowered: fx.GraphModule
 
 
-def take_in(
-    model: Model, given: Given, sharded: bool = False
-) -> tuple[Captured, fx.GraphModule]:
+def take_in(model: Model, given: Given, sharded: bool = False) -> tuple[Captured, fx.GraphModule]:
     """The first half, for whatever is read off the lifted graph: capture, fold, lift.
 
     Args:

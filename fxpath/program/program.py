@@ -334,7 +334,8 @@ class PathProgram:
         if not self._healthy(torch.float64, run, live):
             raise self._failure(live)
         found = dict(shares)
-        for name in short:
+        # In one order, as they may have to be gathered: that of a set differs from rank to rank.
+        for name in sorted(short):
             again = fitted(wide[name], self.dtype)
             # What fits stands where the caller wants it; its gradient need not have fitted.
             found[name] = shares[name].copy_(again) if again.dtype == self.dtype else again
@@ -353,7 +354,7 @@ class PathProgram:
         self._run(torch.float64, live, raised, RAISED)
         return {
             name: raised[name]
-            for name in below
+            for name in sorted(below)
             if bool(((whole(raised[name]) > 0) & (whole(shares[name]) == 0)).any())
         }
 
@@ -362,7 +363,7 @@ class PathProgram:
     ) -> dict[str, Tensor]:
         """Memory for the scores: the caller's own where it can be written as it is."""
         device = next((t.device for t in live.values()), torch.device("cpu"))
-        sharded = spreads(self.lifted, live)
+        sharded = spreads(self.lifted, live, self.captured.tensors)
         return {
             name: out[name]
             if name in out and writable(out[name], dtype, device)

@@ -20,7 +20,7 @@ from fxpath.graph import ops, products, scaling
 from fxpath.graph.edit import inputs_first
 from fxpath.graph.schema import arguments, target
 from fxpath.graph.static import evaluated
-from fxpath.sharding import is_sharded, write_whole
+from fxpath.sharding import any_sharded, is_sharded, write_whole
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -95,7 +95,7 @@ class Streamed:
 
     def _later(self, value: fx.Node, step: int) -> bool:
         reads = self._reads.get(value, ())
-        return bool(reads) and reads[-1] > step
+        return any(read > step for read in reads[-1:])
 
     def _near(self, value: fx.Node, step: int) -> bool:
         """Whether a value is read again soon."""
@@ -104,27 +104,34 @@ class Streamed:
         return place < len(reads) and reads[place] <= step + NEAR
 
 
-def spreads(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, DTensor]:
-    """Over which ranks scores are spread: score -> a sharded tensor, the parameter's own if it is.
+def spreads(
+    module: fx.GraphModule, tensors: Mapping[str, Tensor], names: Mapping[str, str]
+) -> dict[str, DTensor]:
+    """Over which ranks scores are spread.
 
     Args:
         module: a lifted graph.
         tensors: the model's tensors by placeholder.
+        names: their names in the model.
 
     Returns:
-        For each score that is computed from sharded tensors, one of its shape if there is any.
+        Score -> its parameter, if that is sharded; of a score without a parameter of its own, a
+        sharded tensor that it is computed from, one of its shape if there is any.
     """
-    found: dict[str, DTensor] = {}
+    if not any_sharded(tensors.values()):
+        return {}
+    keys = {name: key for key, name in names.items()}
+    found: dict[str, Tensor] = {}
     for node in module.graph.nodes:
         if node.target is not ops.coordinate or arguments(node)[1] in found:
             continue
-        shape = tuple(node.meta["val"].shape)
-        read = [tensors[str(n.target)] for n in inputs_first(node, ()) if n.op == "placeholder"]
-        sharded = [tensor for tensor in read if is_sharded(tensor)]
+        name, shape = str(arguments(node)[1]), tuple(node.meta["val"].shape)
+        read = [str(n.target) for n in inputs_first(node, ()) if n.op == "placeholder"]
+        sharded = [tensors[key] for key in read if is_sharded(tensors[key])]
         sharded.sort(key=lambda tensor: tuple(tensor.shape) != shape)
-        if sharded:
-            found[str(arguments(node)[1])] = sharded[0]
-    return found
+        own = [tensors[keys[name]]] if name in keys else []
+        found.update((name, tensor) for tensor in [*own, *sharded][:1])
+    return {name: tensor for name, tensor in found.items() if is_sharded(tensor)}
 
 
 def _output(graph: fx.Graph) -> fx.Node:

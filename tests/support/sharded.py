@@ -154,9 +154,7 @@ def distributed(model: nn.Module) -> nn.Module:
         setattr(model.get_submodule(path), own, spread)
     for name, buffer in list(model.named_buffers()):
         path, _, own = name.rpartition(".")
-        setattr(
-            model.get_submodule(path), own, distribute_tensor(buffer, mesh, [Replicate()])
-        )
+        setattr(model.get_submodule(path), own, distribute_tensor(buffer, mesh, [Replicate()]))
     return model
 
 
@@ -220,7 +218,12 @@ def analysed(
             for name, score in analysis.scores.items()
             if name in parameters
         },
-        "sharded": {name: hasattr(score, "to_local") for name, score in analysis.scores.items()},
+        # Those without a parameter of their own are whole nowhere, either.
+        "sharded": {
+            name: hasattr(score, "to_local")
+            for name, score in analysis.scores.items()
+            if name not in parameters
+        },
         "neurons": dict(analysis.neuron_shares),
         "table": analysis.table(depth=1).to_csv(),
     }
@@ -304,7 +307,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for made in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(made, Tensor):
+            if type(made) in (Tensor, nn.Parameter):
                 self._known.append(weakref.ref(made))
         self._known = [each for each in self._known if each() is not None]
         held = [tensor for each in self._known if (tensor := each()) is not None]
@@ -337,11 +340,15 @@ def refused() -> dict[str, str]:
     weight = DTensor.from_local(partial[0].weight.data, _mesh(), [Partial()])
     partial[0].weight = nn.Parameter(weight)
     buffered.norm.running_var = distribute_tensor(buffered.norm.running_var, _mesh(), [Shard(0)])
+    # Its own constructor wants a GPU.
+    flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(flat)
+    flat._modules["_fsdp_wrapped_module"] = mlp()
     batch = torch.ones(1, 3), torch.ones(1, 2)
     sample = torch.ones(2, 3)
     masked = fsdp(computed())
     calls: dict[str, Callable[[], object]] = {
-        "FSDP1": lambda: fxpath.analyze(FullyShardedDataParallel(mlp())),
+        "FSDP1": lambda: fxpath.analyze(flat),
         "Partial": lambda: fxpath.analyze(partial),
         "buffer": lambda: fxpath.analyze(buffered, IMAGE),
         "samples": lambda: fxpath.analyze(model, example_inputs=sample),
