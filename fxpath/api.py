@@ -43,6 +43,8 @@ def analyze(
     Args:
         model: a module (in train or eval mode, pruned, parametrized, wrapped for data parallelism,
             in float32, float64 or half precision), an exported program, or an FX graph module.
+            With sharded parameters (DTensors, ``fully_shard``) it is a collective call: every rank
+            makes it, and parameters are gathered one at a time.
         input_shape: shape of one sample, without the batch axis, e.g. ``(3, 224, 224)``; a list of
             shapes for several inputs, a dict for inputs by name.  Inferred where the model leaves
             no choice.
@@ -66,12 +68,13 @@ def analyze(
             for comparison.
 
     Returns:
-        An :class:`~fxpath.Analysis`.
+        An :class:`~fxpath.Analysis`; scores of sharded parameters are DTensors, spread like these.
 
     Raises:
         UnsupportedModelError: listing every operation that the theory does not cover.
         ValueError: for a NaN or infinite parameter (named), an input shape that is missing and
-            cannot be inferred, an unknown ``until``, a wrong ``q`` or ``dtype``.
+            cannot be inferred, an unknown ``until``, a wrong ``q`` or ``dtype``; for sharded
+            parameters that are gathered at the moment, or with ``compile``.
         FloatingPointError: if the entries of one tensor span more than float64 holds.
 
     Example:

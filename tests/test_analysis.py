@@ -219,11 +219,11 @@ def test_every_verb_takes_the_options_of_analyze(
     model, shape = net(), (2, 6, 6)
     backends, build = [], api.build
 
-    def spared(*args: Any) -> Any:
+    def spared(*args: Any, sharded: bool) -> Any:
         # What Inductor finds is compared elsewhere, and five compilers say no more here.
         *most, backend, reduce = args
         backends.append(backend)
-        return build(*most, "eager", reduce)
+        return build(*most, "eager", reduce, sharded=sharded)
 
     monkeypatch.setattr(api, "build", spared)
     expected = fxpath.analyze(model, shape)

@@ -76,6 +76,7 @@ def check_pruned(name: str, ranks: list[dict[str, Any]]) -> None:
         assert any(not bool(mask.all()) for mask in masks.values())
         assert all(torch.equal(state[n], value) for n, value in pruned.state_dict.items())
         assert found["lost"] == (pruned.certificate.value, pruned.path_magnitude_share)
+        assert all(torch.equal(x, pruned.state_dict[n]) for n, x in unwrapped(found["zeroed"]).items())
         assert found["fits"]
     if name != "data parallel":
         assert ranks[0][name]["pruned"] == str(pruned)

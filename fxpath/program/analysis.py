@@ -54,6 +54,9 @@ class Analysis(Tabular):
         neuron_shares: layer name -> share of path mass through each of its output channels,
             ``[channels]``.
 
+    Of a sharded model, :meth:`path_magnitude` and ``table(depth=...)`` are collective calls, which
+    every rank makes; what else is asked of an analysis, a single rank may ask.
+
     Example:
         >>> import torch, fxpath
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU())

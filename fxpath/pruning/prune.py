@@ -70,6 +70,7 @@ def prune(
 
     Args:
         model: a module, in either mode; it is not changed.  The function is that of eval mode.
+            With sharded parameters every rank makes the call, and gets its part of the same masks.
         amount: how much to cut: a share (float in [0, 1]) or a number (int) of the eligible
             entries, as in ``torch.nn.utils.prune``.
         input_shape: as for :func:`fxpath.analyze`.

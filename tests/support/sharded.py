@@ -246,6 +246,11 @@ def analysed(
         }
         if rank == 0:
             found["pruned"] = str(pruned)
+        with torch.no_grad():
+            for name, mask in pruned.masks.items():
+                if name in parameters:
+                    parameters[name].mul_(mask)
+        found["zeroed"] = {name: full(parameters[name].detach()) for name in pruned.masks}
     return found
 
 
