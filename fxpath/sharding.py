@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,41 @@ def check_resharded(model: object) -> None:
             )
 
 
+def check_alike(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse plain tensors beside sharded ones that are not the same on every rank; a collective.
+
+    Statistics of a batch norm are not, where each rank has seen other batches.
+
+    Raises:
+        ValueError: naming them, on all ranks, and what to do.
+    """
+    like = next(filter(is_sharded, tensors.values()), None)
+    if like is None:
+        return
+    plain = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
+    differing = [name for name, tensor in plain.items() if not _is_alike(tensor, like)]
+    if differing:
+        raise ValueError(
+            f"{', '.join(differing)}: not the same on every rank, so that each would find another "
+            "result; send that of one rank to all: torch.distributed.broadcast(tensor, src=0) of "
+            "each, or train with SyncBatchNorm"
+        )
+
+
+def _is_alike(tensor: Tensor, like: DTensor) -> bool:
+    """Whether a tensor has the same bits on all ranks of another one."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(kind).long()
+    mesh = like.device_mesh
+    least, most = (
+        DTensor.from_local(bits, mesh, [Partial(which)] * mesh.ndim, run_check=False)
+        for which in ("min", "max")
+    )
+    return torch.equal(whole(least), whole(most))
+
+
 def sharded_tensors(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
     """Parameters and buffers that are DTensors, tied ones under each of their names."""
     parameters = model.named_parameters(remove_duplicate=False)
@@ -168,7 +204,7 @@ def own_class(module: object) -> type:
 def is_shard_hook(hook: Any) -> bool:
     """Whether a hook gathers parameters, or moves activations between ranks, and no more."""
     name = getattr(hook, "__module__", None) or ""
-    if name.startswith("torch.distributed.fsdp."):
+    if _is_of_fsdp(hook):
         return True
     if not name.startswith("torch.distributed.tensor."):
         return False
@@ -181,6 +217,10 @@ def is_shard_hook(hook: Any) -> bool:
     )
 
 
+def _is_of_fsdp(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("torch.distributed.fsdp.")
+
+
 def _underlying(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
@@ -191,8 +231,10 @@ def without_shards(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """A module's own attributes without what ``fully_shard`` and ``distribute_module`` added."""
     kept = {}
     for name, value in attributes.items():
-        if name.startswith("__composable_api_state_key") or name.startswith("_fsdp_"):
+        if name.startswith(("__composable_api_state_key", "_fsdp_")):
             continue
+        if isinstance(value, types.MethodType) and _is_of_fsdp(value):
+            continue  # what register_fsdp_forward_method puts before a method
         if name in ("_forward_hooks", "_forward_pre_hooks"):
             value = type(value)((key, h) for key, h in value.items() if not is_shard_hook(h))
         kept[name] = value

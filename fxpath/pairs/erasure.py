@@ -28,6 +28,8 @@ from fxpath.passes.followed import check_bounded
 from fxpath.passes.reduce import reduce
 from fxpath.program.formats import format_of
 from fxpath.program.program import PathProgram
+from fxpath.program.record import read_by
+from fxpath.sharding import check_alike
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Erasure:
         captured, lifted = take_in(model, given, sharded=True)
         graphs = rewrite(lifted, Setting(captured))
         program = PathProgram(captured, graphs, format_of(captured, lifted), 1.0, given=given)
-        return cls(program, side_of(captured, lifted))
+        side = side_of(captured, lifted)
+        check_alike({n: side.tensors[key] for key, n in read_by(captured, lifted).items()})
+        return cls(program, side)
 
     def metric(self, tensors: Mapping[str, Tensor]) -> PathMetric:
         """The path-metric to the model with other tensors, by placeholder.

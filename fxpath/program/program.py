@@ -28,11 +28,11 @@ from fxpath.program.fits import doubtful, short_of
 from fxpath.program.flat import Flat, Run
 from fxpath.program.formats import check_format, failure, format_of
 from fxpath.program.gradient import log_of
-from fxpath.program.record import record
+from fxpath.program.record import read_by, record
 from fxpath.program.sharded import spreads
 from fxpath.program.sizes import SizeRow, sizes
 from fxpath.program.theta import score_shapes, sparsity
-from fxpath.sharding import empty_placed, refuse_sharded, whole
+from fxpath.sharding import check_alike, empty_placed, refuse_sharded, whole
 
 
 class PathProgram:
@@ -299,6 +299,8 @@ class PathProgram:
             FloatingPointError: if float64 does not suffice either.
         """
         live = self.captured.live() if tensors is None else tensors
+        if tensors is None:
+            check_alike(self._read(live))
         for dtype in self._formats():
             shares = self._buffers(dtype, live, out or {}) if scores else {}
             run = self._run(dtype, live, shares if scores else None)
@@ -308,6 +310,10 @@ class PathProgram:
                 raised = self._raised(found, live) if details else {}
                 return Evaluation(run.mantissa, run.exponent, found, zeros, raised, self.q)
         raise self._failure(live)
+
+    def _read(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that the network reads, by name."""
+        return {name: live[key] for key, name in read_by(self.captured, self.lifted).items()}
 
     def _run(
         self,

@@ -73,9 +73,9 @@ class Streamed:
             read = [n for n in node.all_input_nodes if n in self._static]
             missing = [n for n in read if n not in held]
             held.update(evaluated(self.module, tensors, missing) if missing else ())
-            env = known | {n: held[n] for n in read}
-            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            del env
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda n: held[n] if n in self._static else known[n]
+            )
             known[node] = target(node)(*args, **kwargs)
             del args, kwargs
             for value in [n for n in held if not self._near(n, i)]:

@@ -351,11 +351,16 @@ def refused() -> dict[str, str]:
     flat._modules["_fsdp_wrapped_module"] = mlp()
     batch = torch.ones(1, 3), torch.ones(1, 2)
     sample = torch.ones(2, 3)
-    masked = fsdp(computed())
+    masked, drifted = fsdp(computed()), fsdp(net())
+    drifted.norm.running_mean[0] += dist.get_rank()
+    # The graph does not read it.
+    drifted.other.num_batches_tracked += dist.get_rank()
     calls: dict[str, Callable[[], object]] = {
         "FSDP1": lambda: fxpath.analyze(flat),
         "Partial": lambda: fxpath.analyze(partial),
         "buffer": lambda: fxpath.analyze(buffered, IMAGE),
+        "drifted": lambda: fxpath.analyze(drifted, IMAGE),
+        "drifted, pruned": lambda: fxpath.prune(drifted, 0.3, IMAGE, criterion="magnitude"),
         "samples": lambda: fxpath.analyze(model, example_inputs=sample),
         "compile": lambda: fxpath.analyze(model, compile=True),
         "backend": lambda: fxpath.compile(model),
