@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tabulate import tabulate
@@ -70,8 +71,8 @@ def measured(subject: str, ranks: int, layers: int, width: int) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         given = (ranks, subject, layers, width, folder)
         # Read by processes when they start.
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
-        multiprocessing.spawn(_rank, given, ranks)  # type: ignore[no-untyped-call]
+        with mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}):
+            multiprocessing.spawn(_rank, given, ranks)  # type: ignore[no-untyped-call]
         found = [int((Path(folder) / f"{rank}").read_text()) for rank in range(ranks)]
     layer = 4 * width * width
     return {

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 import fxpath
-from benchmarks import channels, checkpoints, columns, criteria, growth, memory, operators, timing
+from benchmarks import (
+    channels,
+    checkpoints,
+    columns,
+    criteria,
+    growth,
+    memory,
+    operators,
+    sharded,
+    timing,
+)
 from benchmarks.recipe import SumPool2d, recipe
 from fxpath.capture.loading import UsageError
 from fxpath.program import backends
@@ -399,6 +409,17 @@ def test_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.long
+@pytest.mark.long
+def test_sharded(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--subjects", "norm", "--ranks", "2", "--layers", "4", "--width", "512"]
+    assert sharded.main([*options, "--json", "out.json"]) == 0
+    sizes = {"parameter_bytes", "layer_bytes", "extra_bytes", "extra_multiple", "extra_layers"}
+    (row,) = read(Path("out.json"), sizes | {"subject", "ranks"})
+    assert row["parameter_bytes"] == 4 * row["layer_bytes"] == 4 * 4 * 512**2
+    assert row["extra_bytes"] > row["layer_bytes"]
+    assert f"{row['extra_layers']:.1f}" in capsys.readouterr().out
+
+
 def test_memory(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (nets / "bench_nets.py").write_text(
         "from torch import nn\ndef large():\n    return nn.Linear(3000, 1000)\n"
