@@ -97,7 +97,7 @@ def _choose(
 
 def _only_gate(node: fx.Node) -> bool:
     """Whether a value, but for moves, comes out of a function that no path runs through."""
-    found = _made_by(node)
+    found = made_by(node)
     name = schema(found.target).name.split("::")[1] if isinstance(found.target, OpOverload) else ""
     squash = squash_of(name) if name in ("sigmoid", "cos") else None
     return squash is not None or name in ("softmax", "_softmax")
@@ -110,7 +110,8 @@ _MOVES = {
 }
 
 
-def _made_by(node: fx.Node) -> fx.Node:
+def made_by(node: fx.Node) -> fx.Node:
+    """What made a value, behind what only moves its entries."""
     while True:
         called = node.target
         if isinstance(called, OpOverload):
