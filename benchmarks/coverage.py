@@ -78,8 +78,8 @@ def classify(make: Make) -> dict[str, Any]:
 
     Returns:
         ``kind``, one of :data:`KINDS` or why there is none; ``side`` of its images, the first of
-        :data:`SIDES` that it takes; ``because``: operations that are gates, or that stand in the way although
-        gates are taken in, with their number.
+        :data:`SIDES` that it takes; ``because``: operations that are gates, or that stand in the
+        way although gates are taken in, with their number.
 
     Example:
         >>> found = classify(lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.SiLU()))

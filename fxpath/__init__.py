@@ -17,6 +17,7 @@ from fxpath.certificate import Certificate, Claim
 from fxpath.checkpoints.compare import compare
 from fxpath.checkpoints.comparison import Comparison
 from fxpath.errors import Problem, SupportReport, UnsupportedModelError
+from fxpath.gates import Gate
 from fxpath.pairs.bounds import Bound, lipschitz_bound
 from fxpath.pairs.certify import certify, verify
 from fxpath.pairs.metric import PathMetric, path_metric
@@ -53,6 +54,7 @@ __all__ = [
     "Column",
     "Comparison",
     "Finding",
+    "Gate",
     "LayerRow",
     "Masks",
     "Member",

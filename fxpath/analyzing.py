@@ -90,6 +90,7 @@ def _analyze(name: str, arguments: argparse.Namespace, place: str) -> _Result:
     _say(arguments, f"{heading(name, arguments)}\n{_text(analysis, table, arguments.top)}\n")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     norm = number(analysis.path_norm, analysis.log10_path_norm)
+    norm += " (generalised)" * bool(analysis.gates)
     return _Result(
         name,
         [name, f"{parameters:,}", norm, f"{seconds:.2f}"],
@@ -107,7 +108,8 @@ def _titled(report: dict[str, Any], name: str, arguments: argparse.Namespace) ->
 def _text(analysis: Analysis, table: Table, top: int | None) -> str:
     """What `print(analysis)` shows, with these rows and with its findings in colour."""
     table = shortened(table if top is None else _least(table, top))
-    lines = [table.title, in_options(analysis.input_line()), "", str(table), ""]
+    taken = textwrap.wrap(analysis.gates_line(), 100, break_on_hyphens=False)
+    lines = [table.title, in_options(analysis.input_line()), *taken, "", str(table), ""]
     lines += textwrap.wrap(table.legend(), 100)
     said = [line for finding in analysis.findings for line in textwrap.wrap(finding.text, 100)]
     return "\n".join(

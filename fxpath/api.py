@@ -14,6 +14,7 @@ from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
 from fxpath.passes import take_in
 from fxpath.program.analysis import Analysis
+from fxpath.program.gates import find_taken
 from fxpath.program.program import PathProgram, build
 
 __all__ = ["analyze", "check", "compile", "path_magnitude", "path_norm", "path_norms"]
@@ -255,11 +256,13 @@ def check(
         (False, '1')
     """
     try:
-        given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
-        captured, _ = take_in(model, given, sharded=True)
+        captured, lifted = take_in(
+            model,
+            Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates),
+        )
     except UnsupportedModelError as error:
         return error.report
-    return SupportReport((), captured.inputs)
+    return SupportReport((), captured.inputs, find_taken(captured, lifted))
 
 
 def _program(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -25,6 +26,7 @@ from fxpath.capture.loading import UsageError, one_line
 from fxpath.comparing import compare
 from fxpath.exchange import bound, export, verify
 from fxpath.explaining import explained, heading, own_model, say, without_print_outs
+from fxpath.gates import gates_line
 from fxpath.options import in_options, model_options
 from fxpath.program.sizes import SizeRow
 from fxpath_command.terminal import complain
@@ -118,6 +120,9 @@ def _graph(arguments: argparse.Namespace) -> int:
         with without_print_outs(arguments):
             program = fxpath.compile(model, backend="eager", **model_options(arguments))
     say(arguments, f"# input {program.captured.inputs}")
+    told = gates_line(program.gates, program.q)
+    for line in textwrap.wrap(told, 98, break_on_hyphens=False):
+        say(arguments, f"# {line}")
     if arguments.sizes:
         say(arguments, _sizes_table(program.sizes()))
     else:

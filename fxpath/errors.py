@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 import os
+import textwrap
 from dataclasses import asdict, dataclass
 
 import torch.fx
 from tabulate import tabulate
 
+from fxpath.gates import Gate, as_data, gates_line, norm_name
 from fxpath.report.plain import ending
 from fxpath.sample import Sample
 
@@ -57,14 +59,20 @@ class SupportReport:
         problems: one entry for each operation in the way.
         inputs: shapes of the sample that was traced, and whether they are an assumption; ``None``
             if tracing failed.
+        gates: what was taken as a gate on the paths, if gates were asked for; where there are any,
+            results are those of the generalised path-norm.
+        advice: with what the model is covered all the same, and what is lost by it; ``""`` where
+            nothing is known.
     """
 
     problems: tuple[Problem, ...]
     inputs: Sample | None = None
+    gates: tuple[Gate, ...] = ()
+    advice: str = ""
 
     @property
     def supported(self) -> bool:
-        """Whether path-norm and scores of the model are exact."""
+        """Whether path-norm and scores of the model are exact, the generalised one with gates."""
         return not self.problems
 
     def __bool__(self) -> bool:
@@ -73,11 +81,14 @@ class SupportReport:
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(problem.operation for problem in self.problems))
         count = len(self.problems)
-        found = f"{count} problem{'s' * (count != 1)}: {kinds}" if count else "supported"
+        gates = f", {len(self.gates)} gate{'s' * (len(self.gates) != 1)}" * bool(self.gates)
+        found = f"{count} problem{'s' * (count != 1)}: {kinds}" if count else f"supported{gates}"
         return f"<SupportReport: {found}>"
 
     def __str__(self) -> str:
         traced = f"input {self.inputs}\n" if self.inputs is not None else ""
+        if self.supported and self.gates:
+            return f"{traced}{self._taken()}"
         if self.supported:
             return f"{traced}supported: every operation has an exact rule"
         kinds: dict[tuple[str, str, str], list[Problem]] = {}
@@ -98,7 +109,27 @@ class SupportReport:
             for (operation, reason, remedy), found in kinds.items()
         ]
         table = tabulate(rows, headers=["node", "module", "source"])
+        advice += _wrapped(self.advice)
         return f"{traced}{table}\n\n" + "\n".join(advice)
+
+    def _taken(self) -> str:
+        """The gates, and what they make of the norm."""
+        rows = [
+            [
+                gate.called,
+                ending(gate.module_path or "(model)", 32),
+                f"{gate.size:g}",
+                ending(gate.signal, 24),
+                ending(gate.factor, 24),
+            ]
+            for gate in self.gates
+        ]
+        table = tabulate(
+            rows, headers=["gate", "module", "at most", "signal", "by"], disable_numparse=True
+        )
+        told = f"supported, with a {norm_name(self.gates)}: every operation has an exact rule or is"
+        lines = _wrapped(f"{told} a gate; {gates_line(self.gates)}")
+        return "\n".join([*lines, "", table])
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain data."""
@@ -109,6 +140,10 @@ class SupportReport:
         if self.inputs is not None:
             found["inputs"] = {name: list(shape) for name, shape in self.inputs.shapes.items()}
             found["input_shape_assumed"] = self.inputs.assumed
+        if self.gates:
+            found |= {"norm": norm_name(self.gates), "gates": as_data(self.gates)}
+        if self.advice:
+            found["advice"] = self.advice
         return found
 
 
@@ -122,6 +157,10 @@ class UnsupportedModelError(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[SupportReport]]:
         return type(self), (self.report,)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, break_on_hyphens=False)
 
 
 def module_path(node: torch.fx.Node) -> str:

@@ -28,7 +28,9 @@ from fxpath.explaining import (
     say,
     without_print_outs,
 )
+from fxpath.model import Given
 from fxpath.options import model_options
+from fxpath.program.program import build
 
 __all__ = ["bound", "export", "verify"]
 
@@ -46,7 +48,8 @@ def export(arguments: argparse.Namespace) -> int:
     with explained(arguments.model, arguments):
         model = own_model(arguments)
         with without_print_outs(arguments):
-            program = fxpath.compile(model, backend="eager", **model_options(arguments))
+            # There is no certificate of a network with gates, which a file has.
+            program = build(model, Given(**model_options(arguments)))
             start = time.perf_counter()
             program.save(arguments.output, kind, scores=not arguments.norm_only)
     seconds = time.perf_counter() - start

@@ -38,6 +38,8 @@ def in_options(text: str) -> str:
         ('until="..."', "--until MODULE"),
         ("until=", "--until "),
         ("outputs=", "--outputs "),
+        ("fxpath.analyze(..., gates=True)", "fxpath analyze --gates"),
+        ("gates=True", "--gates"),
         ("batch_dim=None", "--no-batch"),
         (", or example_inputs", ""),
     ):
@@ -46,8 +48,13 @@ def in_options(text: str) -> str:
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `fxpath.analyze`, `fxpath.compile` and `fxpath.check`."""
+    """Keyword arguments of `fxpath.analyze`, `fxpath.compile` and `fxpath.check`.
+
+    Those of commands that do not offer `--gates` leave it to the verb.
+    """
     options: dict[str, Any] = {"until": arguments.until, "outputs": arguments.outputs}
+    if "gates" in arguments:
+        options["gates"] = arguments.gates
     if arguments.no_batch:
         options["batch_dim"] = None
     shapes = arguments.input_shape or []

@@ -203,9 +203,19 @@ def _common() -> argparse.ArgumentParser:
     return common
 
 
+def _gates(command: Any) -> None:
+    command.add_argument(
+        "--gates",
+        action="store_true",
+        help="take gates in (SiLU, GELU, tanh, factors like a sigmoid): a generalised path-norm, "
+        "without a path-metric",
+    )
+
+
 def _analyze(added: Any, common: argparse.ArgumentParser) -> None:
     analyze = _command(added, common, "analyze", "path-norm and Path-Mag, a table per layer")
     _model(analyze, nargs="+")
+    _gates(analyze)
     analyze.add_argument(
         "-q",
         type=values.exponent,
@@ -281,6 +291,7 @@ def _prune(added: Any, common: argparse.ArgumentParser) -> None:
 def _graph(added: Any, common: argparse.ArgumentParser) -> None:
     graph = _command(added, common, "graph", "print the rewritten graph")
     _model(graph)
+    _gates(graph)
     graph.add_argument(
         "--sizes",
         action="store_true",
@@ -289,7 +300,10 @@ def _graph(added: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _check_command(added: Any, common: argparse.ArgumentParser) -> None:
-    _model(_command(added, common, "check", "what stands in the way of an exact result, if any"))
+    told = "what stands in the way of an exact result, if any"
+    check = _command(added, common, "check", told)
+    _model(check)
+    _gates(check)
 
 
 def _export(added: Any, common: argparse.ArgumentParser) -> None:

@@ -45,16 +45,13 @@ def capture(model: Model, given: Given) -> Captured:
     """
     with TRACING:
         if isinstance(model, ExportedProgram):
-            return from_program(model, given)
+            return replace(from_program(model, given), gates=bool(given.gates))
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model is a {type(model).__name__}: pass an nn.Module or an ExportedProgram"
             )
         _refuse_scripted(model)
-        problems = shard_problems(model)
-        if problems:
-            raise UnsupportedModelError(SupportReport(tuple(problems)))
-        return _from_module(model, given)
+        return replace(_from_module(model, given), gates=bool(given.gates))
 
 
 def _refuse_scripted(model: nn.Module) -> None:
@@ -114,8 +111,7 @@ def _from_module(model: nn.Module, given: Given) -> Captured:
                 "batch_dim=None to count all of them"
             ) from failure
         traced, batch_dim = trace(model, call, given.until), None
-    found = adopt(traced.program, model, given.outputs, traced.baked, batch_dim, assumed)
-    return replace(found, gates=bool(given.gates))
+    return adopt(traced.program, model, given.outputs, traced.baked, batch_dim, assumed)
 
 
 def _stands_alone(model: nn.Module, call: Call, sample: Call, batch_dim: int | None) -> bool:

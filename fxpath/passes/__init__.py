@@ -91,7 +91,7 @@ def take_in(model: Model, given: Given, sharded: bool = False) -> tuple[Captured
 
     Raises:
         UnsupportedModelError: listing every operation without an exact rule, with the ``until=`` or
-            ``outputs=`` that passes where there is one.
+            ``outputs=`` that passes where there is one, and whether ``gates=True`` does.
         ValueError: for inputs that do not fit, an unknown ``until`` or ``outputs``.
     """
     if not sharded:
@@ -102,7 +102,7 @@ def take_in(model: Model, given: Given, sharded: bool = False) -> tuple[Captured
     try:
         lifted = lift(folded, setting)
     except UnsupportedModelError as error:
-        raise with_advice(error, model, given, captured, _passes) from error
+        raise with_advice(error, model, given, captured, _passes, _covered) from error
     return _bound(captured, lifted), lifted
 
 
@@ -117,6 +117,14 @@ def _passes(model: Model, asked: Given) -> bool:
     """Whether a model is taken in if something else is asked for."""
     try:
         captured = capture(model, asked)
+    except ValueError:
+        return False
+    return _covered(captured)
+
+
+def _covered(captured: Captured) -> bool:
+    """Whether every operation of a captured model has a rule."""
+    try:
         lift(fold(captured.graph_module, Setting(captured)), Setting(captured))
     # A cut is a guess: its output may be none of floating point, or refused as well.
     except ValueError:

@@ -9,10 +9,27 @@ from torch import fx, nn
 
 from fxpath.errors import BLANK, Problem, SupportReport, UnsupportedModelError
 from fxpath.graph.edit import inputs_first
+from fxpath.graph.gating import MATRIX_PRODUCTS, PRODUCTS
 from fxpath.model import Captured, Given, Model
+from fxpath.rules import GATED
 
 #: Whether a model is taken in for what is asked of it.
 Passes = Callable[[Model, Given], bool]
+#: Whether a captured model is.
+Covered = Callable[[Captured], bool]
+
+LOST = (
+    "the generalised path-norm, times max(1, |x|_inf), bounds the outputs as a path-norm does. "
+    "Lost are the path-metric, with every exact certificate, and scores of parameters that only "
+    "gates read"
+)
+#: What is said where a verb takes gates in, if it is asked to.
+OFFERED = f"gates=True covers this network: {LOST}."
+#: What is said where it does not.
+ELSEWHERE = (
+    "Gates are not taken in here; fxpath.analyze(..., gates=True) covers this network, by a "
+    "generalised path-norm, which bounds its outputs and has no path-metric."
+)
 
 #: Cuts that are tried before the advice stays a general one; each costs a trace.
 _TRIES = 2
@@ -21,7 +38,12 @@ _HEAD = 1 / 4
 
 
 def with_advice(
-    error: UnsupportedModelError, model: Model, given: Given, captured: Captured, passes: Passes
+    error: UnsupportedModelError,
+    model: Model,
+    given: Given,
+    captured: Captured,
+    passes: Passes,
+    covered: Covered,
 ) -> UnsupportedModelError:
     """A refusal that names the cut or the outputs with which the model passes, if there are any.
 
@@ -31,10 +53,23 @@ def with_advice(
         given: what was asked for.
         captured: the model as captured.
         passes: whether the model is taken in if something else is asked for.
+        covered: whether a captured model is.
     """
     advice = _advice(model, given, captured, error.report, passes)
+    by_gates = _by_gates(given, captured, error.report, covered)
     # A refusal says for which input it was made.
-    return UnsupportedModelError(replace(_named(error.report, advice), inputs=captured.inputs))
+    found = replace(_named(error.report, advice), inputs=captured.inputs, advice=by_gates)
+    return UnsupportedModelError(found)
+
+
+def _by_gates(given: Given, captured: Captured, report: SupportReport, covered: Covered) -> str:
+    """That the network is covered with gates, where it is; nothing is captured anew for that."""
+    gated = {str(each) for each in (*GATED, *PRODUCTS, *MATRIX_PRODUCTS)}
+    if captured.gates or gated.isdisjoint(problem.operation for problem in report.problems):
+        return ""
+    if not covered(replace(captured, gates=True)):
+        return ""
+    return ELSEWHERE if given.gates is None else OFFERED
 
 
 def _named(report: SupportReport, advice: str) -> SupportReport:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fxpath.gates import Gate, as_data, gates_line, norm_name
 from fxpath.program.coverage import find_unscored
 from fxpath.program.evaluation import Evaluation
 from fxpath.program.findings import Finding, find
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 class Analysis(Tabular):
     """Path-norm and Path-Mag scores of one model.
 
+    Of a model with gates, taken in with ``gates=True``, all norms here are *generalised* path-norms
+    ``||Phi(theta)||_q``, each path times the size of the gates on it.  For q = 1 that bounds the
+    l^1 norm of the outputs by ``max(||x||_inf, 1)`` times it, as the path-norm does; no path-metric
+    follows from it.
+
     Attributes:
         q: exponent of the path-norm.
         inputs: shapes of the sample that was analysed, and whether they are an assumption.
@@ -50,7 +56,10 @@ class Analysis(Tabular):
             (they belong to the architecture), ``normalization factor, part of 0.weight`` (what a
             frozen batch norm multiplies the weight before it by), ``part of 0.weight`` (the layer's
             weight is computed from it, and scored as such), ``same tensor as 0.weight``, ``unused``
-            (no output depends on it) or ``not reached by a path``.
+            (no output depends on it), ``inside a gate, which has no path mass`` or ``not reached by
+            a path``.
+        gates: what was taken as a gate on the paths, a :class:`~fxpath.Gate` each, in order of
+            execution; empty unless gates were asked for and there are some.
         neuron_shares: layer name -> share of path mass through each of its output channels,
             ``[channels]``.
 
@@ -77,6 +86,7 @@ class Analysis(Tabular):
         unscored: dict[str, str],
         nodes: Mapping[str, str],
         model: str,
+        gates: tuple[Gate, ...] = (),
     ) -> None:
         """Analyses are made by :func:`fxpath.analyze`."""
         self.q = q
@@ -85,6 +95,7 @@ class Analysis(Tabular):
         self.path_norm: float = evaluation.path_norm
         self.log10_path_norm: float = evaluation.log10_path_norm
         self.unscored = unscored
+        self.gates = gates
         self._evaluation = evaluation
         self._layers = list(layers)
         self._nodes = dict(nodes)
@@ -110,12 +121,9 @@ class Analysis(Tabular):
         unscored = find_unscored(program.captured, program.lifted, shares, cut)
         layers, at = find_layers(program.lifted), layers_at(program.lifted)
         nodes = {origin.name: layer.name for origin, (layer, _) in at.items()}
-        model = own_class(program.captured.source).__name__
-        found = cls(program.q, program.captured.inputs, evaluation, layers, unscored, nodes, model)
-        if any_sharded(shares.values()):
-            # Now that all ranks are here: later one of them may print it alone.
-            _ = found.findings, found.report()
-        return found
+        model = type(program.captured.source).__name__
+        taken = (program.q, program.captured.inputs)
+        return cls(*taken, evaluation, layers, unscored, nodes, model, program.gates)
 
     def path_magnitude(self, name: str) -> Tensor:
         """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.
@@ -137,7 +145,7 @@ class Analysis(Tabular):
             return self._evaluation.absolute(name)
         except OverflowError:
             raise OverflowError(
-                f"Path-Mag of {name} does not fit {shares.dtype}: the path-norm is "
+                f"Path-Mag of {name} does not fit {shares.dtype}: the {norm_name(self.gates)} is "
                 f"10^{self.log10_path_norm:.2f}; use scores[{name!r}] (shares) and log10_path_norm"
             ) from None
 
@@ -168,7 +176,8 @@ class Analysis(Tabular):
 
         See :class:`fxpath.Finding` for the kinds; nothing is listed where there is nothing to say.
         """
-        return find(self.layers, self._spreads, self._prunable, self.unscored, self.q)
+        gated = bool(self.gates)
+        return find(self.layers, self._spreads, self._prunable, self.unscored, self.q, gated)
 
     @property
     def _prunable(self) -> list[str]:
@@ -199,13 +208,15 @@ class Analysis(Tabular):
     def report(self) -> dict[str, Any]:
         """What :meth:`plot` and :meth:`to_html` draw, as plain data: rows, histograms, a curve."""
         return make_report(
-            f"{self._model}, l^{self.q:g} path-norm {self._summary()[0][1]}",
+            f"{self._model}, l^{self.q:g} {norm_name(self.gates)} {self._summary()[0][1]}",
             self.table(),
             self._summary(),
             self.findings,
             self._spreads,
             self._prunable if self.q == 1 else [],
             self.unscored,
+            self.gates,
+            self.gates_line(),
         )
 
     def plot(self, *, dark: bool = False) -> list[Axes]:
@@ -234,6 +245,7 @@ class Analysis(Tabular):
         """All but the tensors, as plain data for JSON (an infinite number becomes ``None``)."""
         norm, log10 = self.path_norm, self.log10_path_norm
         return {
+            "norm": norm_name(self.gates),
             "q": self.q,
             "inputs": {name: list(shape) for name, shape in self.inputs.shapes.items()},
             "input_shape_assumed": self.inputs.assumed,
@@ -243,6 +255,7 @@ class Analysis(Tabular):
             "layers": [{**row, "shape": list(row["shape"])} for row in self.layers],
             "findings": [vars(finding) for finding in self.findings],
             "unscored": dict(self.unscored),
+            "gates": as_data(self.gates),
         }
 
     def to_model_explorer(self, path: str | Path) -> None:
@@ -271,13 +284,15 @@ class Analysis(Tabular):
         said = [finding.text for finding in self.findings]
         legend = textwrap.wrap(table.legend(), 100)
         paragraphs = [line for text in said for line in textwrap.wrap(text, 100)]
-        head = [self._headline(), self.input_line(), "", str(shortened(table)), ""]
+        taken = textwrap.wrap(self.gates_line(), 100, break_on_hyphens=False)
+        head = [self._headline(), self.input_line(), *taken, "", str(shortened(table)), ""]
         return "\n".join([*head, *legend, *([""] if said else []), *paragraphs])
 
     def _repr_html_(self) -> str:
         table = self.table()
         said = "".join(f"<p>{html.escape(finding.text)}</p>" for finding in self.findings)
-        text = html.escape(f"{self._headline()}; {self.input_line()}. {table.legend()}")
+        taken = f"; {self.gates_line()}" * bool(self.gates)
+        text = html.escape(f"{self._headline()}; {self.input_line()}{taken}. {table.legend()}")
         return f"<p>{text}</p>{table.to_html()}{said}"
 
     def __repr__(self) -> str:
@@ -288,12 +303,16 @@ class Analysis(Tabular):
         told = "; pass input_shape= for inputs of another size" * self.inputs.assumed
         return f"input {self.inputs}{told}"
 
+    def gates_line(self) -> str:
+        """What was taken as a gate, and what follows; empty where nothing was."""
+        return gates_line(self.gates, self.q)
+
     def _headline(self) -> str:
         scored = sum(score.numel() for score in self.scores.values())
         norm = self.path_norm
         shown = f"{norm:.6g}" if math.isfinite(norm) else "beyond float64"
         return (
-            f"l^{self.q:g} path-norm {shown} (log10 {self.log10_path_norm:.4f}), "
+            f"l^{self.q:g} {norm_name(self.gates)} {shown} (log10 {self.log10_path_norm:.4f}), "
             f"{scored:,} scored parameters"
         )
 
@@ -302,12 +321,13 @@ class Analysis(Tabular):
         zeros = sum(row["sparsity"] * self._spreads[row["name"]].entries for row in self.layers)
         entries = sum(spread.entries for spread in self._spreads.values())
         return [
-            ("path-norm", f"{norm:.6g}" if math.isfinite(norm) else "beyond float64"),
+            (norm_name(self.gates), f"{norm:.6g}" if math.isfinite(norm) else "beyond float64"),
             ("its decimal logarithm", f"{self.log10_path_norm:.4f}"),
             ("exponent q", f"{self.q:g}"),
             ("input", str(self.inputs)),
             ("scored parameters", f"{sum(row['parameters'] for row in self.layers):,}"),
             ("parameters without a score", f"{len(self.unscored):,} tensors"),
+            *([("gates on its paths", f"{len(self.gates):,}")] * bool(self.gates)),
             ("layers", f"{len(self.layers):,}"),
             ("weights that are zero", f"{zeros / max(1, entries):.1%}"),
         ]

@@ -21,6 +21,9 @@ LATE = 0.9
 #: How many layers a sentence names.
 NAMED = 5
 
+_REMOVABLE = "fxpath.remove_dead takes out those that can go, and the function stays the same."
+_FED = "A gate may read them, and without them the function may be another one."
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -48,6 +51,7 @@ def find(
     prunable: Sequence[str],
     unscored: Mapping[str, str],
     q: float,
+    gated: bool = False,
 ) -> list[Finding]:
     """All findings of an analysis, each only where there is something to say.
 
@@ -57,12 +61,13 @@ def find(
         prunable: layers whose weights global pruning ranks.
         unscored: parameters without a score, and why.
         q: exponent of the path-norm; Path-Mag, by which pruning ranks, has 1.
+        gated: whether there are gates, which read what no path runs through as well.
     """
     found = (
         _uncrossed(rows, prunable),
-        _dead(rows),
+        _dead(rows, gated),
         _concentrated(rows, {name: weights[name] for name in prunable}),
-        _emptied({name: weights[name] for name in prunable}) if q == 1 else None,
+        _emptied({name: weights[name] for name in prunable}, gated) if q == 1 else None,
         Finding("unscored", sentence(summary(unscored)), tuple(unscored)) if unscored else None,
     )
     return [each for each in found if each is not None]
@@ -81,16 +86,15 @@ def _uncrossed(rows: Sequence[LayerRow], prunable: Sequence[str]) -> Finding | N
     return Finding("uncrossed", text, tuple(n for _, n in few), tuple(s for s, _ in few))
 
 
-def _dead(rows: Sequence[LayerRow]) -> Finding | None:
+def _dead(rows: Sequence[LayerRow], gated: bool) -> Finding | None:
     dead = [row for row in rows if row["dead_channels"]]
     dead.sort(key=lambda row: -row["dead_channels"])
     if not dead:
         return None
     names = _named([f"{row['name']} ({row['dead_channels']} of {row['channels']})" for row in dead])
     count = sum(row["dead_channels"] for row in dead)
-    text = (
-        f"No path runs through {_count(count, 'output channel')} of these layers: {names}. "
-        "fxpath.remove_dead takes out those that can go, and the function stays the same."
+    text = f"No path runs through {_count(count, 'output channel')} of these layers: {names}. " + (
+        _FED if gated else _REMOVABLE
     )
     values = tuple(float(row["dead_channels"]) for row in dead)
     return Finding("dead_channels", text, tuple(row["name"] for row in dead), values)
@@ -116,7 +120,7 @@ def _concentrated(rows: Sequence[LayerRow], weights: Mapping[str, Spread]) -> Fi
     )
 
 
-def _emptied(weights: Mapping[str, Spread]) -> Finding | None:
+def _emptied(weights: Mapping[str, Spread], gated: bool) -> Finding | None:
     """Pruned by one threshold, a layer is empty when its largest score is below it."""
     total = sum(spread.entries for spread in weights.values())
     alive = {name: spread.largest for name, spread in weights.items() if spread.largest > 0}
@@ -131,7 +135,7 @@ def _emptied(weights: Mapping[str, Spread]) -> Finding | None:
     names = ", ".join(f"{name} at {_percent(part)}" for part, name in found)
     text = (
         f"One threshold for all layers would empty these first: {names} of all weights pruned. "
-        "fxpath.prune(..., max_layer_sparsity=0.95) leaves a part of each."
+        f"fxpath.prune(..., {'gates=True, ' * gated}max_layer_sparsity=0.95) leaves a part of each."
     )
     return Finding(
         "emptied", text, tuple(name for _, name in found), tuple(part for part, _ in found)

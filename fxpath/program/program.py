@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.export import ExportedProgram
 from fxpath.capture.gradients import own_gradients
 from fxpath.certificate import Certificate
 from fxpath.errors import SupportReport, UnsupportedModelError
+from fxpath.gates import Gate
 from fxpath.model import Captured, Given, Model, Shapes
 from fxpath.modes import plain_mode
 from fxpath.passes import Rewritten, Setting, rewrite, take_in
@@ -27,12 +29,21 @@ from fxpath.program.files import kind_of, write
 from fxpath.program.fits import doubtful, short_of
 from fxpath.program.flat import Flat, Run
 from fxpath.program.formats import check_format, failure, format_of
+from fxpath.program.gates import find_taken
 from fxpath.program.gradient import log_of
 from fxpath.program.record import read_by, record
 from fxpath.program.sharded import spreads
 from fxpath.program.sizes import SizeRow, sizes
 from fxpath.program.theta import score_shapes, sparsity
 from fxpath.sharding import check_alike, empty_placed, refuse_sharded, whole
+
+NO_CERTIFICATE = (
+    "the network has gates, and there is no certificate of a generalised path-norm: who reads one "
+    "takes its path-norm for one whose differences bound those of outputs, which is not so where "
+    "gates change with the weights; write what was found with "
+    "fxpath.analyze(..., gates=True).to_json(path), or the program alone with "
+    "torch.export.save(program.exported(), path)"
+)
 
 
 class PathProgram:
@@ -56,6 +67,8 @@ class PathProgram:
         dtype: number format of the evaluation; float64 takes over where float32 cannot hold the
             span of one tensor.
         q: exponent of the path-norm.
+        gates: what was taken as a gate on the paths, a :class:`~fxpath.Gate` each; where there are
+            any, all norms are the *generalised* path-norm.
 
     Example:
         >>> import torch, fxpath
@@ -88,7 +101,13 @@ class PathProgram:
         self.flat = Flat(self.graph_module, Setting(captured, q), backend)
 
     def __repr__(self) -> str:
-        return f"<PathProgram: q={self.q:g}, {self.dtype}, input {self.captured.inputs}>"
+        kind = "generalised path-norm, " if self.gates else ""
+        return f"<PathProgram: {kind}q={self.q:g}, {self.dtype}, input {self.captured.inputs}>"
+
+    @cached_property
+    def gates(self) -> tuple[Gate, ...]:
+        """What was taken as a gate on the paths; nothing unless gates were asked for."""
+        return find_taken(self.captured, self.lifted)
 
     # -- results ----------------------------------------------------------------------------------
 
@@ -160,7 +179,8 @@ class PathProgram:
         It holds the model's tensors as buffers under their own names, takes no input, and returns a
         dictionary of tensors: ``mantissa`` and ``exponent`` of ``||Phi||_q^q = mantissa * 2 **
         exponent``, ``mass`` (or ``smallest``; see Raises), and ``scores``, name -> shares of path
-        mass (14).  It loads where fxpath is not installed.
+        mass (14).  It loads where fxpath is not installed.  Of a network with gates it computes the
+        generalised path-norm, which nothing in it says.
 
         Args:
             scores: whether it computes scores and ``mass``, or the norm and ``smallest`` alone.
@@ -214,7 +234,8 @@ class PathProgram:
             scores: whether it computes scores too, or the norm alone.
 
         Raises:
-            ValueError: for another ``kind``, or a name that does not go with it.
+            ValueError: for another ``kind``, or a name that does not go with it; for a network with
+                gates, as :meth:`certificate`.
             FloatingPointError: if float32 does not suffice, see :meth:`exported`.
             ImportError: for ONNX, where its packages are missing.
 
@@ -228,12 +249,18 @@ class PathProgram:
         """
         path = Path(path)
         kind = kind_of(path, kind)
-        write(self.exported(scores), path, kind, self.certificate().to_json())
+        certificate = self.certificate().to_json()
+        write(self.exported(scores), path, kind, certificate)
 
     @plain_mode()
     def certificate(self) -> Certificate:
-        """What is claimed of the weights as they are: :func:`fxpath.certify` of the model."""
-        refuse_sharded(self.captured.source, "a certificate")
+        """What is claimed of the weights as they are: :func:`fxpath.certify` of the model.
+
+        Raises:
+            ValueError: for a network with gates, of which there is nothing to certify.
+        """
+        if self.gates:
+            raise ValueError(NO_CERTIFICATE)
         live, given = self.captured.live(), self.given or Given()
         graphs = Rewritten(self.lifted, self.reduced, self.graph_module)
         exact = PathProgram(self.captured, graphs, torch.float64, self.q, given=given)

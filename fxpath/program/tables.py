@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fxpath.gates import Gate, as_data, norm_name
 from fxpath.program.findings import Finding
 from fxpath.program.rows import QUANTILES, LayerRow
 from fxpath.program.spread import Spread
@@ -112,6 +113,8 @@ def make_report(
     weights: Mapping[str, Spread],
     prunable: Sequence[str],
     unscored: Mapping[str, str],
+    gates: Sequence[Gate],
+    about_gates: str,
 ) -> dict[str, Any]:
     """All that a picture or a page shows, as plain data."""
     return {
@@ -127,6 +130,9 @@ def make_report(
         "weights": {name: [spread.entries, spread.total] for name, spread in weights.items()},
         "curve": curve([weights[name] for name in prunable]),
         "unscored": dict(unscored),
+        "norm": norm_name(gates),
+        "gates": as_data(gates),
+        "about_gates": about_gates,
     }
 
 

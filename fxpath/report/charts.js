@@ -192,7 +192,7 @@ const charts = (() => {
     const total = counts.reduce((sum, count) => sum + count, zeros);
     const made = frame(parent, {
       title: `Scores in ${name}`, height: 240, y, xTicks,
-      yName: "number of weights", xName: "Path-Mag / path-norm",
+      yName: "number of weights", xName: "share of the path mass",
       about: `${total} scores, of which ${zeros} are 0.`,
     });
     const bar = (from, to, count, shade) => {
@@ -207,15 +207,15 @@ const charts = (() => {
   }
 
   // What is lost at most against what is pruned, with a dot at the chosen point.
-  function curve(parent, { points, log, chosen }) {
+  function curve(parent, { points, log, chosen, title, norm }) {
     const bounds = points.map(([, bound]) => bound);
     // The smallest scores are next to nothing: below a millionth the axis would show little else.
     const y = log ? logarithmic(bounds, "part", 1e-6) : linear(bounds, "part");
     const most = Math.max(3, Math.min(10, parent.clientWidth / 80));
     const x = linear(points.map(([pruned]) => pruned), "part", most);
     const made = frame(replace(parent), {
-      title: "Sparsity against certificate", height: 320, y,
-      yName: "path-norm lost, at most", xName: "weights pruned",
+      title, height: 320, y,
+      yName: `${norm} lost, at most`, xName: "weights pruned",
       xTicks: x.ticks, about: "The slider and the table below have every value.",
     });
     const places = points.map(([pruned, bound]) => [made.px(x.at(pruned)), made.py(y.at(bound))]);

@@ -2,7 +2,7 @@
 
 (() => {
   const find = (id) => document.getElementById(id);
-  const { columns, rows, histograms, curve } = JSON.parse(find("data").textContent);
+  const { columns, rows, histograms, curve, norm } = JSON.parse(find("data").textContent);
   const place = Object.fromEntries(columns.map((column, i) => [column.name, i]));
   const values = (name) => rows.map((row) => row[place[name]]);
   document.documentElement.classList.add("with-script");
@@ -151,12 +151,13 @@
     const [axis, slider] = [find("logarithmic"), find("pruned")];
     const lines = find("curve-values").tBodies[0].rows;
     const draw = drawn("curve", (parent) => {
-      charts.curve(parent, { points: curve, log: axis.checked, chosen: Number(slider.value) });
+      const [title, chosen] = [find("pruning-heading").textContent, Number(slider.value)];
+      charts.curve(parent, { points: curve, log: axis.checked, chosen, title, norm });
     });
 
     function say() {
       const [pruned, lost] = [...lines[slider.value].cells].map((cell) => cell.textContent);
-      find("lost").textContent = `${pruned}: at most ${lost} of the path-norm lost`;
+      find("lost").textContent = `${pruned}: at most ${lost} of the ${norm} lost`;
       slider.setAttribute("aria-valuetext", find("lost").textContent);
       draw();
     }

@@ -22,7 +22,8 @@ def page(report: Mapping[str, Any]) -> str:
 
     Args:
         report: ``title``, ``summary``, ``findings``, ``columns``, ``rows``, ``histograms``,
-            ``weights``, ``curve`` and ``unscored``, as ``Analysis.report()`` returns them.
+            ``weights``, ``curve``, ``unscored``, ``norm``, ``gates`` and ``about_gates``, as
+            ``Analysis.report()`` returns them.
 
     Returns:
         The text of the file, to be written in UTF-8.
@@ -80,6 +81,7 @@ def _data(report: Mapping[str, Any]) -> Markup:
         "rows": [[row[name] for name in names] for row in report["rows"]],
         "histograms": [_drawn(report["histograms"][row["layer"]]) for row in report["rows"]],
         "curve": capped(report["curve"]),
+        "norm": report["norm"],
     }
     text = json.dumps(finite(data), separators=(",", ":"), allow_nan=False)
     for sign in "<>&":

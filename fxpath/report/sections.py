@@ -32,10 +32,12 @@ _MODULES = (
     "where all weights have the same score."
 )
 _PRUNING = (
-    "Global pruning by Path-Mag: what is lost of the path-norm at most, by the bound (13) of the "
+    "Global pruning by Path-Mag: what is lost of the {norm} at most, by the bound (13) of the "
     "paper, which needs nothing but the scores. More than all cannot be lost: larger bounds are "
     "shown as 100%."
 )
+#: With gates what is lost of the norm says nothing of outputs.
+_NO_CERTIFICATE = " It is no certificate: gates change as well, and outputs with them."
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Section:
 
 def sections(report: Mapping[str, Any]) -> list[Section]:
     """The sections of a report in order, without those that would be empty."""
-    makers = (_findings, _modules, _layers, _pruning, _table, _unscored)
+    makers = (_findings, _modules, _layers, _pruning, _table, _gates, _unscored)
     return [section for section in (make(report) for make in makers) if section is not None]
 
 
@@ -236,6 +238,8 @@ def _pruning(report: Mapping[str, Any]) -> Section | None:
     curve = capped(report["curve"])
     if not curve:
         return None
+    norm = report["norm"]
+    title = f"Sparsity against {norm}" if report["gates"] else "Sparsity against certificate"
     rows = [
         element(
             "tr",
@@ -246,7 +250,7 @@ def _pruning(report: Mapping[str, Any]) -> Section | None:
     ]
     headings = [
         element("th", text, scope="col", class_="number")
-        for text in ("weights pruned", "path-norm lost, at most")
+        for text in ("weights pruned", f"{norm} lost, at most")
     ]
     head, lines = element("thead", element("tr", *headings)), element("tbody", *rows)
     values = element("table", head, lines, id="curve-values")
@@ -263,22 +267,23 @@ def _pruning(report: Mapping[str, Any]) -> Section | None:
     folded = element(
         "details",
         element("summary", "The curve as a table"),
-        _scrolling(values, "Sparsity against certificate"),
+        _scrolling(values, title),
     )
-    about = element("p", _PRUNING, class_="about")
-    said = element("p", text) if (text := _said(curve)) else ""
+    means = _PRUNING.format(norm=norm) + _NO_CERTIFICATE * bool(report["gates"])
+    about = element("p", means, class_="about")
+    said = element("p", text) if (text := _said(curve, norm)) else ""
     body = join(about, said, _no_script(), chart, folded)
-    return Section("pruning", "Sparsity against certificate", body)
+    return Section("pruning", title, body)
 
 
-def _said(curve: Sequence[tuple[float, float]]) -> str:
+def _said(curve: Sequence[tuple[float, float]], norm: str) -> str:
     """How much can be pruned for a small loss, never rounded up."""
     texts = []
     for loss in _LOSSES:
         pruned = max((pruned for pruned, bound in curve if bound <= loss), default=0.0)
         if thousandths := math.floor(1000 * pruned):
             texts.append(f"{thousandths / 1000:.1%} of the weights cost at most {loss:.0%}")
-    return ", ".join(texts) + " of the path-norm." if texts else ""
+    return ", ".join(texts) + f" of the {norm}." if texts else ""
 
 
 def _lost(bound: float) -> str:
@@ -334,6 +339,36 @@ def _cells(
             yield element("td", text, class_=_aligned(column["kind"]))
         else:
             yield element("th", _link(text, index), scope="row")
+
+
+def _gates(report: Mapping[str, Any]) -> Section | None:
+    gates = report["gates"]
+    if not gates:
+        return None
+    keys = ("module_path", "operation", "size", "signal", "factor", "source_line")
+    heads = ("module", "operation", "at most", "signal", "gate", "source")
+    lines = [
+        element(
+            "tr",
+            element("th", gate["module_path"] or "(model)", scope="row"),
+            *(
+                element("td", shown(gate[key], "number") if key == "size" else gate[key])
+                for key in keys[1:]
+            ),
+        )
+        for gate in gates
+    ]
+    headings = [element("th", text, scope="col") for text in heads]
+    table = element("table", element("thead", element("tr", *headings)), element("tbody", *lines))
+    body = join(
+        element("p", report["about_gates"], class_="about"),
+        element(
+            "details",
+            element("summary", f"{len(gates)} gates"),
+            _scrolling(table, "Gates on the paths"),
+        ),
+    )
+    return Section("gates", "Gates on the paths", body)
 
 
 def _unscored(report: Mapping[str, Any]) -> Section | None:
