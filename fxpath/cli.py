@@ -69,6 +69,8 @@ def _prune(arguments: argparse.Namespace) -> int:
         if not isinstance(model, nn.Module):
             raise UsageError(f"{arguments.model}: pass a module (package.module:callable) to prune")
         options = model_options(arguments)
+        if arguments.channels:
+            del options["gates"]
         with without_print_outs(arguments), warnings.catch_warnings():
             # What is cut altogether stands in the table.
             warnings.simplefilter("ignore", UserWarning)

@@ -20,6 +20,8 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 BLANK = 'until="..."'
 #: What helps where something smooth stands at the end of a network.
 CUT = f"cut the model before it with {BLANK}"
+#: Headings of the table of what was taken as a gate.
+_TAKEN = ("gate", "module", "at most", "signal", "by")
 
 __all__ = ["Problem", "SupportReport", "UnsupportedModelError"]
 
@@ -124,9 +126,7 @@ class SupportReport:
             ]
             for gate in self.gates
         ]
-        table = tabulate(
-            rows, headers=["gate", "module", "at most", "signal", "by"], disable_numparse=True
-        )
+        table = tabulate(rows, headers=_TAKEN, disable_numparse=True)
         told = f"supported, with a {norm_name(self.gates)}: every operation has an exact rule or is"
         lines = _wrapped(f"{told} a gate; {gates_line(self.gates)}")
         return "\n".join([*lines, "", table])

@@ -32,6 +32,8 @@ Completion by the tab key takes the extra `completion` of torch-fxpath, and in t
   eval "$(register-python-argcomplete fxpath)"
 """
 
+_NO_METRIC = "networks with gates have none, leave --gates out"
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is a `--help` away."""
@@ -114,7 +116,19 @@ def _check(own: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.command == "prune":
         if arguments.plan and not arguments.channels:
             own.error("--plan goes with --channels: it says which channels went")
+        if arguments.gates:
+            _check_gated(own, arguments)
         _check_apart(own, arguments, ["output", "plan"])
+    if arguments.command == "bound" and arguments.gates and arguments.max_relative is not None:
+        own.error(f"--max-relative is about the path-metric: {_NO_METRIC}")
+
+
+def _check_gated(own: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuses what needs a path-metric, and what does not take gates in."""
+    if arguments.channels:
+        own.error("--channels does not take gates in: leave --gates out")
+    if arguments.budget is not None:
+        own.error(f"--budget is about the path-metric: {_NO_METRIC}, or pass --amount")
 
 
 def _check_apart(
@@ -208,7 +222,7 @@ def _gates(command: Any) -> None:
         "--gates",
         action="store_true",
         help="take gates in (SiLU, GELU, tanh, factors like a sigmoid): a generalised path-norm, "
-        "without a path-metric",
+        "without a path-metric and an exact certificate",
     )
 
 
@@ -253,6 +267,7 @@ def _analyze(added: Any, common: argparse.ArgumentParser) -> None:
 def _prune(added: Any, common: argparse.ArgumentParser) -> None:
     prune = _command(added, common, "prune", "set weights to zero, or remove channels")
     _model(prune)
+    _gates(prune)
     how_much = prune.add_mutually_exclusive_group(required=True)
     how_much.add_argument(
         "--amount",
@@ -336,6 +351,7 @@ def _bound(added: Any, common: argparse.ArgumentParser) -> None:
     told = "how far two sets of weights are apart; exit code 1 beyond --max-relative"
     bound = _command(added, common, "bound", told)
     _model(bound)
+    _gates(bound)
     bound.add_argument(
         "other",
         type=values.model,

@@ -237,7 +237,8 @@ def _as_compiled(report: SupportReport) -> SupportReport:
         else problem
         for problem in report.problems
     ]
-    return replace(report, problems=tuple(problems))
+    # It takes no gates in.
+    return replace(report, problems=tuple(problems), advice="")
 
 
 def _write(path: Path, entries: list[dict[str, Any]]) -> None:
