@@ -82,6 +82,8 @@ def test_names_are_text_wherever_they_stand() -> None:
     report["findings"][0].update(text=HOSTILE[0], kind=HOSTILE[2])
     report["summary"] = [HOSTILE[:2]]
     report["unscored"] = {HOSTILE[0]: HOSTILE[1]}
+    report.update(norm=HOSTILE[0], about_gates=HOSTILE[1])
+    report["gates"][0].update(module_path=HOSTILE[0], source_line=HOSTILE[1], factor=HOSTILE[2])
     report["columns"][1].update(heading=HOSTILE[0], about=HOSTILE[1])
     plain, hostile = Reader(page(made_up(["a", "b", "c", "d"]))), Reader(page(report))
     assert {tag for tag, _, _ in hostile.elements} == {tag for tag, _, _ in plain.elements}
@@ -94,7 +96,7 @@ def test_names_are_text_wherever_they_stand() -> None:
 
 
 def test_an_empty_network_has_a_page() -> None:
-    report = {**made_up([]), "findings": [], "curve": [], "unscored": {}}
+    report = {**made_up([]), "findings": [], "curve": [], "unscored": {}, "gates": []}
     sections = [a["id"] for _, a, _ in Reader(page(report)).all("section")]
     assert sections == ["findings"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fxpath.errors import module_path, source_line
@@ -12,6 +13,14 @@ from fxpath.graph.gating import Chosen, find_gates, made_by
 from fxpath.graph.links import on_paths
 from fxpath.graph.schema import arguments
 from fxpath.model import Captured
+
+aten = torch.ops.aten
+
+#: Sums and products, of which one operand may be a constant.
+_ARITHMETIC = {
+    *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor),
+    *(aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor),
+}
 
 
 def find_taken(captured: Captured, lifted: fx.GraphModule) -> tuple[Gate, ...]:
@@ -28,12 +37,14 @@ def find_taken(captured: Captured, lifted: fx.GraphModule) -> tuple[Gate, ...]:
     if not nodes:
         return ()
     graph = nodes[0].meta["origin"].graph
-    chosen = find_gates(graph, active_nodes(graph, captured).__contains__).chosen
+    active = active_nodes(graph, captured)
+    chosen = find_gates(graph, active.__contains__).chosen
+    found = (_gate(node, chosen.get(node.meta["origin"]), active) for node in nodes)
     # An operation that is unrolled over steps says the same at each.
-    return tuple(dict.fromkeys(_gate(node, chosen.get(node.meta["origin"])) for node in nodes))
+    return tuple(dict.fromkeys(found))
 
 
-def _gate(node: fx.Node, chosen: Chosen | None) -> Gate:
+def _gate(node: fx.Node, chosen: Chosen | None, active: set[fx.Node]) -> Gate:
     origin = node.meta["origin"]
     signal = factor = ""
     followed, size = True, arguments(node)[-1]
@@ -41,7 +52,7 @@ def _gate(node: fx.Node, chosen: Chosen | None) -> Gate:
         x, other, _ = arguments(node)
         followed = other is not None
         signal, factor = (
-            (_named(made_by(chosen.signal)), _named(made_by(chosen.factor)))
+            (_named(made_by(chosen.signal)), _named(_bounded(chosen.factor, active)))
             if chosen is not None
             else (_source(x, origin), _source(other, origin))
         )
@@ -55,6 +66,17 @@ def _gate(node: fx.Node, chosen: Chosen | None) -> Gate:
         factor=factor,
         followed=followed,
     )
+
+
+def _bounded(factor: fx.Node, active: set[fx.Node]) -> fx.Node:
+    """What makes a factor bounded, behind constants that it is multiplied with or added to."""
+    node = made_by(factor)
+    while node.target in _ARITHMETIC:
+        read = [each for each in node.all_input_nodes if each in active]
+        if len(read) != 1:
+            break
+        node = made_by(read[0])
+    return node
 
 
 def _named(node: fx.Node) -> str:

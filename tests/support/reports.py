@@ -62,4 +62,16 @@ def made_up(names: Sequence[str], title: str = "A network") -> dict[str, Any]:
         "weights": weights,
         "curve": [[k / 200, 10 ** (k / 25 - 7) if k else 0.0] for k in range(201)],
         "unscored": {"norm.weight": "normalization factor, part of stem.weight"},
+        "norm": "generalised path-norm",
+        "gates": [
+            {
+                "operation": "aten.mul.Tensor",
+                "module_path": "stem.gate",
+                "size": 1.5,
+                "signal": "conv2d in stem",
+                "factor": "sigmoid in stem.gate",
+                "source_line": "net.py:3: x * g",
+            }
+        ],
+        "about_gates": "gates: mul by sigmoid",
     }
