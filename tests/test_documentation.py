@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import fxpath
-from fxpath.rules import RULES
+from fxpath.graph.squashes import SQUASHES, squash_of
+from fxpath.rules import GATED, RULES
 from fxpath.rules.refused import EXPLAINED
 from fxpath_command.parser import parse
 from tests.support.pages import ROOT, blocks, run
@@ -102,6 +103,21 @@ def test_operations_have_every_rule_once() -> None:
     shown = re.findall(r"^```\{operations\} (\w+)$", TEXTS[DOCS / "operations.md"], re.M)
     overloads = [each for module in shown for row in operations.supported(module) for each in row]
     assert sorted(overloads) == sorted(map(str, RULES))
+
+
+def test_operations_have_every_rule_for_gates_once() -> None:
+    assert "```{gated}\n" in TEXTS[DOCS / "operations.md"]
+    overloads = [each for row in operations.gated() for each in row]
+    assert sorted(overloads) == sorted(map(str, GATED))
+
+
+def test_activations_have_the_numbers_that_count() -> None:
+    assert "```{gates}\n" in TEXTS[DOCS / "operations.md"]
+    shown = {name: (size, lipschitz) for name, size, lipschitz, *_ in operations.activations()}
+    assert list(shown) == list(SQUASHES)
+    assert shown["silu"] == ("1", "1.09984") and shown["sigmoid"] == ("none", "0.25")
+    selu = squash_of("selu")
+    assert selu is not None and shown["selu"] == (f"{selu.size:.6g}", f"{selu.lipschitz:.6g}")
 
 
 def test_operations_that_are_refused_have_no_rule() -> None:

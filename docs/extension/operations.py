@@ -1,11 +1,14 @@
 """Tables of the operations that have a rule, and of those that are refused, from the rules.
 
-``{operations} NAME`` lists the rules of the module ``fxpath.rules.NAME``, ``{refusals}`` what is
-refused with the reason.  Nothing is written down here: what the package knows is what is shown.
+``{operations} NAME`` lists the rules of the module ``fxpath.rules.NAME``, ``{gated}`` those that
+count where gates are taken in, ``{gates}`` activations with their sizes and Lipschitz constants,
+``{refusals}`` what is refused with the reason.  Nothing is written down here: what the package
+knows is what is shown.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,11 +16,12 @@ import torch
 from docutils import nodes
 from docutils.parsers.rst import Directive
 
+from fxpath.graph.squashes import SQUASHES
 from fxpath.private import schema
-from fxpath.rules import RULES
+from fxpath.rules import GATED, RULES
 from fxpath.rules.refused import EXPLAINED
 
-__all__ = ["refusals", "setup", "supported"]
+__all__ = ["activations", "gated", "refusals", "setup", "supported"]
 
 #: One row of cells; a cell is a text, or words in code.
 Row = tuple[str | list[str], ...]
@@ -30,6 +34,31 @@ def supported(module: str) -> list[list[str]]:
         if rule.__module__ == f"fxpath.rules.{module}":
             found.setdefault(rule, []).append(str(overload))
     return list(found.values())
+
+
+def gated() -> list[list[str]]:
+    """The overloads that each rule is for that counts where gates are taken in."""
+    found: dict[Any, list[str]] = {}
+    for overload, rule in GATED.items():
+        found.setdefault(rule, []).append(str(overload))
+    return list(found.values())
+
+
+def activations() -> list[tuple[str, str, str, str, str]]:
+    """Activations that are gates: name, c, L, range and why, with torch's default arguments."""
+    found = []
+    for name, make in SQUASHES.items():
+        known = make(0) if name == "softmax" else make()
+        assert known is not None
+        size = "none" if known.size is None else f"{known.size:.6g}"
+        lipschitz = "none, it jumps" if math.isinf(known.lipschitz) else f"{known.lipschitz:.6g}"
+        limits = f"{_limit(known.low)} to {_limit(known.high)}"
+        found.append((name, size, lipschitz, limits, known.proof))
+    return found
+
+
+def _limit(value: float) -> str:
+    return f"{value:.5g}".replace("inf", "∞").replace("-", "−")
 
 
 def refusals() -> list[tuple[list[str], str, str]]:
@@ -62,6 +91,25 @@ class Operations(Directive):
             raise self.error(f"fxpath.rules.{self.arguments[0]} has no rule")
         rows: list[Row] = [(_short(each),) for each in found]
         return [_table(("ATen overloads of one rule",), (100,), rows)]
+
+
+class Gated(Directive):
+    """The rules that count where gates are taken in, as a table."""
+
+    def run(self) -> list[nodes.Node]:
+        """One row for each rule."""
+        rows: list[Row] = [(_short(each),) for each in gated()]
+        return [_table(("ATen overloads of one rule",), (100,), rows)]
+
+
+class Gates(Directive):
+    """Activations that are gates, as a table."""
+
+    def run(self) -> list[nodes.Node]:
+        """One row for each activation."""
+        heads = ("activation", "c", "L", "range", "why")
+        rows: list[Row] = [([name], *rest) for name, *rest in activations()]
+        return [_table(heads, (15, 12, 15, 18, 40), rows)]
 
 
 class Refusals(Directive):
@@ -116,7 +164,9 @@ def _row(cells: Sequence[str | list[str]]) -> nodes.row:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Register both directives."""
+    """Register the directives."""
     app.add_directive("operations", Operations)
+    app.add_directive("gated", Gated)
+    app.add_directive("gates", Gates)
     app.add_directive("refusals", Refusals)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
