@@ -207,6 +207,17 @@ def test_sizes_count_on_paths() -> None:
         torch.testing.assert_close(shares[name], fxpath.criteria.path_shares(linear)[name])
 
 
+def test_a_pruned_network_says_generalised() -> None:
+    pruned = fxpath.prune(smooth(), 0.5, gates=True)
+    assert repr(pruned).endswith("of the generalised path-norm lost>")
+    assert pruned.to_dict()["norm"] == GENERALISED
+    assert fxpath.prune(plain(), 0.5, gates=True).to_dict()["norm"] == "path-norm"
+    pytest.importorskip("matplotlib")
+    zeros, losses = pruned.plot()
+    assert "exactly" not in losses.get_xlabel() and GENERALISED in losses.get_xlabel()
+    assert "at most" in zeros.get_title(loc="left") and GENERALISED in zeros.get_title(loc="left")
+
+
 # -- certificates ----------------------------------------------------------------------------------
 
 
@@ -252,14 +263,25 @@ def test_a_verb_without_gates_does_not_offer_them() -> None:
     assert pickle.loads(pickle.dumps(caught.value)).report.advice == advice
 
 
+def test_a_head_that_is_no_gate_is_cut_off_with_gates() -> None:
+    model = nn.Sequential(smooth(), nn.LayerNorm(2))
+    advice = fxpath.check(model, (3,)).advice
+    assert advice.startswith('gates=True with until="0" covers this network up to there')
+    assert fxpath.check(model, (3,), gates=True, until="0")
+
+
 @pytest.mark.parametrize(
-    "end", [nn.LayerNorm(2), nn.Softplus()], ids=["no gate", "a gate and what is none"]
+    "layers",
+    [
+        [plain(), nn.LayerNorm(2)],  # no gate at all
+        [plain(), nn.LayerNorm(2), nn.SiLU()],  # gates take the cut no further
+        [nn.SiLU(), nn.Linear(3, 3), nn.Softplus(), *[nn.Linear(3, 3)] * 29],  # nor far enough
+    ],
 )
-def test_nothing_is_offered_that_does_not_help(end: nn.Module) -> None:
-    for model in (nn.Sequential(smooth(), end), nn.Sequential(plain(), end)):
-        report = fxpath.check(model, (3,))
-        assert not report and report.advice == "" and "advice" not in report.to_dict()
-        assert not fxpath.check(model, (3,), gates=True)
+def test_nothing_is_offered_that_does_not_help(layers: list[nn.Module]) -> None:
+    report = fxpath.check(nn.Sequential(*layers), (3,))
+    assert not report and report.advice == "" and "advice" not in report.to_dict()
+    assert not fxpath.check(nn.Sequential(*layers), (3,), gates=True)
 
 
 def test_nothing_is_captured_twice_for_the_offer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fxpath.capture import capture
-from fxpath.errors import UnsupportedModelError
+from fxpath.errors import Problem, UnsupportedModelError
 from fxpath.model import Captured, Given, Model
 from fxpath.passes.advice import with_advice
 from fxpath.passes.fold import fold
@@ -102,7 +102,7 @@ def take_in(model: Model, given: Given, sharded: bool = False) -> tuple[Captured
     try:
         lifted = lift(folded, setting)
     except UnsupportedModelError as error:
-        raise with_advice(error, model, given, captured, _passes, _covered) from error
+        raise with_advice(error, model, given, captured, _passes, _problems) from error
     return _bound(captured, lifted), lifted
 
 
@@ -119,17 +119,19 @@ def _passes(model: Model, asked: Given) -> bool:
         captured = capture(model, asked)
     except ValueError:
         return False
-    return _covered(captured)
+    return _problems(captured) == ()
 
 
-def _covered(captured: Captured) -> bool:
-    """Whether every operation of a captured model has a rule."""
+def _problems(captured: Captured) -> tuple[Problem, ...] | None:
+    """What stands in the way of a captured model; ``None`` if it has no output with paths."""
     try:
         lift(fold(captured.graph_module, Setting(captured)), Setting(captured))
-    # A cut is a guess: its output may be none of floating point, or refused as well.
+    except UnsupportedModelError as error:
+        return error.report.problems
+    # A cut is a guess: its output may be none of floating point.
     except ValueError:
-        return False
-    return True
+        return None
+    return ()
 
 
 def _bound(captured: Captured, lifted: fx.GraphModule) -> Captured:

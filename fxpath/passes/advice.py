@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import fx, nn
@@ -15,8 +15,8 @@ from fxpath.rules import GATED
 
 #: Whether a model is taken in for what is asked of it.
 Passes = Callable[[Model, Given], bool]
-#: Whether a captured model is.
-Covered = Callable[[Captured], bool]
+#: What stands in the way of a captured model; ``None`` where it has no path at all.
+Problems = Callable[[Captured], tuple[Problem, ...] | None]
 
 LOST = (
     "the generalised path-norm, times max(1, |x|_inf), bounds the outputs as a path-norm does. "
@@ -25,6 +25,7 @@ LOST = (
 )
 #: What is said where a verb takes gates in, if it is asked to.
 OFFERED = f"gates=True covers this network: {LOST}."
+CUT_OFF = f'gates=True with until="{{}}" covers this network up to there: {LOST}.'
 #: What is said where it does not.
 ELSEWHERE = (
     "Gates are not taken in here; fxpath.analyze(..., gates=True) covers this network, by a "
@@ -43,7 +44,7 @@ def with_advice(
     given: Given,
     captured: Captured,
     passes: Passes,
-    covered: Covered,
+    problems: Problems,
 ) -> UnsupportedModelError:
     """A refusal that names the cut or the outputs with which the model passes, if there are any.
 
@@ -53,23 +54,44 @@ def with_advice(
         given: what was asked for.
         captured: the model as captured.
         passes: whether the model is taken in if something else is asked for.
-        covered: whether a captured model is.
+        problems: what stands in the way of a captured model.
     """
     advice = _advice(model, given, captured, error.report, passes)
-    by_gates = _by_gates(given, captured, error.report, covered)
+    by_gates = _by_gates(model, given, captured, error.report, passes, problems)
     # A refusal says for which input it was made.
     found = replace(_named(error.report, advice), inputs=captured.inputs, advice=by_gates)
     return UnsupportedModelError(found)
 
 
-def _by_gates(given: Given, captured: Captured, report: SupportReport, covered: Covered) -> str:
-    """That the network is covered with gates, where it is; nothing is captured anew for that."""
+def _by_gates(
+    model: Model,
+    given: Given,
+    captured: Captured,
+    report: SupportReport,
+    passes: Passes,
+    problems: Problems,
+) -> str:
+    """That the network is covered with gates, or up to where it is; empty if nothing is."""
     gated = {str(each) for each in (*GATED, *PRODUCTS, *MATRIX_PRODUCTS)}
     if captured.gates or gated.isdisjoint(problem.operation for problem in report.problems):
         return ""
-    if not covered(replace(captured, gates=True)):
+    left = problems(replace(captured, gates=True))
+    if left == ():
+        return ELSEWHERE if given.gates is None else OFFERED
+    if not left or given.gates is None or given.until is not None:
         return ""
-    return ELSEWHERE if given.gates is None else OFFERED
+    graph = captured.graph_module.graph
+    name = _first_cut(graph, left)
+    # Where gates take the cut no further, nothing is won by them.
+    if not isinstance(model, nn.Module) or name in (None, _first_cut(graph, report.problems)):
+        return ""
+    asked = replace(given, until=name, outputs=None, gates=True)
+    return CUT_OFF.format(name) if passes(model, asked) else ""
+
+
+def _first_cut(graph: fx.Graph, problems: Sequence[Problem]) -> str | None:
+    names = {problem.node for problem in problems}
+    return next(_cuts(graph, {node for node in graph.nodes if node.name in names}), None)
 
 
 def _named(report: SupportReport, advice: str) -> SupportReport:

@@ -42,7 +42,7 @@ COLUMNS = (
     Column("requested", "asked for", "part", "part of its entries that was asked for"),
     Column("pruned", "pruned", "count", "entries that the mask cuts"),
     Column("zeros", "zeros", "part", "part of its entries that is zero"),
-    Column("lost", "lost at most", "part", "Path-Mag of what is cut, as a part of the path-norm"),
+    Column("lost", "lost at most", "part", "Path-Mag of what is cut, as a part of the norm"),
     Column("note", "note", "text", "why it was left alone, or that nothing is left of it"),
 )
 
@@ -203,6 +203,7 @@ class Pruned(Tabular):
     def to_dict(self) -> dict[str, Any]:
         """All but tensors as plain data: rows, and the certificate's numbers."""
         return {
+            "norm": "path-norm" if self._exact else "generalised path-norm",
             "criterion": self.criterion,
             "sparsity": self.sparsity,
             "path_magnitude_share": self.path_magnitude_share,
@@ -223,7 +224,9 @@ class Pruned(Tabular):
         Raises:
             ImportError: if matplotlib is not installed; the extra ``report`` brings it.
         """
-        return plots.pruned(self.table().rows, self.sparsity, self._lost, dark)
+        norm = "path-norm" if self._exact else "generalised path-norm"
+        rows = self.table().rows
+        return plots.pruned(rows, self.sparsity, self._lost, dark, norm, self._exact)
 
     def __str__(self) -> str:
         table = self.table()
@@ -235,7 +238,15 @@ class Pruned(Tabular):
         return f"{shown}\n\n{lost}\n\n{textwrap.fill(RUNTIMES, 100)}"
 
     def __repr__(self) -> str:
-        return f"<Pruned: {self.sparsity:.1%} zeros, {self._lost:.3%} lost>"
+        lost = f"{self._lost:.3%} lost"
+        if not self._exact:
+            lost = f"at most {self._lost:.3%} of the generalised path-norm lost"
+        return f"<Pruned: {self.sparsity:.1%} zeros, {lost}>"
+
+    @property
+    def _exact(self) -> bool:
+        """Whether it is known what is lost: not with gates."""
+        return self._certificate is not None
 
     @property
     def _lost(self) -> float:

@@ -54,15 +54,22 @@ def analysis(report: Mapping[str, Any], dark: bool) -> list[Axes]:
 
 
 def pruned(
-    rows: Sequence[Mapping[str, Any]], sparsity: float, lost: float, dark: bool
+    rows: Sequence[Mapping[str, Any]],
+    sparsity: float,
+    lost: float,
+    dark: bool,
+    norm: str = "path-norm",
+    exact: bool = True,
 ) -> list[Axes]:
-    """What is zero in each parameter, and what of the path-norm is lost by it.
+    """What is zero in each parameter, and what of the norm is lost by it.
 
     Args:
         rows: ``parameter``, ``zeros`` and ``lost`` (Path-Mag of what is cut) of each.
         sparsity: of all together.
-        lost: the exact relative path-metric of all together.
+        lost: the relative path-metric of all together, or what is lost at most.
         dark: light lines on a dark ground.
+        norm: what the norm is called.
+        exact: whether all together lose just that.
     """
     names = [*(row["parameter"] for row in rows), "all together"]
     colors = [BLUE] * len(rows) + [GREEN]
@@ -74,11 +81,12 @@ def pruned(
         axes[0].set_xlabel("part that is zero")
         losses = [*(row["lost"] for row in rows), lost]
         axes[1].barh(range(len(names)), losses, color=colors, height=0.7)
-        axes[1].set_xlabel("part of the path-norm lost: at most by each, exactly by all")
+        axes[1].set_xlabel(f"part of the {norm} lost: at most by each" + ", exactly by all" * exact)
         if any(loss > 0 for loss in losses):
             # A layer of which nothing is lost has no bar.
             axes[1].set_xscale("log")
-        axes[0].set_title(f"{sparsity:.1%} zeros, {lost:.1%} of the path-norm lost", loc="left")
+        most = "" if exact else "at most "
+        axes[0].set_title(f"{sparsity:.1%} zeros, {most}{lost:.1%} of the {norm} lost", loc="left")
         return _done(axes)
 
 
