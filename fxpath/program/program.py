@@ -67,8 +67,6 @@ class PathProgram:
         dtype: number format of the evaluation; float64 takes over where float32 cannot hold the
             span of one tensor.
         q: exponent of the path-norm.
-        gates: what was taken as a gate on the paths, a :class:`~fxpath.Gate` each; where there are
-            any, all norms are the *generalised* path-norm.
 
     Example:
         >>> import torch, fxpath
@@ -106,7 +104,10 @@ class PathProgram:
 
     @cached_property
     def gates(self) -> tuple[Gate, ...]:
-        """What was taken as a gate on the paths; nothing unless gates were asked for."""
+        """What was taken as a gate on the paths; where there are any, norms are generalised ones.
+
+        Nothing unless gates were asked for.
+        """
         return find_taken(self.captured, self.lifted)
 
     # -- results ----------------------------------------------------------------------------------
