@@ -98,7 +98,7 @@ class ChannelGroups:
 
     @property
     def rescalable(self) -> Tensor:
-        """Which groups are: bool, ``[groups]``."""
+        """Which groups are rescalable, bool ``[groups]``."""
         return torch.tensor([group.rescalable for group in self.groups], dtype=torch.bool)
 
 
