@@ -23,11 +23,11 @@ from benchmarks import (
     channels,
     checkpoints,
     columns,
+    coverage,
     criteria,
     growth,
     memory,
     operators,
-    sharded,
     timing,
 )
 from benchmarks.recipe import SumPool2d, recipe
@@ -530,3 +530,28 @@ def test_channels(nets: Path) -> None:
     named |= {f"{what}_{when}" for what in ("parameters", "macs") for when in ("before", "after")}
     (row,) = read(path, named)
     assert row["parameters_after"] < row["parameters_before"]
+
+
+def test_coverage_tells_three_kinds_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken() -> nn.Module:
+        raise RuntimeError("no such network")
+
+    def ended(*layers: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 2, 3), *layers)
+
+    made = {
+        "relu": lambda: ended(nn.ReLU()),
+        "gated": lambda: ended(nn.SiLU(), nn.Conv2d(2, 2, 1), nn.GLU(1)),
+        "normalized": lambda: ended(nn.SiLU(), nn.GroupNorm(1, 2)),
+        "broken": broken,
+    }
+    monkeypatch.setattr(coverage, "_torchvision", lambda: iter(made.items()))
+    file = tmp_path / "coverage.json"
+    assert coverage.main(["--json", str(file)]) == 0
+    rows = {row["model"]: row for row in json.loads(file.read_text())["rows"]}
+    assert [row["kind"] for row in rows.values()] == [*coverage.KINDS, "failed"]
+    assert rows["gated"]["because"] == {"silu": 1, "glu": 1}
+    assert rows["normalized"]["because"] == {"aten.group_norm.default": 1}
+    assert "aten.group_norm.default" in capsys.readouterr().out

@@ -29,7 +29,8 @@ CUT_OFF = f'gates=True with until="{{}}" covers this network up to there: {LOST}
 #: What is said where it does not.
 ELSEWHERE = (
     "Gates are not taken in here; fxpath.analyze(..., gates=True) covers this network, by a "
-    "generalised path-norm, which bounds its outputs and has no path-metric."
+    "generalised path-norm, which bounds its outputs and has no path-metric, as gates change with "
+    "the weights."
 )
 
 #: Cuts that are tried before the advice stays a general one; each costs a trace.
