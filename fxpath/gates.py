@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Gate", "gates_line", "norm_name"]
+__all__ = ["NO_CERTIFICATE", "Gate", "as_data", "gates_line", "norm_name"]
+
+#: Why a program with gates is not certified, and what is left to do.
+NO_CERTIFICATE = (
+    "the network has gates, and there is no certificate of a generalised path-norm: who reads one "
+    "takes its path-norm for one whose differences bound those of outputs, which is not so where "
+    "gates change with the weights; write what was found with "
+    "fxpath.analyze(..., gates=True).to_json(path), or the program alone with "
+    "torch.export.save(program.exported(), path)"
+)
 
 
 @dataclass(frozen=True)

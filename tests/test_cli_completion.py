@@ -42,6 +42,7 @@ def test_what_the_tab_key_offers(tmp_path: Path) -> None:
     assert [word for word in offered(tmp_path, "fxpath ") if word[0] != "-"] == commands
     assert offered(tmp_path, "fxpath ana") == ["analyze"]
     assert offered(tmp_path, "fxpath analyze --dt") == ["--dtype"]
+    assert offered(tmp_path, "fxpath bound --ga") == ["--gates"]
     assert offered(tmp_path, "fxpath analyze --dtype ") == ["float32", "float64"]
     assert offered(tmp_path, "fxpath check alex") == ["alex.pt2", "alex.py", "alexnet"]
 

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from fxpath.capture.gradients import own_gradients
 from fxpath.certificate import Certificate
 from fxpath.errors import SupportReport, UnsupportedModelError
-from fxpath.gates import Gate
+from fxpath.gates import NO_CERTIFICATE, Gate
 from fxpath.model import Captured, Given, Model, Shapes
 from fxpath.modes import plain_mode
 from fxpath.passes import Rewritten, Setting, rewrite, take_in
@@ -36,14 +36,6 @@ from fxpath.program.sharded import spreads
 from fxpath.program.sizes import SizeRow, sizes
 from fxpath.program.theta import score_shapes, sparsity
 from fxpath.sharding import check_alike, empty_placed, refuse_sharded, whole
-
-NO_CERTIFICATE = (
-    "the network has gates, and there is no certificate of a generalised path-norm: who reads one "
-    "takes its path-norm for one whose differences bound those of outputs, which is not so where "
-    "gates change with the weights; write what was found with "
-    "fxpath.analyze(..., gates=True).to_json(path), or the program alone with "
-    "torch.export.save(program.exported(), path)"
-)
 
 
 class PathProgram:

@@ -345,52 +345,46 @@ def _gates(report: Mapping[str, Any]) -> Section | None:
     gates = report["gates"]
     if not gates:
         return None
-    keys = ("module_path", "operation", "size", "signal", "factor", "source_line")
+    title = "Gates on the paths"
     heads = ("module", "operation", "at most", "signal", "gate", "source")
-    lines = [
-        element(
-            "tr",
-            element("th", gate["module_path"] or "(model)", scope="row"),
-            *(
-                element("td", shown(gate[key], "number") if key == "size" else gate[key])
-                for key in keys[1:]
-            ),
+    rows = [
+        (
+            *(gate["module_path"] or "(model)", gate["operation"], shown(gate["size"], "number")),
+            *(gate["signal"], gate["factor"], gate["source_line"]),
         )
         for gate in gates
     ]
-    headings = [element("th", text, scope="col") for text in heads]
-    table = element("table", element("thead", element("tr", *headings)), element("tbody", *lines))
     body = join(
         element("p", report["about_gates"], class_="about"),
-        element(
-            "details",
-            element("summary", f"{len(gates)} gates"),
-            _scrolling(table, "Gates on the paths"),
-        ),
+        _folded(f"{len(gates)} gates", title, heads, rows),
     )
-    return Section("gates", "Gates on the paths", body)
+    return Section("gates", title, body)
 
 
 def _unscored(report: Mapping[str, Any]) -> Section | None:
     unscored = report["unscored"]
     if not unscored:
         return None
+    title = "Parameters without a score"
     reasons: dict[str, list[str]] = {}
     for name, reason in unscored.items():
         reasons.setdefault(reason, []).append(name)
+    rows = [(name, reason) for reason, names in reasons.items() for name in names]
+    body = _folded(f"{len(unscored)} parameters", title, ("parameter", "why"), rows)
+    return Section("unscored", title, body)
+
+
+def _folded(
+    summary: str, label: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
+) -> Markup:
+    """A table of texts behind a line that opens it."""
+    headings = [element("th", text, scope="col") for text in heads]
     lines = [
-        element("tr", element("th", name, scope="row"), element("td", reason))
-        for reason, names in reasons.items()
-        for name in names
+        element("tr", element("th", first, scope="row"), *(element("td", text) for text in rest))
+        for first, *rest in rows
     ]
-    headings = [element("th", text, scope="col") for text in ("parameter", "why")]
     table = element("table", element("thead", element("tr", *headings)), element("tbody", *lines))
-    body = element(
-        "details",
-        element("summary", f"{len(unscored)} parameters"),
-        _scrolling(table, "Parameters without a score"),
-    )
-    return Section("unscored", "Parameters without a score", body)
+    return element("details", element("summary", summary), _scrolling(table, label))
 
 
 def _scrolling(inner: Markup, label: str) -> Markup:
