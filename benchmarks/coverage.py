@@ -31,7 +31,7 @@ __all__ = ["KINDS", "classify", "main", "table"]
 #: What may become of a network.
 KINDS = ("exact", "generalised", "refused")
 #: Sides of images, the first that a network runs on is taken.
-SIDES = (32, 64, 96, 128, 224, 240, 256, 299, 384, 448)
+SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 299, 384, 448)
 #: A network with more parameters is only looked at without their values.
 LARGEST = 200_000_000
 #: Stands in the way where a network is no one graph, which may be for want of values.
