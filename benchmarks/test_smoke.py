@@ -28,6 +28,7 @@ from benchmarks import (
     growth,
     memory,
     operators,
+    sharded,
     timing,
 )
 from benchmarks.recipe import SumPool2d, recipe

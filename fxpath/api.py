@@ -256,10 +256,8 @@ def check(
         (False, '1')
     """
     try:
-        captured, lifted = take_in(
-            model,
-            Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates),
-        )
+        given = Given(input_shape, example_inputs, example_kwargs, batch_dim, until, outputs, gates)
+        captured, lifted = take_in(model, given, sharded=True)
     except UnsupportedModelError as error:
         return error.report
     return SupportReport((), captured.inputs, find_taken(captured, lifted))

@@ -121,8 +121,8 @@ class SupportReport:
                 gate.called,
                 ending(gate.module_path or "(model)", 32),
                 f"{gate.size:g}",
-                ending(gate.signal, 24),
-                ending(gate.factor, 24),
+                ending(gate.signal, 24, keep_start=True),
+                ending(gate.factor, 24, keep_start=True),
             ]
             for gate in self.gates
         ]

@@ -88,7 +88,7 @@ def gates_line(gates: Sequence[Gate], q: float = 1) -> str:
     said = [
         f"gates: {', '.join(kinds)}",
         *([f"the values of {unknown} are not followed"] * bool(unknown)),
-        *(["|outputs| <= this norm * max(1, |x|_inf)"] * (q == 1)),
+        *(["|outputs|_1 <= this norm * max(1, |x|_inf)"] * (q == 1)),
         "no path-metric bounds a difference of two sets of weights",
     ]
     return "; ".join(said)

@@ -51,6 +51,9 @@ def capture(model: Model, given: Given) -> Captured:
                 f"model is a {type(model).__name__}: pass an nn.Module or an ExportedProgram"
             )
         _refuse_scripted(model)
+        problems = shard_problems(model)
+        if problems:
+            raise UnsupportedModelError(SupportReport(tuple(problems)))
         return replace(_from_module(model, given), gates=bool(given.gates))
 
 

@@ -121,9 +121,13 @@ class Analysis(Tabular):
         unscored = find_unscored(program.captured, program.lifted, shares, cut)
         layers, at = find_layers(program.lifted), layers_at(program.lifted)
         nodes = {origin.name: layer.name for origin, (layer, _) in at.items()}
-        model = type(program.captured.source).__name__
+        model = own_class(program.captured.source).__name__
         taken = (program.q, program.captured.inputs)
-        return cls(*taken, evaluation, layers, unscored, nodes, model, program.gates)
+        found = cls(*taken, evaluation, layers, unscored, nodes, model, program.gates)
+        if any_sharded(shares.values()):
+            # Now that all ranks are here: later one of them may print it alone.
+            _ = found.findings, found.report()
+        return found
 
     def path_magnitude(self, name: str) -> Tensor:
         """Absolute Path-Mag (10) of one parameter: ``||Phi(theta) - Phi(theta_-i)||_1`` per entry.

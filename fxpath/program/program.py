@@ -254,6 +254,7 @@ class PathProgram:
         """
         if self.gates:
             raise ValueError(NO_CERTIFICATE)
+        refuse_sharded(self.captured.source, "a certificate")
         live, given = self.captured.live(), self.given or Given()
         graphs = Rewritten(self.lifted, self.reduced, self.graph_module)
         exact = PathProgram(self.captured, graphs, torch.float64, self.q, given=given)
