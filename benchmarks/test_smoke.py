@@ -410,7 +410,6 @@ def test_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_sharded(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--subjects", "norm", "--ranks", "2", "--layers", "4", "--width", "512"]
     assert sharded.main([*options, "--json", "out.json"]) == 0
@@ -421,6 +420,7 @@ def test_sharded(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{row['extra_layers']:.1f}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_memory(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (nets / "bench_nets.py").write_text(
         "from torch import nn\ndef large():\n    return nn.Linear(3000, 1000)\n"

@@ -32,12 +32,13 @@ SCORED = {
 }
 
 # Of the others, smaller ones of a family, whose blocks and rules are those of a larger one.
-SMALLER = {
+SIBLINGS = {
     *("vgg11", "vgg13", "vgg16", "vgg11_bn", "vgg13_bn", "vgg16_bn", "resnet34", "resnet50"),
     *("resnet101", "resnext101_32x8d", "wide_resnet50_2", "densenet161", "densenet169"),
     *("mnasnet0_75", "mnasnet1_0", "regnet_x_800mf", "regnet_x_1_6gf", "regnet_x_3_2gf"),
     *("regnet_x_8gf", "regnet_x_16gf", "shufflenet_v2_x0_5", "shufflenet_v2_x1_5"),
-    "fcn_resnet50",
+    *("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet101", "densenet201", "resnet152"),
+    *("resnext101_64x4d", "wide_resnet101_2", "regnet_x_32gf", "vgg19"),
 }
 
 
@@ -109,7 +110,7 @@ def _captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.long] * (name in SMALLER))
+        pytest.param(name, marks=[pytest.mark.long] * (name in SIBLINGS))
         for name in (*INPUTS, "vgg_bn")
     ],
 )

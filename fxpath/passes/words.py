@@ -332,7 +332,7 @@ def _pick(t: Tape, node: fx.Node, x: Value, *args: Any) -> Value:
     return t.made(t.emit(target(node), x.node, *args), x, back, shape=extents(node))
 
 
-def _ignored(t: Tape, node: fx.Node, x: Value) -> Value:
+def _ignored(t: Tape, node: fx.Node, x: Value, *told: Any) -> Value:
     return x
 
 

@@ -403,6 +403,7 @@ def _empty(s: Sketch) -> Sequence[fx.Node]:
 def _ignored(s: Sketch) -> Sequence[fx.Node]:
     """Words of graphs that are not lowered."""
     x = s.emit(ops.relu, s.value(2, 3))
+    x = s.emit(ops.gate, s.emit(ops.squash, x, "silu", [], 1.0), None, 1.0)
     return [s.emit(ops.negative, s.emit(ops.absolute, x))]
 
 
