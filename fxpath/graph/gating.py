@@ -14,7 +14,6 @@ from torch import fx
 
 from fxpath.graph.intervals import Interval, above, intervals
 from fxpath.graph.schema import bind
-from fxpath.graph.squashes import squash_of
 from fxpath.private import OpOverload, schema
 
 aten = torch.ops.aten
@@ -54,7 +53,7 @@ class Gating:
 
 
 def find_gates(graph: fx.Graph, active: Callable[[Any], bool]) -> Gating:
-    """Decide for each product of activations, from the outputs to the inputs.
+    """Decide for each product of activations, and what paths run through then.
 
     Args:
         graph: a functional ATen graph.
@@ -62,19 +61,30 @@ def find_gates(graph: fx.Graph, active: Callable[[Any], bool]) -> Gating:
     """
     known = intervals(graph, active)
     found = Gating()
+    barred: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or not active(node):
+            continue
+        chosen = _choose(node, known, active, barred)
+        if chosen is not None:
+            found.chosen[node] = chosen
+        through = [chosen.signal] if chosen else node.all_input_nodes
+        if _name(node) in _BARS or not barred.isdisjoint(through):
+            barred.add(node)
     output = next(iter(reversed(graph.nodes)))
     found.signals.update(output.all_input_nodes)
     for node in reversed(graph.nodes):
-        chosen = _choose(node, known, active)
-        if chosen is not None:
-            found.chosen[node] = chosen
         if node in found.signals:
-            found.signals.update([chosen.signal] if chosen else node.all_input_nodes)
+            at = found.chosen.get(node)
+            found.signals.update([at.signal] if at else node.all_input_nodes)
     return found
 
 
 def _choose(
-    node: fx.Node, known: dict[fx.Node, Interval], active: Callable[[Any], bool]
+    node: fx.Node,
+    known: dict[fx.Node, Interval],
+    active: Callable[[Any], bool],
+    barred: set[fx.Node],
 ) -> Chosen | None:
     if node.target not in PRODUCTS and node.target not in MATRIX_PRODUCTS:
         return None
@@ -83,24 +93,29 @@ def _choose(
         return None
     if node.target in MATRIX_PRODUCTS:
         # Weights that are parts of one: the values are averaged.
-        rows = _softmax_axis(a) == len(a.meta["val"].shape) - 1
-        return Chosen(b, a, 1.0) if rows else None
+        return Chosen(b, a, 1.0) if _rows_are_parts(a) else None
     options = [
         Chosen(signal, factor, above(max(map(abs, known[factor]))))
         for signal, factor in ((a, b), (b, a))
         if factor in known
     ]
-    # A factor that is not 0 at 0 can only be a gate; else the smaller one is.
-    options.sort(key=lambda each: (_only_gate(each.signal), each.size))
+    # What no path may run through can only be a gate; else the smaller factor is, and of two of
+    # one size what is not 0 at 0.
+    options.sort(key=lambda o: (o.signal in barred, o.size, _name(_made_by(o.signal)) in _SHIFTED))
     return options[0] if options else None
 
 
-def _only_gate(node: fx.Node) -> bool:
-    """Whether a value, but for moves, comes out of a function that no path runs through."""
-    found = made_by(node)
-    name = schema(found.target).name.split("::")[1] if isinstance(found.target, OpOverload) else ""
-    squash = squash_of(name) if name in ("sigmoid", "cos") else None
-    return squash is not None or name in ("softmax", "_softmax")
+#: Functions that no path runs through: they are not 0 at 0, or unbounded.
+_BARS = {
+    *("sigmoid", "special_expit", "cos", "softmax", "_softmax", "log_sigmoid", "log_softmax"),
+    *("_log_softmax", "softplus", "exp", "layer_norm", "group_norm", "instance_norm"),
+}
+#: Functions that paths run through, but that are not 0 at 0.
+_SHIFTED = {"hardsigmoid"}
+
+
+def _name(node: fx.Node) -> str:
+    return schema(node.target).name.split("::")[1] if isinstance(node.target, OpOverload) else ""
 
 
 #: What moves entries of one value.
@@ -110,26 +125,34 @@ _MOVES = {
 }
 
 
-def made_by(node: fx.Node) -> fx.Node:
-    """What made a value, behind what only moves its entries."""
-    while True:
-        called = node.target
-        if isinstance(called, OpOverload):
-            name = schema(called).name.split("::")[1]
-            if name not in _MOVES:
-                return node
-        elif node.op != "call_function":
-            return node
+def _made_by(node: fx.Node) -> fx.Node:
+    """What a value comes out of, but for moves."""
+    while _name(node) in _MOVES:
         node = node.all_input_nodes[0]
+    return node
 
 
-def _softmax_axis(node: fx.Node) -> int | None:
-    """Along which axis the entries of a value are parts of one; ``None`` if along none."""
-    while isinstance(node.target, OpOverload):
-        name = schema(node.target).name.split("::")[1]
-        if name in ("softmax", "_softmax"):
-            return int(bind(node)["dim"]) % max(1, len(node.meta["val"].shape))
-        if name not in ("dropout", "contiguous", "clone", "alias", "to"):
-            return None
-        node = node.all_input_nodes[0]
-    return None
+def _rows_are_parts(node: fx.Node) -> bool:
+    """Whether the entries along the last axis of a value are parts of one."""
+    while _name(node) in _KEEPING_ROWS and not _drops(node):
+        inner = node.all_input_nodes[0]
+        if inner.meta["val"].shape[-1:] != node.meta["val"].shape[-1:]:
+            return False
+        node = inner
+    if _name(node) not in ("softmax", "_softmax"):
+        return False
+    axes = len(node.meta["val"].shape)
+    return axes > 0 and int(bind(node)["dim"]) % axes == axes - 1
+
+
+#: What leaves rows as they are, if it leaves their length.
+_KEEPING_ROWS = {
+    *("dropout", "contiguous", "clone", "alias", "to", "view", "reshape", "_unsafe_view", "expand"),
+    *("squeeze", "unsqueeze"),
+}
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether it leaves entries out at random, and scales those that stay."""
+    args = bind(node)
+    return bool(args.get("train") and args.get("p"))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxpath.graph.schema import bind
 from fxpath.graph.squashes import SQUASHES, squash_of
@@ -60,6 +60,8 @@ def _interval(node: fx.Node, known: Known, active: Callable[[Any], bool]) -> Int
         return known.get(node.args[0])  # type: ignore[arg-type]
     name = schema(node.target).name.split("::")[1]
     args = bind(node)
+    if not _of_numbers(node, args):
+        return None
     first: Any = args.get("self", args.get("input"))
     if name in _MOVING or name in _AVERAGING:
         return known.get(first)
@@ -71,10 +73,26 @@ def _interval(node: fx.Node, known: Known, active: Callable[[Any], bool]) -> Int
         return _hull(*there) if there and len(there) == len(parts) else None
     if name in _CALLED:
         return _squashed(node, name, args, known)
+    if name in _CLAMPS:
+        given = [args.get(key) for key in ("self", *_CLAMPS[name])]
+        inner, low, high = (_operand(each, known, active) for each in given)
+        return _clamp(inner, low, high, (given[1] is None, given[2] is None))
     rule = _ARITHMETIC.get(name)
     if rule is None:
         return None
     return rule(*(_operand(args.get(key), known, active) for key in _OPERANDS[name]))
+
+
+def _of_numbers(node: fx.Node, args: Mapping[str, Any]) -> bool:
+    """Whether a result is made of numbers as they are: neither rounded nor read as other bytes."""
+    made = node.meta.get("val")
+    each = made if isinstance(made, (list, tuple)) else [made]
+    overload: Any = node.target
+    return (
+        all(isinstance(x, Tensor) and x.dtype.is_floating_point for x in each)
+        and not (schema(overload).overload_name == "dtype" and "view" in schema(overload).name)
+        and args.get("rounding_mode") is None
+    )
 
 
 def _squashed(node: fx.Node, name: str, args: dict[str, Any], known: Known) -> Interval | None:
@@ -163,33 +181,45 @@ def _quotient(a: Interval | None, b: Interval | None) -> Interval | None:
     return _product(a, (1 / b[1], 1 / b[0]))
 
 
-def _clamped(x: Interval | None, low: Interval | None, high: Interval | None) -> Interval | None:
-    """Bounds may be open; where they cross, torch returns the upper one."""
-    if low is None or high is None:
-        return None if x is None else _within(x, low or x, high or x)
-    return _within(x or (low[0], high[1]), low, high)
+def _clamp(
+    x: Interval | None, low: Interval | None, high: Interval | None, absent: tuple[bool, bool]
+) -> Interval | None:
+    """Not less than ``low``, and then not more than ``high``; a bound may be absent, or unknown.
 
-
-def _within(x: Interval, low: Interval, high: Interval) -> Interval:
-    return min(max(x[0], low[0]), high[1]), min(max(x[1], low[0]), high[1])
+    Where the bounds cross torch returns the upper one, as here.
+    """
+    bottom, top = x or _ANYTHING
+    for bound, missing, chosen in ((low, absent[0], max), (high, absent[1], min)):
+        if not missing:
+            least, most = bound or _ANYTHING
+            bottom, top = chosen(bottom, least), chosen(top, most)
+    if isinstance(bottom, float) or isinstance(top, float):
+        return None
+    return bottom, top
 
 
 def _relu(x: Interval | None) -> Interval | None:
     return None if x is None else (max(_ZERO, x[0]), max(_ZERO, x[1]))
 
 
-_ZERO = Fraction(0)
+_ZERO, _SIX = Fraction(0), Fraction(6)
+_ANYTHING = (-math.inf, math.inf)
 
 
+#: The bounds of operations that clamp.
+_CLAMPS = {
+    **dict.fromkeys(("clamp", "clip"), ("min", "max")),
+    "hardtanh": ("min_val", "max_val"),
+    "clamp_min": ("min", ""),
+    "clamp_max": ("", "max"),
+}
 _ARITHMETIC: dict[str, Callable[..., Interval | None]] = {
     **dict.fromkeys(("mul", "multiply"), _product),
     "add": _sum,
     **dict.fromkeys(("sub", "subtract"), _difference),
     "rsub": lambda a, b, alpha: _difference(b, a, alpha),
     **dict.fromkeys(("div", "divide", "true_divide"), _quotient),
-    **dict.fromkeys(("clamp", "clip"), _clamped),
-    "hardtanh": _clamped,
-    "relu6": lambda x: _clamped(x, (_ZERO, _ZERO), (Fraction(6), Fraction(6))),
+    "relu6": lambda x: _clamp(x, (_ZERO, _ZERO), (_SIX, _SIX), (False, False)),
     "hardsigmoid": lambda x: (_ZERO, Fraction(1)),
     "relu": _relu,
     "neg": _negative,
@@ -198,7 +228,5 @@ _ARITHMETIC: dict[str, Callable[..., Interval | None]] = {
 _OPERANDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mul", "multiply", "div", "divide", "true_divide"), ("self", "other")),
     **dict.fromkeys(("add", "sub", "subtract", "rsub"), ("self", "other", "alpha")),
-    **dict.fromkeys(("clamp", "clip"), ("self", "min", "max")),
-    "hardtanh": ("self", "min_val", "max_val"),
     **dict.fromkeys(("relu6", "hardsigmoid", "relu", "neg", "abs"), ("self",)),
 }

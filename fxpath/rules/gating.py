@@ -6,7 +6,6 @@ import torch
 from torch import fx
 
 from fxpath.graph import ops
-from fxpath.graph.aten import EXPAND
 from fxpath.graph.builder import Builder
 from fxpath.graph.gating import Chosen
 from fxpath.graph.refusal import Refusal
@@ -61,7 +60,8 @@ def gated(build: Builder, node: fx.Node) -> fx.Node:
 
 def by_gate(build: Builder, x: fx.Node, factor: fx.Node, size: float) -> fx.Node:
     """``x factor``, the factor at most ``size``; it broadcasts to ``x``."""
-    return build.emit(ops.gate, build.times(x, size), factor, size)
+    # A factor that is 0 leaves 0, whatever the gate is then.
+    return build.emit(ops.gate, build.times(x, size), factor, size or 1.0)
 
 
 def _unfollowed(build: Builder, x: fx.Node, size: float, why: str) -> fx.Node:
@@ -79,8 +79,7 @@ def averaged(build: Builder, node: fx.Node) -> fx.Node:
     if len(sizes) < 2 or len(shape) < 2:
         raise Refusal(*UNBOUNDED)
     total = summed(build, x, [len(sizes) - 2], (*sizes[:-2], 1, sizes[-1]))
-    spread = build.emit(EXPAND, total, list(shape))
-    return _unfollowed(build, spread, 1.0, "weights of a softmax that multiply as a matrix")
+    return build.emit(ops.gate, build.expand(total, shape), None, 1.0)
 
 
 def _chosen(build: Builder, node: fx.Node) -> Chosen:
