@@ -49,7 +49,7 @@ def rows(x: Tensor) -> Tensor:
 
 def heads(x: Tensor) -> Tensor:
     """The same for three heads, which are put in front."""
-    return rows(x)[:, None].expand(-1, 3, -1, -1).reshape(3, 4, 4)
+    return rows(x)[:, None].expand(-1, 3, -1, -1).reshape(-1, 4, 4)
 
 
 def everywhere(x: Tensor, count: int = 4) -> Tensor:
@@ -158,7 +158,7 @@ TAKEN: dict[str, tuple[Function, Function, set[str]]] = {
         B,
     ),
     "attention of several heads": (
-        lambda n, a, b: (heads(b) @ a[:, :, None])[0, :, 0][None],
+        lambda n, a, b: (heads(b) @ a[:, :, None].repeat_interleave(3, 0))[::3, :, 0],
         lambda n, a, b: everywhere(a),
         B,
     ),
