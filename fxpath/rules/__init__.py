@@ -5,7 +5,8 @@ multiplies or adds), ``recurrent``.  Neurons: ``activation`` (ReLU and its relat
 (maxima, means, sums), ``ranks`` (order statistics), ``norms``.  Fixed maps: ``padding``,
 ``resampling`` (interpolation), ``indexing`` and ``assignment`` (entries read from and written to
 constant positions), ``shape`` (what only moves entries).  Where gates are taken in, ``gates``
-(activations that are gates of themselves) and ``gating`` (products with one).  ``refused`` explains
+(activations that are gates of themselves), ``gating`` (products with one) and ``gated_recurrent``
+(LSTM, GRU).  ``refused`` explains
 the best-known operations that the theory does not cover; ``own`` takes compositions for operators
 of a user's.
 """
@@ -14,6 +15,7 @@ from fxpath.rules import (
     activation,
     affine,
     assignment,
+    gated_recurrent,
     gates,
     indexing,
     norms,
@@ -34,6 +36,7 @@ __all__ = [
     "activation",
     "affine",
     "assignment",
+    "gated_recurrent",
     "gates",
     "indexing",
     "norms",
