@@ -243,7 +243,7 @@ def compare(model: Network) -> None:
     assert analysis.unscored.keys() == read
 
 
-@bounded(12)
+@bounded(25)
 @given(networks())
 def test_paths_listed_one_by_one(model: Network) -> None:
     assume(Expansion(model).net.count() <= MAX_PATHS)
