@@ -209,6 +209,12 @@ TAKEN: dict[str, tuple[Function, Function, set[str]]] = {
         lambda n, a, b: a,
         B,
     ),
+    "softsign": (
+        lambda n, a, b: functional.softsign(a) * functional.softsign(b),
+        lambda n, a, b: a,
+        B,
+    ),
+    "tanhshrink": (lambda n, a, b: functional.tanhshrink(a), lambda n, a, b: a, set()),
     "parameter on a path and in a gate": (
         lambda n, a, b: a * sigmoid(a * n.bound) + n.bound,
         lambda n, a, b: a + n.bound,
@@ -264,6 +270,8 @@ REFUSED: dict[str, tuple[Function, str]] = {
         lambda n, a, b: functional.layer_norm(a, (4,)) * sigmoid(b),
         "aten.layer_norm.default",
     ),
+    "quotient by another size": (lambda n, a, b: a / (1 + b.abs()), "aten.div.Tensor"),
+    "quotient by a size": (lambda n, a, b: a / (0.5 + a.abs()), "aten.div.Tensor"),
     "quotient": (lambda n, a, b: a / (1 + torch.exp(-b)), "aten.div.Tensor"),
     "sums that are not averages": (
         lambda n, a, b: (rows(b).transpose(1, 2) @ a[:, :, None])[..., 0],

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxpath.graph.schema import bind
 from fxpath.graph.squashes import SQUASHES, squash_of
 from fxpath.private import OpOverload, schema
+
+aten = torch.ops.aten
 
 #: Lowest and highest value, without rounding.
 Interval = tuple[Fraction, Fraction]
@@ -62,6 +65,8 @@ def _interval(node: fx.Node, known: Known, active: Callable[[Any], bool]) -> Int
     args = bind(node)
     if not _of_numbers(node, args):
         return None
+    if (written_out(node) or ("",))[0] == "softsign":
+        return Fraction(-1), Fraction(1)
     first: Any = args.get("self", args.get("input"))
     if name in _MOVING or name in _AVERAGING:
         return known.get(first)
@@ -113,6 +118,35 @@ def squash_name(name: str, args: Mapping[str, Any]) -> str:
     if name == "gelu" and args["approximate"] == "tanh":
         return "gelu_tanh"
     return _CALLED[name]
+
+
+def written_out(node: fx.Node) -> tuple[str, fx.Node] | None:
+    """The squash that torch writes as several operations, and what it is applied to."""
+    if node.target not in _ENDS:
+        return None
+    name, args = _ENDS[node.target], bind(node)
+    x, other = args["self"], args["other"]
+    if not isinstance(x, fx.Node) or not isinstance(other, fx.Node):
+        return None
+    if name == "softsign" and args.get("rounding_mode") is None:  # x / (|x| + 1)
+        one = bind(other) if other.target is aten.add.Tensor else {}
+        size = one.get("self")
+        matches = (one.get("other"), one.get("alpha")) == (1, 1) and _is(size, "abs", x)
+        return (name, x) if matches else None
+    matches = args.get("alpha") == 1 and _is(other, "tanh", x)  # x - tanh(x)
+    return (name, x) if matches else None
+
+
+def _is(node: Any, name: str, x: fx.Node) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.target is getattr(aten, name).default
+        and node.args[0] is x
+    )
+
+
+#: The last operation of each.
+_ENDS: dict[Any, str] = {aten.div.Tensor: "softsign", aten.sub.Tensor: "tanhshrink"}
 
 
 def numbers_of(name: str, args: Mapping[str, Any], node: fx.Node) -> tuple[float, ...] | None:

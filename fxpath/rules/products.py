@@ -15,12 +15,14 @@ from torch import fx
 from fxpath.graph import ops
 from fxpath.graph.builder import Builder
 from fxpath.graph.equations import product, spelled
+from fxpath.graph.intervals import written_out
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.schema import target
 from fxpath.rules.affine import bias_along
 from fxpath.rules.assignment import written_through
 from fxpath.rules.common import Args, summed
-from fxpath.rules.gating import averaged, gated, is_softsign, squashed
+from fxpath.rules.gates import squashed
+from fxpath.rules.gating import averaged, gated
 from fxpath.rules.refused import PRODUCT
 from fxpath.rules.registry import rule
 
@@ -255,8 +257,9 @@ def _scaled(build: Builder, node: fx.Node, a: Any, b: Any) -> fx.Node:
 def _div(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     x, divisor = args["self"], args["other"]
     if build.is_active(divisor):
-        if build.gating is not None and is_softsign(x, divisor):
-            return squashed(build, build.node(x), "softsign")
+        squash = build.gating and written_out(node)
+        if squash:
+            return squashed(build, build.node(squash[1]), squash[0])
         raise Refusal(*QUOTIENT)
     if args.get("rounding_mode") is not None:
         raise Refusal(*ROUNDING)
@@ -309,6 +312,9 @@ def _add(build: Builder, node: fx.Node, args: Args) -> fx.Node:
 
 @rule(aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor, aten.subtract.Scalar)
 def _sub(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    squash = build.gating and written_out(node)
+    if squash and build.is_active(squash[1]):
+        return squashed(build, build.node(squash[1]), squash[0])
     return combined(build, node, args["self"], args["other"], 1, -args["alpha"])
 
 
