@@ -197,6 +197,11 @@ TAKEN: dict[str, tuple[Function, Function, set[str]]] = {
         lambda n, a, b: 6 * a,
         B,
     ),
+    "clamped in two steps": (
+        lambda n, a, b: a * functional.relu(b).clamp(max=3) * b.clamp(max=1).clamp_min(-2),
+        lambda n, a, b: 6 * a,
+        B,
+    ),
     "crossed bounds": (lambda n, a, b: a * b.clamp(3, -2), lambda n, a, b: 2 * a, B),
     "zero": (lambda n, a, b: a * b.clamp(0, 0) + b, lambda n, a, b: 0 * a + b, set()),
     "two of one value": (
@@ -246,14 +251,14 @@ def test_a_gate_is_what_multiplies_a_signal(name: str) -> None:
         assert attacked(Net(function), scale) <= found.path_norm * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("name", ["gates in gates", "selective kernels", "channels", "lstm"])
+@pytest.mark.parametrize("name", ["selective kernels", "channels"])
 def test_reduction_and_exponents_do_not_see_gates(name: str) -> None:
     function, mass, _ = TAKEN[name]
-    for q in (0, 1, 2):
-        expected = fxpath.path_norm(Net(mass), (3,), q=q)
-        for reduce in (True, False):
-            found = fxpath.path_norm(Net(function), (3,), gates=True, q=q, reduce=reduce)
-            assert found == pytest.approx(expected, rel=1e-12)
+    exponents = (0, 1, 2)
+    expected = fxpath.path_norms(Net(mass), (3,), q=exponents)
+    for reduce in (True, False):
+        found = fxpath.path_norms(Net(function), (3,), q=exponents, gates=True, reduce=reduce)
+        assert found == pytest.approx(expected, rel=1e-12)
 
 
 #: The function, and an operation that is in the way.
@@ -294,6 +299,10 @@ REFUSED: dict[str, tuple[Function, str]] = {
         lambda n, a, b: a * torch.clamp(sigmoid(b), min=b.abs()),
         "aten.mul.Tensor",
     ),
+    "clamped from both sides, one unknown": (
+        lambda n, a, b: a * torch.minimum(functional.relu(b), n.bound).clamp(min=-1),
+        "aten.mul.Tensor",
+    ),
     "clamped from below": (lambda n, a, b: a * b.clamp(min=-1), "aten.mul.Tensor"),
     # Numbers that are not what they were.
     "rounded": (
@@ -310,6 +319,31 @@ def test_what_is_no_gate_is_refused(name: str) -> None:
     function, operation = REFUSED[name]
     report = fxpath.check(Net(function), (3,), gates=True)
     assert operation in {problem.operation for problem in report.problems}
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda n, a, b: a * b, "neither of which is bounded"),
+        (lambda n, a, b: (a[:, None, :] @ rows(b))[:, 0], "no softmax along its last axis"),
+        (lambda n, a, b: torch.addcmul(a, sigmoid(b), a), "in plain products alone"),
+        (lambda n, a, b: sigmoid(a), "it is not 0 at 0"),
+        (lambda n, a, b: a * b.clamp(-1e300, 1e300).mul(1e300), "neither of which is bounded"),
+    ],
+)
+def test_refusals_say_what_is_in_the_way(function: Function, reason: str) -> None:
+    report = fxpath.check(Net(function), (3,), gates=True)
+    assert any(reason in problem.reason for problem in report.problems)
+
+
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish])
+def test_decomposed_activations_are_the_same(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), kind(), nn.Linear(4, 2)).double().eval()
+    exported = torch.export.export(model, (torch.zeros(1, 3, dtype=torch.float64),))
+    expected = fxpath.path_norm(nn.Sequential(model[0], model[2]), (3,))
+    for program in (exported, exported.run_decompositions()):
+        found = fxpath.path_norm(program, (3,), gates=True)
+        assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_attack_finds_a_norm_that_is_too_small() -> None:

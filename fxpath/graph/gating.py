@@ -5,6 +5,7 @@ Both are read off the captured graph before it is lifted: what only a gate reads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +100,7 @@ def _choose(
         for signal, factor in ((a, b), (b, a))
         if factor in known
     ]
+    options = [option for option in options if math.isfinite(option.size)]
     # What no path may run through can only be a gate; else the smaller factor is, and of two of
     # one size what is not 0 at 0.
     options.sort(key=lambda o: (o.signal in barred, o.size, _name(_made_by(o.signal)) in _SHIFTED))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -18,8 +19,9 @@ aten = torch.ops.aten
 
 #: Lowest and highest value, without rounding.
 Interval = tuple[Fraction, Fraction]
-#: Bounds of activations that have any.
-Known = Mapping[fx.Node, Interval]
+#: The same, where one of them may be infinite.
+Bounds = tuple[Fraction | float, Fraction | float]
+Known = Mapping[fx.Node, Bounds]
 
 #: Operations that only move entries, or leave them out.
 _MOVING = {
@@ -49,18 +51,21 @@ def intervals(graph: fx.Graph, active: Callable[[Any], bool]) -> dict[fx.Node, I
         graph: a functional ATen graph.
         active: whether a value depends on the network's inputs.
     """
-    known: dict[fx.Node, Interval] = {}
+    known: dict[fx.Node, Bounds] = {}
     for node in graph.nodes:
         if node.op == "call_function" and active(node):
             found = _interval(node, known, active)
             if found is not None:
                 known[node] = found
-    return known
+    every = {node: _finite(found) for node, found in known.items()}
+    return {node: found for node, found in every.items() if found}
 
 
-def _interval(node: fx.Node, known: Known, active: Callable[[Any], bool]) -> Interval | None:
-    if not isinstance(node.target, OpOverload):  # one of several results
+def _interval(node: fx.Node, known: Known, active: Callable[[Any], bool]) -> Bounds | None:
+    if node.target is operator.getitem:  # one of several results
         return known.get(node.args[0])  # type: ignore[arg-type]
+    if not isinstance(node.target, OpOverload):
+        return None
     name = schema(node.target).name.split("::")[1]
     args = bind(node)
     if not _of_numbers(node, args):
@@ -79,9 +84,10 @@ def _interval(node: fx.Node, known: Known, active: Callable[[Any], bool]) -> Int
     if name in _CALLED:
         return _squashed(node, name, args, known)
     if name in _CLAMPS:
-        given = [args.get(key) for key in ("self", *_CLAMPS[name])]
-        inner, low, high = (_operand(each, known, active) for each in given)
-        return _clamp(inner, low, high, (given[1] is None, given[2] is None))
+        bounds = _CLAMPS[name]
+        given = [args["self"], *(args.get(b) if isinstance(b, str) else b for b in bounds)]
+        low, high = (_operand(each, known, active) for each in given[1:])
+        return _clamp(known.get(given[0]), low, high, (given[1] is None, given[2] is None))
     rule = _ARITHMETIC.get(name)
     if rule is None:
         return None
@@ -105,7 +111,7 @@ def _squashed(node: fx.Node, name: str, args: dict[str, Any], known: Known) -> I
     found = None if numbers is None else squash_of(squash_name(name, args), numbers)
     if found is None:
         return None
-    inner = known.get(args["self"])
+    inner = _finite(known.get(args["self"]))
     far = math.inf
     if found.size is not None and inner is not None:
         far = above(Fraction(found.size) * max(map(abs, inner)))
@@ -168,8 +174,11 @@ def numbers_of(name: str, args: Mapping[str, Any], node: fx.Node) -> tuple[float
 
 
 def above(value: Fraction) -> float:
-    """The nearest number of float64 that is not below."""
-    found = float(value)
+    """The nearest number of float64 that is not below; inf where there is none."""
+    try:
+        found = float(value)
+    except OverflowError:
+        return math.inf
     return found if Fraction(found) >= value else math.nextafter(found, math.inf)
 
 
@@ -179,13 +188,19 @@ def above(value: Fraction) -> float:
 def _operand(value: Any, known: Known, active: Callable[[Any], bool]) -> Interval | None:
     """Of an activation, or a number; parameters have none."""
     if isinstance(value, fx.Node):
-        return known.get(value) if active(value) else None
+        return _finite(known.get(value)) if active(value) else None
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return Fraction(value), Fraction(value)
 
 
-def _hull(*parts: Interval) -> Interval:
+def _finite(x: Bounds | None) -> Interval | None:
+    if x is None or isinstance(x[0], float) or isinstance(x[1], float):
+        return None
+    return x[0], x[1]
+
+
+def _hull(*parts: Bounds) -> Bounds:
     return min(low for low, _ in parts), max(high for _, high in parts)
 
 
@@ -216,36 +231,32 @@ def _quotient(a: Interval | None, b: Interval | None) -> Interval | None:
 
 
 def _clamp(
-    x: Interval | None, low: Interval | None, high: Interval | None, absent: tuple[bool, bool]
-) -> Interval | None:
+    x: Bounds | None, low: Interval | None, high: Interval | None, absent: tuple[bool, bool]
+) -> Bounds | None:
     """Not less than ``low``, and then not more than ``high``; a bound may be absent, or unknown.
 
     Where the bounds cross torch returns the upper one, as here.
     """
-    bottom, top = x or _ANYTHING
+    bottom, top = x or (-math.inf, math.inf)
     for bound, missing, chosen in ((low, absent[0], max), (high, absent[1], min)):
         if not missing:
-            least, most = bound or _ANYTHING
+            least, most = bound or (-math.inf, math.inf)
             bottom, top = chosen(bottom, least), chosen(top, most)
-    if isinstance(bottom, float) or isinstance(top, float):
-        return None
-    return bottom, top
+    nothing = isinstance(bottom, float) and isinstance(top, float)
+    return None if nothing else (bottom, top)
 
 
-def _relu(x: Interval | None) -> Interval | None:
-    return None if x is None else (max(_ZERO, x[0]), max(_ZERO, x[1]))
+_ZERO = Fraction(0)
 
 
-_ZERO, _SIX = Fraction(0), Fraction(6)
-_ANYTHING = (-math.inf, math.inf)
-
-
-#: The bounds of operations that clamp.
-_CLAMPS = {
+#: The bounds of operations that clamp: arguments, or numbers.
+_CLAMPS: dict[str, tuple[Any, Any]] = {
     **dict.fromkeys(("clamp", "clip"), ("min", "max")),
     "hardtanh": ("min_val", "max_val"),
-    "clamp_min": ("min", ""),
-    "clamp_max": ("", "max"),
+    "clamp_min": ("min", None),
+    "clamp_max": (None, "max"),
+    "relu": (0, None),
+    "relu6": (0, 6),
 }
 _ARITHMETIC: dict[str, Callable[..., Interval | None]] = {
     **dict.fromkeys(("mul", "multiply"), _product),
@@ -253,14 +264,12 @@ _ARITHMETIC: dict[str, Callable[..., Interval | None]] = {
     **dict.fromkeys(("sub", "subtract"), _difference),
     "rsub": lambda a, b, alpha: _difference(b, a, alpha),
     **dict.fromkeys(("div", "divide", "true_divide"), _quotient),
-    "relu6": lambda x: _clamp(x, (_ZERO, _ZERO), (_SIX, _SIX), (False, False)),
     "hardsigmoid": lambda x: (_ZERO, Fraction(1)),
-    "relu": _relu,
     "neg": _negative,
     "abs": lambda x: None if x is None else (_ZERO, max(map(abs, x))),
 }
 _OPERANDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mul", "multiply", "div", "divide", "true_divide"), ("self", "other")),
     **dict.fromkeys(("add", "sub", "subtract", "rsub"), ("self", "other", "alpha")),
-    **dict.fromkeys(("relu6", "hardsigmoid", "relu", "neg", "abs"), ("self",)),
+    **dict.fromkeys(("hardsigmoid", "neg", "abs"), ("self",)),
 }

@@ -7,16 +7,25 @@ from torch import fx
 
 from fxpath.graph import ops
 from fxpath.graph.builder import Builder
-from fxpath.graph.gating import Chosen
+from fxpath.graph.gating import MATRIX_PRODUCTS, PRODUCTS, Chosen
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.squashes import squash_of
 from fxpath.rules.common import summed
-from fxpath.rules.refused import PRODUCT
+from fxpath.rules.refused import CUT, PRODUCT
 
 UNBOUNDED = (
     "it multiplies two activations with each other, neither of which is bounded whatever the "
     "parameters, so that it is no gate",
     PRODUCT[1],
+)
+NO_AVERAGES = (
+    "it multiplies two matrices of activations, and what stands in front is no softmax along its "
+    "last axis, whose rows would average what stands behind",
+    PRODUCT[1],
+)
+OTHERWISE = (
+    "it multiplies activations with each other, and gates are looked for in plain products alone",
+    f"write it with * or @, one factor of which is bounded, or {CUT}",
 )
 
 
@@ -77,7 +86,7 @@ def averaged(build: Builder, node: fx.Node) -> fx.Node:
     x, shape = build.node(chosen.signal), tuple(node.meta["val"].shape)
     sizes = build.shape(x)
     if len(sizes) < 2 or len(shape) < 2:
-        raise Refusal(*UNBOUNDED)
+        raise Refusal(*NO_AVERAGES)
     total = summed(build, x, [len(sizes) - 2], (*sizes[:-2], 1, sizes[-1]))
     return build.emit(ops.gate, build.expand(total, shape), None, 1.0)
 
@@ -86,6 +95,8 @@ def _chosen(build: Builder, node: fx.Node) -> Chosen:
     if build.gating is None:
         raise Refusal(*PRODUCT)
     found = build.gating.chosen.get(node)
-    if found is None:
-        raise Refusal(*UNBOUNDED)
-    return found
+    if found is not None:
+        return found
+    if node.target in MATRIX_PRODUCTS:
+        raise Refusal(*NO_AVERAGES)
+    raise Refusal(*(UNBOUNDED if node.target in PRODUCTS else OTHERWISE))
