@@ -31,7 +31,7 @@ SCORED = {
     *("squeezenet1_0", "r2plus1d_18", "deeplabv3_resnet50"),
 }
 
-# Of the others, smaller ones of a family, whose blocks and rules are those of a larger one.
+# Of the others, those whose blocks and rules another one of the family has as well.
 SIBLINGS = {
     *("vgg11", "vgg13", "vgg16", "vgg11_bn", "vgg13_bn", "vgg16_bn", "resnet34", "resnet50"),
     *("resnet101", "resnext101_32x8d", "wide_resnet50_2", "densenet161", "densenet169"),
