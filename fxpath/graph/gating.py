@@ -6,6 +6,7 @@ Both are read off the captured graph before it is lifted: what only a gate reads
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +104,7 @@ def _choose(
     options = [option for option in options if math.isfinite(option.size)]
     # What no path may run through can only be a gate; else the smaller factor is, and of two of
     # one size what is not 0 at 0.
-    options.sort(key=lambda o: (o.signal in barred, o.size, _name(_made_by(o.signal)) in _SHIFTED))
+    options.sort(key=lambda o: (o.signal in barred, o.size, _name(made_by(o.signal)) in _SHIFTED))
     return options[0] if options else None
 
 
@@ -127,9 +128,9 @@ _MOVES = {
 }
 
 
-def _made_by(node: fx.Node) -> fx.Node:
-    """What a value comes out of, but for moves."""
-    while _name(node) in _MOVES:
+def made_by(node: fx.Node) -> fx.Node:
+    """What made a value, behind what only moves its entries."""
+    while _name(node) in _MOVES or node.target is operator.getitem:
         node = node.all_input_nodes[0]
     return node
 

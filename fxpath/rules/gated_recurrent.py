@@ -20,8 +20,7 @@ from fxpath.graph.aten import SLICE
 from fxpath.graph.builder import Builder
 from fxpath.rules.affine import bias_along, only_first_active
 from fxpath.rules.common import Args
-from fxpath.rules.gates import squashed
-from fxpath.rules.gating import by_gate
+from fxpath.rules.gating import by_gate, squashed
 from fxpath.rules.recurrent import Start, Step, from_inputs, linear_map, unrolled
 from fxpath.rules.registry import rule
 

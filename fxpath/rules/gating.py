@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from fxpath.graph import ops
@@ -44,19 +43,6 @@ def squashed(build: Builder, x: fx.Node, name: str, numbers: tuple[float, ...] =
     return build.emit(ops.squash, build.times(x, size), name, list(numbers), size)
 
 
-def is_softsign(x: object, divisor: fx.Node) -> bool:
-    """Whether a quotient is ``x / (1 + |x|)``, as torch writes softsign."""
-    if divisor.target is not torch.ops.aten.add.Tensor or divisor.kwargs:
-        return False
-    terms = [each for each in divisor.args if each != 1]
-    (size,) = terms if len(terms) == 1 else (None,)
-    return (
-        isinstance(size, fx.Node)
-        and size.target is torch.ops.aten.abs.default
-        and (size.args[0] is x)
-    )
-
-
 def gated(build: Builder, node: fx.Node) -> fx.Node:
     """The product of a signal with a gate, entry by entry."""
     chosen = _chosen(build, node)
@@ -88,7 +74,8 @@ def averaged(build: Builder, node: fx.Node) -> fx.Node:
     if len(sizes) < 2 or len(shape) < 2:
         raise Refusal(*NO_AVERAGES)
     total = summed(build, x, [len(sizes) - 2], (*sizes[:-2], 1, sizes[-1]))
-    return build.emit(ops.gate, build.expand(total, shape), None, 1.0)
+    spread = build.expand(total, shape)
+    return _unfollowed(build, spread, 1.0, "weights of a softmax that multiply as a matrix")
 
 
 def _chosen(build: Builder, node: fx.Node) -> Chosen:

@@ -21,8 +21,7 @@ from fxpath.graph.schema import target
 from fxpath.rules.affine import bias_along
 from fxpath.rules.assignment import written_through
 from fxpath.rules.common import Args, summed
-from fxpath.rules.gates import squashed
-from fxpath.rules.gating import averaged, gated
+from fxpath.rules.gating import averaged, gated, squashed
 from fxpath.rules.refused import PRODUCT
 from fxpath.rules.registry import rule
 
