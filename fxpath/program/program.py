@@ -23,19 +23,18 @@ from fxpath.passes import Rewritten, Setting, rewrite, take_in
 from fxpath.passes.derive import Ending, derive
 from fxpath.program.artefact import exported
 from fxpath.program.backends import check_backend
-from fxpath.program.buffers import check_buffers, check_holds, writable
-from fxpath.program.evaluation import LEAST_EXPONENT, RAISED, Evaluation, fitted
+from fxpath.program.buffers import check_buffers, check_holds
+from fxpath.program.evaluation import LEAST_EXPONENT, Evaluation
 from fxpath.program.files import kind_of, write
-from fxpath.program.fits import doubtful, short_of
-from fxpath.program.flat import Flat, Run
-from fxpath.program.formats import check_format, failure, format_of
+from fxpath.program.flat import Flat
+from fxpath.program.formats import check_format, format_of
 from fxpath.program.gates import find_taken
 from fxpath.program.gradient import log_of
-from fxpath.program.record import read_by, record
-from fxpath.program.sharded import spreads
+from fxpath.program.record import record
+from fxpath.program.runs import Runs
 from fxpath.program.sizes import SizeRow, sizes
-from fxpath.program.theta import score_shapes, sparsity
-from fxpath.sharding import check_alike, empty_placed, refuse_sharded, whole
+from fxpath.program.theta import score_shapes
+from fxpath.sharding import check_alike, refuse_sharded
 
 
 class PathProgram:
@@ -89,6 +88,7 @@ class PathProgram:
         self.dtype = dtype if q == 1 else torch.float64
         self.q = q
         self.flat = Flat(self.graph_module, Setting(captured, q), backend)
+        self.runs = Runs(captured, self.lifted, self.flat, self.dtype)
 
     def __repr__(self) -> str:
         kind = "generalised path-norm, " if self.gates else ""
@@ -130,11 +130,11 @@ class PathProgram:
         if problems:
             raise UnsupportedModelError(SupportReport(tuple(problems)))
         live = self.captured.live()
-        for dtype in self._formats():
+        for dtype in self.runs.formats():
             run, log, gradients = self.flat.gradients(live, dtype)
-            if self._healthy(dtype, run, live):
+            if self.runs.healthy(dtype, run, live):
                 return log_of(self.flat, live, dtype, log, gradients) / (self.q or 1)
-        raise self._failure(live)
+        raise self.runs.failure(live)
 
     def scores(self, out: MutableMapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Shares Path-Mag / path-norm of every coordinate of theta.
@@ -204,9 +204,11 @@ class PathProgram:
         refuse_sharded(self.captured.source, "an exported program")
         live = self.captured.live()
         ending: Ending = "scores" if scores else "norm"
-        run = self._run(self.dtype, live, self._buffers(self.dtype, live, {}) if scores else None)
-        if not self._healthy(self.dtype, run, live):
-            raise self._failure(live)
+        run = self.runs.run(
+            self.dtype, live, self.runs.buffers(self.dtype, live, {}) if scores else None
+        )
+        if not self.runs.healthy(self.dtype, run, live):
+            raise self.runs.failure(live)
         derived = derive(self.graph_module, self.flat.setting, self.dtype, ending)
         return exported(derived, self.captured.tensors, live, self.captured.baked)
 
@@ -321,106 +323,8 @@ class PathProgram:
         """
         live = self.captured.live() if tensors is None else tensors
         if tensors is None:
-            check_alike(self._read(live))
-        for dtype in self._formats():
-            shares = self._buffers(dtype, live, out or {}) if scores else {}
-            run = self._run(dtype, live, shares if scores else None)
-            if self._healthy(dtype, run, live):
-                zeros = sparsity(self.lifted, live) if details else {}
-                found = self._fitted(dtype, shares, run, live)
-                raised = self._raised(found, live) if details else {}
-                return Evaluation(run.mantissa, run.exponent, found, zeros, raised, self.q)
-        raise self._failure(live)
-
-    def _read(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that the network reads, by name."""
-        return {name: live[key] for key, name in read_by(self.captured, self.lifted).items()}
-
-    def _run(
-        self,
-        dtype: torch.dtype,
-        live: Mapping[str, Tensor],
-        shares: Mapping[str, Tensor] | None,
-        raised: int = 0,
-    ) -> Run:
-        if shares is None:
-            return self.flat.norm(live, dtype)
-        return self.flat.scores(live, dtype, list(shares.values()), raised)
-
-    def _fitted(
-        self, dtype: torch.dtype, shares: dict[str, Tensor], run: Run, live: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Shares in the program's format; in float64 where that cannot hold them."""
-        if dtype == torch.float64:
-            return {name: fitted(share, self.dtype) for name, share in shares.items()}
-        short = doubtful(self.lifted, shares, run, live)
-        if not short:
-            return shares
-        wide = self._buffers(torch.float64, live, {})
-        run = self._run(torch.float64, live, wide)
-        if not self._healthy(torch.float64, run, live):
-            raise self._failure(live)
-        found = dict(shares)
-        # In one order, as they may have to be gathered: that of a set differs from rank to rank.
-        for name in sorted(short):
-            again = fitted(wide[name], self.dtype)
-            # What fits stands where the caller wants it; its gradient need not have fitted.
-            found[name] = shares[name].copy_(again) if again.dtype == self.dtype else again
-        return found
-
-    def _raised(
-        self, shares: Mapping[str, Tensor], live: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """2^RAISED times the shares of those scores that have some below float64."""
-        tiny = torch.finfo(torch.float64).tiny
-        low = {n: [...] for n, s in shares.items() if s.numel() and float(whole(s).amin()) < tiny}
-        below = short_of(self.lifted, shares, low, live, tiny)
-        if not below:
-            return {}
-        raised = self._buffers(torch.float64, live, {})
-        self._run(torch.float64, live, raised, RAISED)
-        return {
-            name: raised[name]
-            for name in sorted(below)
-            if bool(((whole(raised[name]) > 0) & (whole(shares[name]) == 0)).any())
-        }
-
-    def _buffers(
-        self, dtype: torch.dtype, live: Mapping[str, Tensor], out: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Memory for the scores: the caller's own where it can be written as it is."""
-        device = next((t.device for t in live.values()), torch.device("cpu"))
-        sharded = spreads(self.lifted, live, self.captured.tensors)
-        return {
-            name: out[name]
-            if name in out and writable(out[name], dtype, device)
-            else empty_placed(shape, dtype, sharded[name])
-            if name in sharded
-            else torch.empty(shape, dtype=dtype, device=device)
-            for name, shape in score_shapes(self.graph_module).items()
-        }
-
-    # -- number formats ---------------------------------------------------------------------------
-
-    def _formats(self) -> tuple[torch.dtype, ...]:
-        return (self.dtype,) if self.dtype == torch.float64 else (self.dtype, torch.float64)
-
-    def _healthy(self, dtype: torch.dtype, run: Run, live: Mapping[str, Tensor]) -> bool:
-        """Whether nothing over- or underflowed that exact arithmetic would have kept."""
-        if not math.isfinite(run.mantissa):
-            return False
-        if run.mantissa == 0:
-            # Whether there is no path, by counting them, which cannot underflow.
-            counting = Flat(self.graph_module, Setting(self.captured, 0.0))
-            return counting.norm(live, torch.float64).mantissa == 0
-        fits = run.fits(dtype)
-        if fits is None:
-            # Some entry is small or zero: the gradient tells whether it matters.
-            fits = self._run(dtype, live, self._buffers(dtype, live, {})).fits(dtype)
-        return bool(fits)
-
-    def _failure(self, live: Mapping[str, Tensor]) -> Exception:
-        return failure(self.captured, self.lifted, live, self.q)
+            check_alike(self.runs.read(live))
+        return self.runs.evaluate(live, scores, details, out or {})
 
 
 @plain_mode()
