@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -438,3 +439,18 @@ def test_the_plot_has_a_point_for_each_row(run: list[str]) -> None:
     assert drawn[1:] == [row["reference_relative"] for row in found.rows[1:]]
     assert math.isnan(drawn[0]) and metric.get_yscale() == "log"
     pyplot.close("all")
+
+
+def test_rows_of_a_reference_in_another_folder_are_made_again(tmp_path: Path) -> None:
+    """Of the same name, size and time of change, as an archive leaves them."""
+    states = [moved(dense().state_dict(), seed) for seed in range(3)]
+    files = [tmp_path / "a" / "ref.safetensors", tmp_path / "b" / "ref.safetensors"]
+    files.append(tmp_path / "now.safetensors")
+    for state, file in zip(states, files, strict=True):
+        file.parent.mkdir(exist_ok=True)
+        save_file(state, file)
+        os.utime(file, (1, 1))
+    table = tmp_path / "rows.csv"
+    fxpath.compare(dense(), files[2:], reference=files[0], csv=table)
+    with pytest.raises(ValueError, match="another model, reference or options"):
+        fxpath.compare(dense(), files[2:], reference=files[1], csv=table)

@@ -211,3 +211,19 @@ def test_ranges_and_nothing_at_all() -> None:
     # The last bias alone moves Phi.
     assert fxpath.path_conditioning(model) == 0.0
     assert math.isfinite(fxpath.path_norm(fxpath.normalize(model, method="path_conditioning")))
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_bias_that_is_a_part_of_another_batch_norm_as_well(part: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU()),
+        *(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)),
+    ).double()
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    setattr(model[4], part, model[0].bias)
+    better = fxpath.normalize(model, method="path_conditioning")
+    x = torch.randn(8, 2).double()
+    assert torch.allclose(model.train()(x), better.train()(x), rtol=1e-9)
+    assert torch.allclose(model.eval()(x), better.eval()(x), rtol=1e-9)

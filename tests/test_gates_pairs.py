@@ -202,3 +202,62 @@ def test_channels_that_remain_are_rescaled() -> None:
         torch.testing.assert_close(two.scores[name], score, rtol=1e-9, atol=1e-15)
     least = fxpath.normalize(model, SHAPE, method="least_norm", gates=True)
     torch.testing.assert_close(least(x), model(x), rtol=1e-10, atol=1e-12)
+
+
+class Product(nn.Module):
+    """A linear map times a function of another one."""
+
+    def __init__(self, factor: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.signal, self.inner = nn.Linear(2, 3, bias=False), nn.Linear(2, 3)
+        self.bound = nn.Parameter(torch.full((3,), 10.0))
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.signal(x) * self.factor(self.inner(x), self.bound)
+
+
+def test_a_gate_that_is_clamped_above_its_range() -> None:
+    torch.manual_seed(0)
+    raised = Product(lambda x, bound: x.sigmoid().clamp(min=3.0)).double()
+    x = 2 * torch.rand(500, 2).double() - 1
+    norm = float(fxpath.path_norm(raised, gates=True))
+    assert float(raised(x).abs().sum(1).max().detach()) <= norm * (1 + 1e-6)
+    assert norm == pytest.approx(3 * float(raised.signal.weight.detach().abs().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda x, bound: x.sigmoid().clamp(min=bound),
+        lambda x, bound: x.sigmoid().clamp(max=-bound),
+        lambda x, bound: torch.div(x.sigmoid() - 0.5, 1.0, rounding_mode="floor"),
+    ],
+)
+def test_a_factor_that_leaves_its_range_is_no_gate(
+    factor: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    with pytest.raises(fxpath.UnsupportedModelError, match="neither of which is bounded"):
+        fxpath.path_norm(Product(factor), gates=True)
+
+
+def test_a_gate_that_is_always_closed() -> None:
+    model, other = (Product(lambda x, bound: x.clamp(0.0, 0.0)) for _ in range(2))
+    assert fxpath.lipschitz_bound(model, other, gates=True).value == 0
+
+
+def test_path_conditioning_beside_gates() -> None:
+    """What a gate reads takes up factors, and no part in what is minimized."""
+    torch.manual_seed(0)
+    after = Product(lambda x, bound: x.sigmoid())
+    after.signal, after.inner = nn.Linear(4, 3), nn.Linear(4, 3)
+    after.bound = None
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), after).double()
+    plain = nn.Sequential(model[0], model[1], after.signal)
+    better = fxpath.normalize(model, method="path_conditioning", gates=True)
+    x = torch.randn(4, 2).double()
+    assert torch.allclose(model(x), better(x), rtol=1e-9)
+    expected = fxpath.normalize(plain, method="path_conditioning")
+    for one, two in ((better[0], expected[0]), (better[2].signal, expected[2])):
+        assert torch.allclose(one.weight, two.weight, rtol=1e-9)
+    assert not torch.equal(better[2].inner.weight, after.inner.weight)

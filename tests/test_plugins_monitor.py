@@ -128,3 +128,14 @@ def test_nothing_imports_a_plugin() -> None:
     for path in package.rglob("*.py"):
         if path.parent.name != "plugins":
             assert "fxpath.plugins" not in path.read_text(), path
+
+
+def test_slopes_that_change_are_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.PReLU(), nn.Linear(3, 1))
+    model[1].weight.requires_grad_(False)
+    monitor = PathNormMonitor(model)
+    model[1].weight.data.add_(0.1)
+    with pytest.raises(ValueError, match=r"call checkpoint\(\) after they change"):
+        monitor.measure()
+    monitor.checkpoint()
+    assert monitor.measure()[UPPER] == 0

@@ -66,7 +66,7 @@ def setting(common: CommonPart, reference: str, radius: float) -> str:
 
     Args:
         common: the captured model.
-        reference: the stamp of the reference.
+        reference: name and stamp of the reference.
         radius: of the inputs.
     """
     captured, module = common.captured, common.lifted

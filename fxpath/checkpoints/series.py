@@ -39,7 +39,7 @@ class Series:
         self.common, self.files, self.radius = common, files, radius
         self.refused: dict[str, str] = {}
         self.reference = read(common, reference)
-        self.setting = setting(common, self.reference.stamp, radius)
+        self.setting = setting(common, f"{reference} {self.reference.stamp}", radius)
         self._last: Checkpoint | None = None
         self._spare: Effective | None = None
 

@@ -43,9 +43,14 @@ class Gated(Difference):
         return Excess(
             x.first,
             x.second,
-            _moved(x.excess, factor.excess, x.first / size),
-            _moved(x.other_excess, factor.other_excess, x.second / size),
+            _moved(x.excess, factor.excess, before(x.first, size)),
+            _moved(x.other_excess, factor.other_excess, before(x.second, size)),
         )
+
+
+def before(value: Tensor, size: float) -> Tensor:
+    """Of a signal that was multiplied by the size of its gate; all is 0 behind a gate of size 0."""
+    return value / size if size else value
 
 
 def _largest(found: Squash, value: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from fxpath.graph.schema import arguments
 from fxpath.pairs.difference import Excess
-from fxpath.pairs.gates import Gated
+from fxpath.pairs.gates import Gated, before
 from fxpath.pairs.pair import Pair, Weights
 
 
@@ -77,7 +77,7 @@ class Inductive(Gated):
         assert factor is not None
         # Either network's signal may stand beside the difference of the gates.
         smaller = torch.minimum(x.first, x.second)
-        return Excess(x.first, x.second, x.gap() + smaller / size * factor.gap())
+        return Excess(x.first, x.second, x.gap() + before(smaller, size) * factor.gap())
 
     def clamp(self, x: Excess, lo: float | None, hi: float | None) -> Excess:
         if lo is not None and hi is not None:

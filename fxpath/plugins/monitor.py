@@ -131,14 +131,21 @@ class PathNormMonitor:
 
         Raises:
             ValueError: for a NaN or infinite parameter, by name; naming what has changed, if the
-                model is no longer what was captured.
+                model is no longer what was captured; for slopes, clamp bounds or coefficients that
+                are others than at the last checkpoint.
             FloatingPointError: as :func:`fxpath.path_metric`.
         """
         found = {NORM: self._program.log10_path_norm()}
         if self._common is not None:
             self._memory = self._common.evaluate(memory=self._memory)
             apart = self._common.apart(self._reference, self._memory)
-            assert apart.relative is not None, "architecture does not change, see __init__"
+            if apart.relative is None:
+                raise ValueError(
+                    "slopes, clamp bounds or fixed coefficients are not what they were at the last "
+                    "checkpoint: they are architecture, and a path-metric compares weights and "
+                    "biases of one architecture; call checkpoint() after they change, or pass "
+                    "metric=False for the path-norm alone"
+                )
             found[LOWER] = apart.relative if apart.exact else apart.relative_lower
             found[UPPER] = apart.relative
         return found

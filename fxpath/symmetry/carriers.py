@@ -34,6 +34,7 @@ def through_norms(
     """
     moved: set[str] = set()
     scales: set[str] = set()
+    shifts: set[str] = set()
     plain: set[str] = set()
     held: list[Tensor | None] = []
 
@@ -57,10 +58,13 @@ def through_norms(
                 moved.add(name(weight))
                 scales.add(name(gamma))
         elif value.target is ops.folded_bias:
-            bias, _, _, mean = arguments(value)
+            bias, _, beta, mean = arguments(value)
             moved |= {name(each) for each in (bias, mean) if each is not None}
-    # What is read with and without a batch norm behind it would take up the factor only once.
-    held += [found._numbers[each][0] for each in (moved | scales) & plain if each in found._numbers]
+            shifts |= {name(beta)} if beta is not None else set()
+    # What is read with and without a batch norm behind it, or as a part of one as well, would take
+    # up the factor in one place only.
+    tied = (moved | scales) & plain | moved & (scales | shifts)
+    held += [found._numbers[each][0] for each in tied if each in found._numbers]
     numbers = dict(found._numbers)
     for each in moved & numbers.keys():
         numbers[each] = None, numbers[each][1]

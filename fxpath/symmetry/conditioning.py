@@ -5,8 +5,9 @@ networks" (2026).  A step of gradient descent on theta moves Phi by the kernel o
 ``J = d Phi / d theta``.  Phi is the same for all rescalings, and J is not.  With ``G = J^T J`` and
 its diagonal
 
-    g_i = sum over paths of (d Phi_p / d theta_i)^2 = d ||Phi||_2^2 / d (theta_i^2),
+    g_i = sum over paths of (d Phi_p / d theta_i)^2 = d ||Phi||_2^2 / d (theta_i^2)
 
+(where a path passes a parameter n times, the second is 1/n of the first, and the second is taken),
 the rescaling asked for minimizes the log-det divergence of diag(G) from the nearest multiple of the
 identity, ``p log(sum of g / p) - sum of log g``, over the p entries with g > 0.  An entry w that
 becomes ``w exp(a_i - a_j)`` has ``g exp(-2 (a_i - a_j))``: the logarithms a of the groups' factors
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpath.graph import ops
+from fxpath.graph.links import on_paths
 from fxpath.model import Captured, Given, Model, Shapes, check_finite
 from fxpath.model.given import Inputs, Outputs
 from fxpath.modes import plain_mode
@@ -67,7 +69,7 @@ def path_conditioning(
     """How far the diagonal of the path kernel is from a multiple of the identity.
 
     With g_i the sum over paths of ``(d Phi_p / d theta_i)^2``, for the p effective parameters
-    (batch norms folded in) that have g > 0,
+    (batch norms folded in) that have g > 0; where a path passes one n times, it counts 1/n of that,
 
         log(sum of g / p) - sum of log g / p:
 
@@ -173,8 +175,11 @@ def kernel(
     run, _, gradients = flat.gradients(captured.live(), torch.float64)
     if not math.isfinite(run.mantissa) or not run.fits(torch.float64):
         raise FloatingPointError("parts of the l^2 path-norm are beyond float64")
-    # A rewritten graph has the coordinates of the lifted one in their order.
-    of = dict(zip(coordinates(flat.module), coordinates(lifted), strict=True))
+    # A rewritten graph has the coordinates of the lifted one in their order, but not those that
+    # only a gate reads.
+    passed = on_paths(lifted.graph)
+    kept = [node for node in coordinates(lifted) if node in passed]
+    of = dict(zip(coordinates(flat.module), kept, strict=True))
     ends = ends_by_group(lifted, found, free)
     masses: list[Masses] = []
     surplus = torch.zeros(1 + len(found), dtype=torch.float64)
