@@ -261,3 +261,13 @@ def test_path_conditioning_beside_gates() -> None:
     for one, two in ((better[0], expected[0]), (better[2].signal, expected[2])):
         assert torch.allclose(one.weight, two.weight, rtol=1e-9)
     assert not torch.equal(better[2].inner.weight, after.inner.weight)
+
+
+def test_a_softmax_over_the_batch_is_not_bounded_sample_by_sample() -> None:
+    model = Inside(lambda x: x.softmax(0), lambda x: x)
+    with pytest.raises(fxpath.UnsupportedModelError, match="over the batch axis"):
+        fxpath.lipschitz_bound(model, copy.deepcopy(model), (3,), gates=True)
+    inputs = torch.randn(4, 3)
+    other, whole = moved(model, 0.5), {"batch_dim": None, "example_inputs": inputs}
+    bound = fxpath.lipschitz_bound(model, other, gates=True, radius=3.0, **whole)
+    assert float((model(inputs) - other(inputs)).detach().abs().sum()) <= bound.value

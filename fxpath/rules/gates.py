@@ -24,6 +24,10 @@ NOT_ZERO = (
     "it is not 0 at 0, so it is no gate of its input, and here it is not the factor of a product",
     f"multiply something by it, or {CUT}",
 )
+MIXING = (
+    "it is taken over the batch axis, so that samples depend on each other",
+    "pass batch_dim=None with inputs of the batch size that counts, or take it over another axis",
+)
 
 
 @rule(
@@ -45,6 +49,11 @@ def _squash(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     found = squash_of(name, numbers)
     if found is not None and found.size is None and build.is_signal(node):
         raise Refusal(*NOT_ZERO)
+    batch = build.captured.inputs.batch_dim
+    if found is not None and found.axis is not None and batch is not None:
+        shape = node.meta["val"].shape
+        if found.axis == batch % len(shape) and shape[found.axis] == 1:
+            raise Refusal(*MIXING)
     return squashed(build, build.node(args["self"]), name, numbers)
 
 
