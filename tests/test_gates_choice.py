@@ -167,6 +167,23 @@ TAKEN: dict[str, tuple[Function, Function, set[str]]] = {
         lambda n, a, b: everywhere(a),
         B,
     ),
+    "attention, columns": (
+        lambda n, a, b: (a[:, None, :] @ rows(b).transpose(1, 2))[:, 0],
+        lambda n, a, b: everywhere(a),
+        B,
+    ),
+    "attention, columns of a softmax": (
+        lambda n, a, b: (a[:, None, :] @ (b[:, :, None] * b[:, None, :]).softmax(1))[:, 0],
+        lambda n, a, b: everywhere(a),
+        B,
+    ),
+    "attention of torch": (
+        lambda n, a, b: functional.scaled_dot_product_attention(
+            b[:, None, :, None], 2 * b[:, None, :, None], a[:, None, :, None], is_causal=True
+        )[:, 0, :, 0],
+        lambda n, a, b: everywhere(a),
+        B,
+    ),
     "gates in gates": (
         lambda n, a, b: a * sigmoid(b * sigmoid(torch.tanh(b) * b)),
         lambda n, a, b: a,
@@ -325,7 +342,10 @@ def test_what_is_no_gate_is_refused(name: str) -> None:
     ("function", "reason"),
     [
         (lambda n, a, b: a * b, "neither of which is bounded"),
-        (lambda n, a, b: (a[:, None, :] @ rows(b))[:, 0], "no softmax along its last axis"),
+        (
+            lambda n, a, b: (a[:, None, :] @ rows(b))[:, 0],
+            "neither is a softmax along the axis that is summed",
+        ),
         (lambda n, a, b: torch.addcmul(a, sigmoid(b), a), "in plain products alone"),
         (lambda n, a, b: sigmoid(a), "it is not 0 at 0"),
         (lambda n, a, b: a * b.clamp(-1e300, 1e300).mul(1e300), "neither of which is bounded"),

@@ -24,6 +24,8 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mul.Tensor, aten.multiply.Tensor}
 #: Products of matrices.
 MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+#: Averages of values by a softmax of their own.
+ATTENTION = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,10 @@ def _choose(
     active: Callable[[Any], bool],
     barred: set[fx.Node],
 ) -> Chosen | None:
+    if node.target is ATTENTION:
+        args = bind(node)
+        averaged = active(args["value"]) and not args["dropout_p"]
+        return Chosen(args["value"], args["query"], 1.0) if averaged else None
     if node.target not in PRODUCTS and node.target not in MATRIX_PRODUCTS:
         return None
     a, b = list(bind(node).values())[:2]
@@ -95,7 +101,9 @@ def _choose(
         return None
     if node.target in MATRIX_PRODUCTS:
         # Weights that are parts of one: the values are averaged.
-        return Chosen(b, a, 1.0) if _rows_are_parts(a) else None
+        if _rows_are_parts(a):
+            return Chosen(b, a, 1.0)
+        return Chosen(a, b, 1.0) if _columns_are_parts(b) else None
     options = [
         Chosen(signal, factor, above(max(map(abs, known[factor]))))
         for signal, factor in ((a, b), (b, a))
@@ -146,6 +154,23 @@ def _rows_are_parts(node: fx.Node) -> bool:
         return False
     axes = len(node.meta["val"].shape)
     return axes > 0 and int(bind(node)["dim"]) % axes == axes - 1
+
+
+def _columns_are_parts(node: fx.Node) -> bool:
+    """Whether the entries along the last axis but one of a value are parts of one."""
+    axes = len(node.meta["val"].shape)
+    if axes > 1 and _name(node) in ("softmax", "_softmax"):
+        return int(bind(node)["dim"]) % axes == axes - 2
+    if axes < 2 or _name(node) not in ("transpose", "permute", "mT", "t"):
+        return False
+    swapped = [*range(axes - 2), axes - 1, axes - 2]
+    args = bind(node)
+    if "dims" in args:
+        moved = [dim % axes for dim in args["dims"]] == swapped
+    else:
+        ends = {args.get(key, end) % axes for key, end in (("dim0", -2), ("dim1", -1))}
+        moved = ends == {axes - 2, axes - 1}
+    return moved and _rows_are_parts(node.all_input_nodes[0])
 
 
 #: What leaves rows as they are, if it leaves their length.

@@ -13,7 +13,7 @@ from fxpath.graph.intervals import numbers_of, squash_name
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.squashes import squash_of
 from fxpath.private import schema
-from fxpath.rules.gating import GROWING, by_gate, squashed
+from fxpath.rules.gating import GROWING, averaged, by_gate, squashed
 from fxpath.rules.refused import CUT
 from fxpath.rules.registry import rule
 
@@ -65,3 +65,9 @@ def _glu(build: Builder, node: fx.Node, args: Args) -> fx.Node:
     half = build.shape(x)[dim] // 2
     signal, factor = (build.emit(SLICE, x, dim, start, start + half) for start in (0, half))
     return by_gate(build, signal, squashed(build, factor, "sigmoid"), 1.0)
+
+
+@rule(aten.scaled_dot_product_attention.default, gated=True)
+def _attention(build: Builder, node: fx.Node, args: Args) -> fx.Node:
+    """Averages of the values."""
+    return averaged(build, node)

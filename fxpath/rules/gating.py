@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fxpath.graph import ops
 from fxpath.graph.builder import Builder
-from fxpath.graph.gating import MATRIX_PRODUCTS, PRODUCTS, Chosen
+from fxpath.graph.gating import ATTENTION, MATRIX_PRODUCTS, PRODUCTS, Chosen
 from fxpath.graph.refusal import Refusal
 from fxpath.graph.squashes import squash_of
 from fxpath.rules.common import summed
@@ -18,9 +19,17 @@ UNBOUNDED = (
     PRODUCT[1],
 )
 NO_AVERAGES = (
-    "it multiplies two matrices of activations, and what stands in front is no softmax along its "
-    "last axis, whose rows would average what stands behind",
+    "it multiplies two matrices of activations, and neither is a softmax along the axis that is "
+    "summed, which would average the other",
     PRODUCT[1],
+)
+KEPT_OR_DROPPED = (
+    "it averages values that depend on no input, or drops some of its weights at random",
+    "average activations, and pass dropout_p=0.0 in eval mode",
+)
+GROUPED = (
+    "several heads of queries share one of values (enable_gqa)",
+    "repeat the heads of values before (repeat_interleave)",
 )
 OTHERWISE = (
     "it multiplies activations with each other, and gates are looked for in plain products alone",
@@ -67,13 +76,19 @@ def _unfollowed(build: Builder, x: fx.Node, size: float, why: str) -> fx.Node:
 
 
 def averaged(build: Builder, node: fx.Node) -> fx.Node:
-    """Rows of a softmax times values: each result is a sum over all that it averages."""
+    """Values times a softmax: each result is a sum over all that it averages."""
     chosen = _chosen(build, node)
     x, shape = build.node(chosen.signal), tuple(node.meta["val"].shape)
     sizes = build.shape(x)
     if len(sizes) < 2 or len(shape) < 2:
         raise Refusal(*NO_AVERAGES)
-    total = summed(build, x, [len(sizes) - 2], (*sizes[:-2], 1, sizes[-1]))
+    # Values stand behind rows of weights, or in front of columns.
+    before = node.target in MATRIX_PRODUCTS and chosen.signal is node.args[0]
+    kept = (*sizes[:-1], 1) if before else (*sizes[:-2], 1, sizes[-1])
+    total = summed(build, x, [len(sizes) - (1 if before else 2)], kept)
+    fits = torch.broadcast_shapes(kept, shape) == shape
+    if not fits:
+        raise Refusal(*GROUPED)
     spread = build.expand(total, shape)
     return _unfollowed(build, spread, 1.0, "weights of a softmax that multiply as a matrix")
 
@@ -84,6 +99,8 @@ def _chosen(build: Builder, node: fx.Node) -> Chosen:
     found = build.gating.chosen.get(node)
     if found is not None:
         return found
+    if node.target is ATTENTION:
+        raise Refusal(*KEPT_OR_DROPPED)
     if node.target in MATRIX_PRODUCTS:
         raise Refusal(*NO_AVERAGES)
     raise Refusal(*(UNBOUNDED if node.target in PRODUCTS else OTHERWISE))
