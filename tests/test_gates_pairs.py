@@ -271,3 +271,39 @@ def test_a_softmax_over_the_batch_is_not_bounded_sample_by_sample() -> None:
     other, whole = moved(model, 0.5), {"batch_dim": None, "example_inputs": inputs}
     bound = fxpath.lipschitz_bound(model, other, gates=True, radius=3.0, **whole)
     assert float((model(inputs) - other(inputs)).detach().abs().sum()) <= bound.value
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "name", "gated"),
+    [
+        # The second half of what a GLU reads; input, forget and output of an LSTM.
+        (
+            nn.Sequential(nn.Linear(4, 8), nn.GLU(), nn.Linear(4, 3)),
+            (4,),
+            "0.weight",
+            slice(4, 8),
+        ),
+        (Recurrent(), (3, 2), "lstm.weight_ih_l0", [0, 1, 2, 3, 4, 5, 9, 10, 11]),
+    ],
+)
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_pruning_spares_rows_that_only_make_gates(
+    model: nn.Module, shape: tuple[int, ...], name: str, gated: object, scope: str
+) -> None:
+    pruned = fxpath.prune(model, 0.2, shape, scope=scope, gates=True)
+    assert pruned.masks[name][gated].all() and not pruned.masks[name].all()
+    # By every criterion: what no path crosses has no certificate either.
+    sizes = {n: s.abs() for n, s in model.state_dict().items() if n in pruned.masks}
+    by_size = fxpath.prune(model, 0.2, shape, criterion=sizes, gates=True)
+    assert by_size.masks[name][gated].all()
+    with pytest.raises(ValueError, match="a gate may read"):
+        fxpath.prune(model, 0.9, shape, scope=scope, gates=True)

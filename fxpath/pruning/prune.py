@@ -99,9 +99,9 @@ def prune(
         batch_dim: as for :func:`fxpath.analyze`.
         until: as for :func:`fxpath.analyze`: what lies behind is not pruned.
         outputs: as for :func:`fxpath.analyze`.
-        gates: take gates in, as for :func:`fxpath.analyze`: weights that only a gate reads stay as
-            they are, there is no exact certificate, and ``bound`` says how far outputs can be
-            apart.
+        gates: take gates in, as for :func:`fxpath.analyze`: entries that no path crosses stay as
+            they are, since a gate may read them; there is no exact certificate, and ``bound`` says
+            how far outputs can be apart.
 
     Returns:
         A :class:`fxpath.Pruned`.  Ties are settled by (score, name, flat index).
@@ -159,6 +159,8 @@ def prune(
     source = Source(model, given, erasure, fitting)
     inputs = {each.name: each.inputs for each in fitting}
     masks: dict[str, Tensor] = {}
+    # What no path crosses may be read by a gate all the same: Path-Mag says nothing of it.
+    crossed = source.crossed() if inexact else {}
     for step in range(1, steps + 1):
         scores = source.scores(criterion, masks)
         if layer_adaptive and masks:
@@ -168,7 +170,9 @@ def prune(
         # Entries that are cut stay cut, also where others have come to nothing.
         if masks:
             ranked = {n: _filled(s, masks[n], -math.inf) for n, s in ranked.items()}
+        ranked = {n: _filled(s, crossed[n], math.inf) if crossed else s for n, s in ranked.items()}
         masks = decided(goal, step, ranked, inputs, source.lost, source.estimated)
+        _check_spared(masks, crossed)
     lost = source.path_magnitude_shares(masks, named == "path_magnitude" and steps == 1)
     tensors = source.erased(masks)
     held = held_masks(model)
@@ -230,6 +234,16 @@ def _row(
         lost=lost,
         note=note,
     )
+
+
+def _check_spared(masks: Mapping[str, Tensor], crossed: Mapping[str, Tensor]) -> None:
+    """Refuse masks that would cut what a gate may read, and Path-Mag does not weigh."""
+    hit = [n for n, kept in crossed.items() if bool((~whole(masks[n]) & ~whole(kept)).any())]
+    if hit:
+        raise ValueError(
+            f"{_first(hit)}: so much would cut entries that no path crosses, but a gate may read: "
+            "prune less, without a pattern, or spare these parameters with exclude"
+        )
 
 
 def _check_reached(lost: Sequence[str], empty: Sequence[str]) -> None:

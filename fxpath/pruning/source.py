@@ -83,6 +83,12 @@ class Source:
         """The relative path-metric to the dense network, never less than it is."""
         return self.erasure.metric(self.erased(masks)).relative_upper
 
+    def crossed(self) -> dict[str, Tensor]:
+        """Which entries a path of the dense network crosses, or are zero: bool, by name."""
+        shares = self._path_magnitude({})
+        tensors = self.erasure.side.tensors
+        return {e.name: (shares[e.name] > 0) | (tensors[e.key] == 0) for e in self.chosen}
+
     def path_magnitude_shares(self, masks: Mapping[str, Tensor], known: bool) -> dict[str, float]:
         """Sum of Path-Mag over what is cut of each tensor, (13), as a part of the path-norm.
 
