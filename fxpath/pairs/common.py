@@ -33,7 +33,7 @@ from fxpath.pairs.bounds import Bound
 from fxpath.pairs.matching import side_of
 from fxpath.pairs.metric import PathMetric
 from fxpath.pairs.pair import Pair
-from fxpath.pairs.rounding import FOLDED, relative
+from fxpath.pairs.rounding import FOLDED, bias_error, relative
 from fxpath.passes import Rewritten, Setting
 from fxpath.passes.lower import lower
 from fxpath.program.program import PathProgram
@@ -205,13 +205,10 @@ class CommonPart:
                 else:
                     yield i, _kept(ops.folded_weight(weight, factor, axis, groups), out), None
             elif node.target is ops.folded_bias:
-                bias, factor, beta, mean = (
+                terms = (
                     known[a].double() if isinstance(a, fx.Node) else a for a in arguments(node)
                 )
-                size = mean.abs() if bias is None else bias.abs() + mean.abs()
-                size = factor.abs() * size
-                error = FOLDED * (size if beta is None else size + beta.abs())
-                yield i, _kept(known[node], out), error
+                yield i, _kept(known[node], out), bias_error(*terms)
             else:
                 yield i, _kept(known[node], out), None
 

@@ -106,14 +106,18 @@ def _errors(pair: Pair, leaf: int) -> tuple[Tensor, Tensor] | None:
 def _error(side: Side, read: fx.Node) -> Tensor:
     """Largest error of one network's effective parameters, entry by entry."""
     if read.target is ops.folded_bias:
-        bias, factor, beta, mean = (_number(side, a) for a in arguments(read))
-        size = mean.abs() if bias is None else bias.abs() + mean.abs()
-        size = factor.abs() * size
-        return FOLDED * (size if beta is None else size + beta.abs())
+        return bias_error(*(_number(side, a) for a in arguments(read)))
     value: Tensor = side.evaluate(read)
     if read.target in (ops.folded_weight, ops.normalizer):
         return FOLDED * value.double().abs()
     return torch.zeros_like(value, dtype=torch.float64)
+
+
+def bias_error(bias: Tensor | None, factor: Tensor, beta: Tensor | None, mean: Tensor) -> Tensor:
+    """Largest error of a folded bias ``beta + factor * (bias - mean)``, which may cancel."""
+    size = mean.abs() if bias is None else bias.abs() + mean.abs()
+    size = factor.abs() * size
+    return FOLDED * (size if beta is None else size + beta.abs())
 
 
 def _number(side: Side, argument: Any) -> Any:
